@@ -1,0 +1,1 @@
+"""Offline preparation: raw volumes to TFRecords with keypoints and correspondences. No JAX."""
