@@ -23,7 +23,7 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,16 +127,41 @@ class RecordReader:
         )
 
 
+def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
+    """The directory of the newest prepared version of DATA_DIR/NAME.
+
+    Raises `ValueError` with the command that prepares the dataset where there is none.
+    """
+    prepared = [
+        (tfds.core.Version(path.parent.name), path.parent)
+        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        if tfds.core.Version.is_valid(path.parent.name)
+    ]
+    if not prepared:
+        raise ValueError(
+            f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
+            f"  python -m data_prep.main --dataset {name} --raw_dir RAW --data_dir {data_dir}"
+        )
+    return max(prepared)[1]
+
+
 def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
-    """The tfds builder of a prepared dataset directory; raises `FileNotFoundError` without one."""
+    """The tfds builder of a prepared dataset directory; raises `RecordError` without one."""
     if not (Path(dataset_dir) / "dataset_info.json").is_file():
-        raise FileNotFoundError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
+        raise RecordError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
     return tfds.builder_from_directory(os.fspath(dataset_dir))
 
 
-def load_decoder(dataset_dir: str | os.PathLike[str]) -> Callable[[bytes], dict[str, Any]]:
-    """A function from a record's data to its features as numpy arrays; without TensorFlow."""
-    return open_builder(dataset_dir).info.features.deserialize_example_np
+def load_decoder(
+    dataset_dir: str | os.PathLike[str], *, without: Container[str] = ()
+) -> Callable[[bytes], dict[str, Any]]:
+    """A function from a record's data to its features, but for those in `without`, as numpy arrays.
+
+    TensorFlow is neither needed nor imported.
+    """
+    features = open_builder(dataset_dir).info.features
+    wanted = {name: feature for name, feature in features.items() if name not in without}
+    return tfds.features.FeaturesDict(wanted).deserialize_example_np
 
 
 def masked_crc32c(data: bytes) -> int:
