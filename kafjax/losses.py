@@ -1,0 +1,102 @@
+"""Contrastive and segmentation losses.
+
+Embeddings are [b, e], one row per slice; `position` is the slice's place in its volume,
+(index + 1) / number of slices, in (0, 1]. Losses are float32 (or wider) scalars, whatever the
+inputs' type.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# The supervised contrastive loss of Khosla et al. is scaled by temperature / base temperature.
+BASE_TEMPERATURE = 0.07
+
+CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
+
+
+def positive_pairs(
+    method: str, position: jax.Array, *, position_threshold: float = 0.1, num_partitions: int = 4
+) -> jax.Array:
+    """Says which samples of a batch are positives of each other.
+
+    Args:
+      method: 'simclr', a sample's views only; 'gcl', the same one of `num_partitions` equal parts
+        of the volume (Chaitanya et al. 2020); 'pcl', positions nearer than `position_threshold`
+        (Zeng et al. 2021).
+      position: [b], in (0, 1].
+      position_threshold: of 'pcl', a fraction of the volume.
+      num_partitions: of 'gcl'.
+
+    Returns:
+      bool [b, b], symmetric, true on the diagonal.
+
+    Raises:
+      ValueError: `method` is not one of the three.
+    """
+    if method == "simclr":
+        return jnp.eye(position.shape[0], dtype=bool)
+    if method == "gcl":
+        # Part p of P holds the positions in ((p - 1) / P, p / P].
+        partition = jnp.ceil(position * num_partitions - 1e-6)
+        return partition[:, None] == partition[None, :]
+    if method == "pcl":
+        return jnp.abs(position[:, None] - position[None, :]) < position_threshold
+    raise ValueError(f"contrastive method is {method!r}, expected one of {CONTRASTIVE_METHODS}")
+
+
+def supervised_contrastive_loss(
+    views: Sequence[jax.Array],
+    positives: jax.Array,
+    *,
+    temperature: float = 0.1,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Supervised contrastive loss over several views of a batch (method.md section 6).
+
+    For anchor i with positives P(i) among all other views of all samples,
+    `-1 / |P(i)| * sum_p log(exp(s_ip / T) / sum_{a != i} exp(s_ia / T))` with cosine similarities s;
+    the mean over anchors that have a positive, times T / 0.07. (Khosla et al. 2020, equation 2.)
+
+    Args:
+      views: the same b samples' embeddings in each view, each [b, e]; need not be normalised.
+      positives: bool [n, n] over the samples of the global batch, n = b times the devices. A sample's
+        other views are its positives where the diagonal is true.
+      temperature: T.
+      axis_name: the mapped axis over which the batch is spread, if any. Every device then gets
+        the loss of the global batch, negatives of all devices included.
+
+    Returns:
+      A scalar; 0 where no anchor has a positive.
+    """
+    dtype = jnp.promote_types(views[0].dtype, jnp.float32)
+    stacked = jnp.stack(views).astype(dtype)
+    if axis_name is not None:
+        stacked = jax.lax.all_gather(stacked, axis_name, axis=1, tiled=True)
+    embeddings = stacked.reshape(-1, stacked.shape[-1])
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(embeddings**2, axis=-1, keepdims=True), 1e-24))
+    embeddings = embeddings / norm
+    highest = jax.lax.Precision.HIGHEST
+    logits = jnp.matmul(embeddings, embeddings.T, precision=highest) / temperature
+
+    others = ~jnp.eye(logits.shape[0], dtype=bool)
+    positives = jnp.tile(positives, (len(views), len(views))) & others
+    log_probability = logits - jax.nn.logsumexp(logits, axis=1, where=others, keepdims=True)
+    num_positives = jnp.sum(positives, axis=1)
+    anchor_loss = -jnp.sum(log_probability, axis=1, where=positives) / jnp.maximum(num_positives, 1)
+    num_anchors = jnp.sum(num_positives > 0)
+    scale = temperature / BASE_TEMPERATURE
+    return scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Mean cross-entropy over all pixels.
+
+    Args:
+      logits: [b, h, w, d].
+      label: int [b, h, w], class numbers below d.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))

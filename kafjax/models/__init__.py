@@ -1,0 +1,97 @@
+"""Every network by name: `build_model(config.model)`.
+
+Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)` with
+image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and give logits
+[b, h, w, d]; models without keypoints ignore them. The pretraining network takes the same with a
+view axis of 2 after b and gives a `PretrainingOutput`. h and w must be divisible by 16.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kafjax.models.fcn import FCNDecoder, FCNEncoder
+from kafjax.models.pretraining import PretrainingNetwork, PretrainingOutput
+from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
+
+__all__ = [
+    "MODELS",
+    "Encoding",
+    "PretrainingNetwork",
+    "PretrainingOutput",
+    "SegmentationNetwork",
+    "build_model",
+]
+
+HEADS = ("segmentation", "pretraining")
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+class _Backbone(NamedTuple):
+    encoder: type[nn.Module]
+    decoder: type[nn.Module]
+    widening: str
+
+
+MODELS = {
+    "unet": _Backbone(UNetEncoder, UNetDecoder, "none"),
+    "unet_c2": _Backbone(UNetEncoder, UNetDecoder, "copy"),
+    "kaf_unet": _Backbone(UNetEncoder, UNetDecoder, "kaf"),
+    "fcn": _Backbone(FCNEncoder, FCNDecoder, "none"),
+    "kaf_fcn": _Backbone(FCNEncoder, FCNDecoder, "kaf"),
+}
+
+
+class SegmentationNetwork(nn.Module):
+    """An encoder and a decoder."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __call__(
+        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
+    ) -> jax.Array:
+        """Gives logits [b, h, w, d] of images [b, h, w, 1]."""
+        encoding = self.encoder(image, keypoints, keypoint_mask, train=train)
+        return self.decoder(encoding, train=train)
+
+
+def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
+    """Builds a network from `config.model`.
+
+    Args:
+      config: with the fields `name` (one of `MODELS`), `head` ('segmentation' or 'pretraining'),
+        `filters`, `num_attention_layers`, `dtype` (of the computation; parameters and statistics
+        are at least float32); for segmentation `num_classes`; for pretraining `embedding`,
+        `num_matcher_layers` and `num_sinkhorn_iterations`.
+      axis_name: the mapped axis whose devices share batch statistics.
+
+    Raises:
+      ValueError: a name, head or dtype that there is not.
+    """
+    _check_choice("name", config.name, MODELS)
+    _check_choice("head", config.head, HEADS)
+    _check_choice("dtype", config.dtype, DTYPES)
+    backbone = MODELS[config.name]
+    common = {"dtype": jnp.dtype(config.dtype)}
+    if axis_name is not None:
+        common["axis_name"] = axis_name
+    encoder = backbone.encoder(
+        config.filters, backbone.widening, config.num_attention_layers, **common
+    )
+    if config.head == "pretraining":
+        return PretrainingNetwork(
+            encoder,
+            config.embedding,
+            config.num_matcher_layers,
+            config.num_sinkhorn_iterations,
+            **common,
+        )
+    return SegmentationNetwork(encoder, backbone.decoder(config.num_classes, **common))
+
+
+def _check_choice(field: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"config.model.{field} is {value!r}, expected one of {', '.join(choices)}")

@@ -1,0 +1,158 @@
+"""Attention among keypoints. Features are [b, k, 256]; masks [b, k] say which keypoints are real.
+
+After Sarlin et al., CVPR 2020, section 3.1, with the numbers of method.md section 4. No padded
+keypoint is attended to or enters a statistic; what comes out at padding is finite and must not be
+used.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kafjax.models.layers import BatchNorm, Linear
+
+KEYPOINT_FEATURES = 256
+POSITION_MLP_FEATURES = (32, 64, 128, 256)
+
+
+def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Maps (row, col) pixels of an image of `shape` (h, w) to about [-0.7, 0.7]: [b, k, 2]."""
+    center = jnp.asarray(shape, dtype) / 2
+    return (keypoints.astype(dtype) - center) / (0.7 * max(shape))
+
+
+def masked_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Scaled dot-product attention that does not see padded keys.
+
+    As `jax.nn.dot_product_attention`, whose softmax is float32 even for float64 inputs, too coarse
+    for comparing gradients to the last digit.
+
+    Args:
+      query: [b, k, heads, c].
+      key: [b, s, heads, c].
+      value: [b, s, heads, c].
+      mask: bool [b, s], which keys are real. Without any, all weigh alike.
+
+    Returns:
+      [b, k, heads, c], in the query's type; the softmax is float32 or wider.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bkhc,bshc->bhks", query, key, preferred_element_type=wide)
+    logits = logits / query.shape[-1] ** 0.5
+    logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(wide).min / 2)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhks,bshc->bkhc", weights, value)
+
+
+class KeypointMLP(nn.Module):
+    """Linear maps of each keypoint's features, with masked batch norm and ReLU between them."""
+
+    hidden: tuple[int, ...]
+    features: int
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, k, c] to [b, k, features]."""
+        for i, features in enumerate(self.hidden, start=1):
+            x = Linear(features, dtype=self.dtype, name=f"linear_{i}")(x)
+            norm = BatchNorm(self.axis_name, dtype=self.dtype, name=f"norm_{i}")
+            x = nn.relu(norm(x, train=train, mask=mask))
+        return Linear(self.features, dtype=self.dtype, name=f"linear_{len(self.hidden) + 1}")(x)
+
+
+class PositionalEncoder(nn.Module):
+    """Positional code of keypoints: an MLP of their normalised positions (method.md 4.2)."""
+
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int], *, train: bool
+    ) -> jax.Array:
+        """Codes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
+        # Pixel positions have more digits than bfloat16 holds: normalise first, in float32.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = normalize_keypoints(keypoints, shape, wide)
+        mlp = KeypointMLP(
+            POSITION_MLP_FEATURES, KEYPOINT_FEATURES, self.axis_name, self.dtype, name="mlp"
+        )
+        return mlp(x, mask, train=train)
+
+
+class AttentionLayer(nn.Module):
+    """One residual layer of multi-head attention and MLP (method.md 4.3).
+
+    Queries come from `x`; keys and values from `source`, which is `x` itself for self-attention.
+    """
+
+    train: bool
+    num_heads: int = 4
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, source: jax.Array, source_mask: jax.Array
+    ) -> jax.Array:
+        """Updates x [b, k, c] by a message from source [b, s, c]."""
+        features = x.shape[-1]
+        heads = (self.num_heads, features // self.num_heads)
+
+        def project(name: str, values: jax.Array) -> jax.Array:
+            y = Linear(features, dtype=self.dtype, name=name)(values)
+            return y.reshape(*y.shape[:2], *heads)
+
+        message = masked_attention(
+            project("query", x), project("key", source), project("value", source), source_mask
+        )
+        message = Linear(features, dtype=self.dtype, name="merge")(message.reshape(x.shape))
+        mlp = KeypointMLP((2 * features,), features, self.axis_name, self.dtype, name="mlp")
+        update = mlp(jnp.concatenate([x, message], axis=-1), mask, train=self.train)
+        return x + update
+
+
+class _SelfAttentionBody(nn.Module):
+    """`AttentionLayer` with the signature that `nn.scan` wants."""
+
+    train: bool
+    num_heads: int
+    axis_name: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        layer = AttentionLayer(self.train, self.num_heads, self.axis_name, self.dtype, name="layer")
+        return layer(x, mask, x, mask), None
+
+
+class SelfAttention(nn.Module):
+    """A stack of self-attention layers, compiled once: parameters have a leading layer axis.
+
+    The layers' activations are computed again in the backward pass, which costs no measurable time
+    and saves their memory.
+    """
+
+    num_layers: int
+    num_heads: int = 4
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, k, c] to [b, k, c]."""
+        stack = nn.scan(
+            nn.remat(_SelfAttentionBody, prevent_cse=False),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+        )
+        layers = stack(train, self.num_heads, self.axis_name, self.dtype, name="layers")
+        return layers(x, mask)[0]

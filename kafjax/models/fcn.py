@@ -1,0 +1,85 @@
+"""FCN and KAF-FCN: the appendix's table 4.
+
+FCN-8s (Long, Shelhamer and Darrell, CVPR 2015) with each VGG block replaced by two convolutions.
+Images are [b, h, w, 1] with h and w divisible by 16.
+
+The appendix leaves open, and we chose: batch norm and leaky ReLU after each convolution, as in the
+UNet, so that the two differ in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers after the
+first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the fifth block
+and its scores; score layers with biases; and fixed bilinear upsampling, where Long et al. learn it
+from a bilinear start in part.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kafjax.models.layers import Conv, ConvBlock, max_pool
+from kafjax.models.unet import NUM_LEVELS, Encoding, WidenedBlock
+
+
+class FCNEncoder(nn.Module):
+    """Four widened blocks and a fifth plain one, each followed by pooling.
+
+    The encoding's centre is the fifth block's pooled output, at 1/32 of the image's size (rounded
+    up where 32 does not divide it).
+    """
+
+    filters: int
+    widening: str = "none"
+    num_attention_layers: int = 16
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+    ) -> Encoding:
+        """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        x, levels, points = image.astype(self.dtype), [], []
+        for level in range(NUM_LEVELS):
+            block = WidenedBlock(
+                self.filters * 2**level,
+                self.widening,
+                level,
+                self.num_attention_layers,
+                **common,
+                name=f"level_{level}",
+            )
+            x, level_points = block(x, keypoints, mask, train=train)
+            levels.append(x)
+            points += [] if level_points is None else [level_points]
+            x = max_pool(x)
+        block = ConvBlock(self.filters * 16, **common, name="level_4")
+        x = nn.max_pool(block(x, train=train), (2, 2), (2, 2), padding="SAME")
+        return Encoding(tuple(levels), x, tuple(points))
+
+
+class FCNDecoder(nn.Module):
+    """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next."""
+
+    num_classes: int
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
+        """Gives logits [b, h, w, num_classes]."""
+        del train
+
+        def score(name: str, x: jax.Array) -> jax.Array:
+            return Conv(self.num_classes, kernel_size=1, dtype=self.dtype, name=name)(x)
+
+        x = score("score_32", encoding.center)
+        for stride, level in ((16, 3), (8, 2)):
+            finer = score(f"score_{stride}", max_pool(encoding.levels[level]))
+            x = finer + _upsample(x, 2)[:, : finer.shape[1], : finer.shape[2]]
+        return _upsample(x, 8)
+
+
+def _upsample(x: jax.Array, factor: int) -> jax.Array:
+    b, h, w, d = x.shape
+    return jax.image.resize(x, (b, factor * h, factor * w, d), "bilinear")

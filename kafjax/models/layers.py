@@ -1,0 +1,186 @@
+"""The parts that every network is built of. Images are [b, h, w, c], keypoint sets [b, k, c].
+
+Every module takes `dtype`, the type it computes in; parameters, running statistics and sums over
+batches stay at least float32. Convolutions start He-normal with zero biases, linear maps uniform in
++-1/sqrt(fan in) as in the authors' release (method.md section 5).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LEAKY_SLOPE = 0.01
+
+# He et al. 2015 for leaky ReLU; fan in, not truncated.
+he_normal = nn.initializers.variance_scaling(2 / (1 + LEAKY_SLOPE**2), "fan_in", "normal")
+# Uniform in +-1/sqrt(fan in): variance 1 / (3 fan in).
+linear_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def parameter_dtype(dtype: Any) -> jnp.dtype:
+    """The type of the parameters of a module that computes in `dtype`: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def bias_uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """Initialiser of a linear map's bias: uniform in +-1/sqrt(fan in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Linear(nn.Module):
+    """Linear map of the last axis: [..., c] -> [..., features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., c] to [..., features]."""
+        return nn.Dense(
+            self.features,
+            dtype=self.dtype,
+            param_dtype=parameter_dtype(self.dtype),
+            kernel_init=linear_uniform,
+            bias_init=bias_uniform(x.shape[-1]),
+            name="dense",
+        )(x)
+
+
+class Conv(nn.Module):
+    """Convolution with zero padding that keeps the size: [b, h, w, c] -> [b, h, w, features]."""
+
+    features: int
+    kernel_size: int = 3
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] to [b, h, w, features]."""
+        return nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=parameter_dtype(self.dtype),
+            kernel_init=he_normal,
+            name="conv",
+        )(x)
+
+
+class UpConv(nn.Module):
+    """Transposed convolution 2x2 of stride 2: [b, h, w, c] -> [b, 2h, 2w, features].
+
+    With stride and kernel alike no two inputs meet, so it is one matrix product: the output at
+    (2r + i, 2c + j) is the input at (r, c) times kernel[i, j].
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] to [b, 2h, 2w, features]."""
+        b, h, w, c = x.shape
+        param_dtype = parameter_dtype(self.dtype)
+        # The release's fan-in of a transposed convolution counts its outputs: 4 x features.
+        stddev = math.sqrt(2 / (1 + LEAKY_SLOPE**2) / (4 * self.features))
+        shape = (2, 2, c, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(stddev), shape, param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        up = jnp.einsum("bhwc,ijcd->bhiwjd", x, kernel)
+        return up.reshape(b, 2 * h, 2 * w, self.features) + bias
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the real entries of the whole global batch.
+
+    Differs from `flax.linen.BatchNorm` in three ways that the release's numbers depend on: masked
+    entries count nowhere, also when devices hold different numbers of real ones; the running
+    variance takes the unbiased variance; a batch without a real entry leaves the running
+    statistics as they were.
+
+    Attributes:
+      axis_name: the mapped axis whose devices share statistics, or None for each on its own.
+      momentum: the share of the running statistics that a step keeps.
+      epsilon: added to the variance.
+      dtype: of the output; statistics are at least float32.
+    """
+
+    axis_name: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises x [..., c] by channel; `mask` [...] says which entries are real."""
+        dtype = parameter_dtype(self.dtype)
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        if train:
+            mean, var, count = self._batch_statistics(x.astype(dtype), mask)
+            if not self.is_initializing():
+                # A batch of one entry has no unbiased variance; PyTorch refuses it, we keep var.
+                unbiased = var * (count / jnp.maximum(count - 1, 1))
+                step = jnp.where(count > 0, 1 - self.momentum, 0.0).astype(dtype)
+                running_mean.value += step * (mean - running_mean.value)
+                running_var.value += step * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        slope = scale * jax.lax.rsqrt(var + self.epsilon)
+        return ((x.astype(dtype) - mean) * slope + bias).astype(self.dtype)
+
+    def _batch_statistics(
+        self, x: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        axes = tuple(range(x.ndim - 1))
+        where = None if mask is None else mask[..., None]
+        total = math.prod(x.shape[:-1]) if mask is None else jnp.sum(mask)
+        count = self._global_sum(jnp.asarray(total, x.dtype))
+        divisor = jnp.maximum(count, 1)
+        mean = self._global_sum(jnp.sum(x, axes, where=where)) / divisor
+        var = self._global_sum(jnp.sum(jnp.square(x - mean), axes, where=where)) / divisor
+        return mean, var, count
+
+    def _global_sum(self, x: jax.Array) -> jax.Array:
+        if self.axis_name is None or self.is_initializing():
+            return x
+        return jax.lax.psum(x, self.axis_name)
+
+
+class ConvBlock(nn.Module):
+    """Block(c) of method.md section 5: twice [3x3 convolution, batch norm, leaky ReLU]."""
+
+    features: int
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, h, w, c] to [b, h, w, features]."""
+        for i in (1, 2):
+            x = Conv(self.features, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = BatchNorm(self.axis_name, dtype=self.dtype, name=f"norm_{i}")(x, train=train)
+            x = nn.leaky_relu(x, LEAKY_SLOPE)
+        return x
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pooling: [b, h, w, c] -> [b, h/2, w/2, c]."""
+    return nn.max_pool(x, (2, 2), (2, 2))

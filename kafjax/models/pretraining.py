@@ -1,0 +1,153 @@
+"""The pretraining network: an encoder, two global heads and the keypoint matcher.
+
+The two views of a pair go through the same weights one after the other, so that batch statistics
+are each view's own and running statistics take the first view, then the second (method.md 5).
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kafjax.assignment import log_optimal_transport
+from kafjax.models.attention import KEYPOINT_FEATURES, AttentionLayer, PositionalEncoder
+from kafjax.models.layers import BatchNorm, Linear
+
+
+class PretrainingOutput(NamedTuple):
+    """What the losses need. Places of heads that the network lacks hold None.
+
+    Attributes:
+      cnn: the CNN head's embeddings of the two views, each [b, e].
+      kaf: the KAF head's embeddings of the two views, each [b, e].
+      log_assignment: [b, k + 1, k + 1], of the first view's keypoints to the second's.
+    """
+
+    cnn: tuple[jax.Array, jax.Array]
+    kaf: tuple[jax.Array, jax.Array] | None
+    log_assignment: jax.Array | None
+
+
+class CNNHead(nn.Module):
+    """Embedding of the deepest features' global mean."""
+
+    embedding: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, center: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] to [b, e]."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = jnp.mean(center, axis=(1, 2), dtype=wide).astype(self.dtype)
+        x = nn.relu(Linear(x.shape[-1] // 2, dtype=self.dtype, name="linear_1")(x))
+        return Linear(self.embedding, dtype=self.dtype, name="linear_2")(x)
+
+
+class KAFHead(nn.Module):
+    """Embedding of the mean over a slice's real keypoints; of zeros for a slice without any."""
+
+    embedding: int
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, points: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, k, 256] to [b, e]."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        total = jnp.sum(points.astype(wide), axis=1, where=mask[..., None])
+        mean = total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        x = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="linear_1")(mean.astype(self.dtype))
+        norm = BatchNorm(self.axis_name, dtype=self.dtype, name="norm")
+        x = nn.relu(norm(x, train=train))
+        return Linear(self.embedding, dtype=self.dtype, name="linear_2")(x)
+
+
+class Matcher(nn.Module):
+    """Assignment of two slices' keypoints: self and cross attention in turn, then transport."""
+
+    num_attention_layers: int = 4
+    num_iterations: int = 100
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        points: tuple[jax.Array, jax.Array],
+        keypoints: tuple[jax.Array, jax.Array],
+        mask: tuple[jax.Array, jax.Array],
+        shape: tuple[int, int],
+        *,
+        train: bool,
+    ) -> jax.Array:
+        """Matches features [b, k, 256] of two slices of `shape` (h, w).
+
+        Returns:
+          The log assignment [b, k + 1, k + 1] (`kafjax.assignment`).
+        """
+        common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        position = PositionalEncoder(**common, name="position")
+        a, b = (
+            points[i] + position(keypoints[i], mask[i], shape, train=train) for i in range(2)
+        )
+        for i in range(self.num_attention_layers):
+            layer = AttentionLayer(train, **common, name=f"layer_{i}")
+            sides = (a, mask[0]), (b, mask[1])
+            sources = sides[::-1] if i % 2 == 1 else sides
+            a, b = (layer(*side, *source) for side, source in zip(sides, sources, strict=True))
+        project = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="project")
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        a, b = project(a).astype(wide), project(b).astype(wide)
+        scores = jnp.einsum("bmc,bnc->bmn", a, b) / KEYPOINT_FEATURES**0.5
+        dustbin = self.param("dustbin_score", nn.initializers.ones, (), wide)
+        return log_optimal_transport(scores, *mask, dustbin, num_iterations=self.num_iterations)
+
+
+class PretrainingNetwork(nn.Module):
+    """An encoder with the paper's pretraining heads.
+
+    Attributes:
+      encoder: gives an `Encoding`; without KAF layers only the CNN head exists.
+      embedding: e.
+    """
+
+    encoder: nn.Module
+    embedding: int = 512
+    num_matcher_layers: int = 4
+    num_sinkhorn_iterations: int = 100
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
+    ) -> PretrainingOutput:
+        """Embeds and matches pairs of slices.
+
+        Args:
+          image: [b, 2, h, w, 1].
+          keypoints: int [b, 2, k, 2], in pixels of the image.
+          keypoint_mask: bool [b, 2, k].
+          train: normalise by the batch's statistics and update the running ones.
+        """
+        common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        cnn_head = CNNHead(self.embedding, dtype=self.dtype, name="cnn_head")
+        positions = (keypoints[:, 0], keypoints[:, 1])
+        masks = (keypoint_mask[:, 0], keypoint_mask[:, 1])
+        encodings = [
+            self.encoder(image[:, i], positions[i], masks[i], train=train) for i in range(2)
+        ]
+        cnn = (cnn_head(encodings[0].center), cnn_head(encodings[1].center))
+        if not encodings[0].points:
+            return PretrainingOutput(cnn, None, None)
+
+        fuse = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="fuse_levels")
+        points = tuple(fuse(jnp.concatenate(e.points, axis=-1)) for e in encodings)
+        kaf_head = KAFHead(self.embedding, **common, name="kaf_head")
+        kaf = tuple(kaf_head(points[i], masks[i], train=train) for i in range(2))
+        matcher = Matcher(
+            self.num_matcher_layers, self.num_sinkhorn_iterations, **common, name="matcher"
+        )
+        assignment = matcher(points, positions, masks, image.shape[2:4], train=train)
+        return PretrainingOutput(cnn, kaf, assignment)

@@ -1,0 +1,124 @@
+"""UNet, UNet (c2) and KAF-UNet: method.md section 5 and the appendix's table 1.
+
+One encoder, whose blocks' output is widened in one of three ways: not at all, by a copy of itself,
+or by a KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kafjax.models.kaf import KAF
+from kafjax.models.layers import Conv, ConvBlock, UpConv, max_pool
+
+NUM_LEVELS = 4
+WIDENINGS = ("none", "copy", "kaf")
+
+
+class Encoding(NamedTuple):
+    """What an encoder gives: features of its levels, finest first.
+
+    Attributes:
+      levels: the widened block outputs, [b, h / 2^l, w / 2^l, c_l].
+      center: the deepest features, [b, h / 16, w / 16, c].
+      points: the keypoints' features at each level with a KAF layer, each [b, k, 256].
+    """
+
+    levels: tuple[jax.Array, ...]
+    center: jax.Array
+    points: tuple[jax.Array, ...]
+
+
+class WidenedBlock(nn.Module):
+    """A convolution block followed by its widening at one level.
+
+    Attributes:
+      features: c; the output has c channels, or 2c when widened.
+      widening: 'none', 'copy' (UNet (c2)) or 'kaf'.
+      level: how often the image has been halved; keypoints are divided by 2^level.
+      num_attention_layers: of the KAF layer.
+    """
+
+    features: int
+    widening: str
+    level: int
+    num_attention_layers: int = 16
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Maps [b, h, w, c'] to the widened features and the keypoints' features, if any."""
+        common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        x = ConvBlock(self.features, **common, name="block")(x, train=train)
+        if self.widening == "copy":
+            return jnp.concatenate([x, x], axis=-1), None
+        if self.widening == "kaf":
+            kaf = KAF(self.num_attention_layers, **common, name="kaf")
+            return kaf(x, keypoints // 2**self.level, mask, train=train)
+        return x, None
+
+
+class UNetEncoder(nn.Module):
+    """Four widened blocks with pooling, and the centre.
+
+    Attributes:
+      filters: f, the channels of the first block.
+      widening: 'none', 'copy' or 'kaf'.
+    """
+
+    filters: int
+    widening: str = "none"
+    num_attention_layers: int = 16
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+    ) -> Encoding:
+        """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        x, levels, points = image.astype(self.dtype), [], []
+        for level in range(NUM_LEVELS):
+            block = WidenedBlock(
+                self.filters * 2**level,
+                self.widening,
+                level,
+                self.num_attention_layers,
+                self.axis_name,
+                self.dtype,
+                name=f"level_{level}",
+            )
+            x, level_points = block(x, keypoints, mask, train=train)
+            levels.append(x)
+            points += [] if level_points is None else [level_points]
+            x = max_pool(x)
+        features = self.filters * 16 * (1 if self.widening == "none" else 2)
+        for i in (1, 2):
+            x = nn.relu(Conv(features, dtype=self.dtype, name=f"center_{i}")(x))
+        return Encoding(tuple(levels), x, tuple(points))
+
+
+class UNetDecoder(nn.Module):
+    """From the centre back to the image's size, and to logits."""
+
+    num_classes: int
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
+        """Gives logits [b, h, w, num_classes]."""
+        x = encoding.center
+        for level in reversed(range(NUM_LEVELS)):
+            features = x.shape[-1] // 2
+            x = UpConv(features, dtype=self.dtype, name=f"up_{level}")(x)
+            x = jnp.concatenate([x, encoding.levels[level]], axis=-1)
+            block = ConvBlock(features, self.axis_name, self.dtype, name=f"level_{level}")
+            x = block(x, train=train)
+        head = Conv(self.num_classes, kernel_size=1, use_bias=False, dtype=self.dtype, name="head")
+        return head(x)
