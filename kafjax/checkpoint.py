@@ -1,0 +1,399 @@
+"""Checkpoints of a run: saved asynchronously, verified leaf by leaf when read, resumed from.
+
+    WORKDIR/config.json               the run's config
+    WORKDIR/checkpoints/<step>/       `state`, the pytree of arrays, and `meta`, which describes it
+    WORKDIR/damaged/<step>/           what `restore_latest` could not read and moved aside
+
+Orbax writes and retains. What it leaves out is here: it restores flipped bits without a word, does
+not compare shapes or dtypes with NumPy targets, and raises on a truncated newest step instead of
+taking the one before. So `meta` holds shape, dtype and hash of every leaf, and a checksum of its
+own. Reading a checkpoint involves no other process; only `Checkpointer` synchronises processes.
+
+Leaves are host arrays, those of process 0. Leaf names are paths, as in `params/head/kernel`.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+PyTree = Any
+T = TypeVar("T")
+
+# How long, how often and where: a run may be resumed with other values of these.
+MAY_CHANGE = (
+    "num_steps",
+    "num_epochs",
+    "log_every_steps",
+    "image_every_steps",
+    "checkpoint_every_steps",
+    "eval_every_epochs",
+    "keep_newest",
+    "keep_best",
+    "data.data_dir",
+    "data.num_threads",
+)
+_FORMAT = 1
+_VARIABLES = ("params", "batch_stats")
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read, or is not what was saved; the text names step and fault."""
+
+
+class Checkpointer:
+    """Saves and restores the state of the run in `workdir`; a context manager.
+
+    Kept are the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`;
+    `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where the
+    workdir holds another config. With several processes all of them must make the same calls.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep_newest: int,
+        keep_best: int = 1,
+        best_metric: str | None,
+        best_mode: Literal["max", "min"] = "max",
+        config: Mapping[str, Any],
+    ):
+        self._workdir = Path(workdir).absolute()
+        check_config(self._workdir, config)
+        if jax.process_index() == 0:
+            _write_config(self._workdir, config)
+        self._best_metric = best_metric
+        self._best_sign = {"max": 1, "min": -1}[best_mode]
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_newest)]
+        if best_metric is not None:
+            keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
+        self._manager = ocp.CheckpointManager(
+            _checkpoints(self._workdir),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                # Without this Orbax stores no metrics and so forgets the best on resume.
+                best_fn=None if best_metric is None else self._score,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self, step: int, state: PyTree, *, metrics: Mapping[str, float], data: Mapping[str, Any]
+    ) -> bool:
+        """Starts saving a pytree of host arrays, copied first, with metrics and JSON-able `data`.
+
+        Returns False, and saves nothing, if this step or a later one is there already. An error of
+        writing is raised by the next `save`, `wait` or `close`.
+        """
+        arrays = jax.tree.map(np.asarray, state)
+        scores = {name: float(value) for name, value in metrics.items()}
+        # Orbax stores what the primary process gives.
+        meta = _describe(step, arrays, scores, data) if jax.process_index() == 0 else {}
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
+            ),
+            metrics=None if self._best_metric is None else {self._best_metric: math.nan} | scores,
+        )
+
+    def restore_latest(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+        """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
+
+        `template` has the state's structure with arrays or `jax.ShapeDtypeStruct` leaves; the
+        state's leaves are NumPy arrays. Newer checkpoints that are damaged are named in a warning
+        and moved aside. Raises `ValueError` listing all differences in tree, shape and dtype, or if
+        every checkpoint is damaged.
+        """
+        self.wait()
+
+        def read(step: int) -> tuple[PyTree, dict[str, Any]]:
+            return _read_state(_checkpoints(self._workdir) / str(step), template)
+
+        found = _newest_good(self._workdir, read)
+        step = -1 if found is None else found[0]
+        if jax.process_count() > 1:
+            step = int(np.min(multihost_utils.process_allgather(np.int32(step))))
+        if found is None or step < 0:
+            return None
+        state, meta = found[1] if step == found[0] else read(step)
+        self._move_aside(step)
+        return state, meta["data"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machine is about to be taken away, so that this step should be saved.
+
+        Needs `jax.distributed.initialize`, also for a single process.
+        """
+        return self._manager.reached_preemption(step)
+
+    def all_steps(self) -> list[int]:
+        """The steps that are saved, or being saved, in order."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Returns when what was being saved is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends Orbax's threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        value = metrics.get(self._best_metric or "", math.nan)
+        return -math.inf if math.isnan(value) else self._best_sign * value
+
+    def _move_aside(self, good: int) -> None:
+        """Moves what is newer than the good step away: Orbax would save no step before it."""
+        newer = [step for step in self.all_steps() if step > good]
+        if not newer:
+            return
+        if jax.process_index() == 0:
+            damaged = self._workdir / "damaged"
+            damaged.mkdir(exist_ok=True)
+            for step in newer:
+                aside = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=damaged))
+                (_checkpoints(self._workdir) / str(step)).rename(aside / str(step))
+        ocp.multihost.sync_global_processes("kafjax_move_aside")
+        self._manager.reload()
+
+
+def load_variables(
+    workdir: str | os.PathLike[str], *, step: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The `params` and `batch_stats` of a run's newest good checkpoint, or of `step`, verified.
+
+    Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
+    or only damaged ones.
+    """
+    directory = _checkpoints(Path(workdir).absolute())
+    found = _newest_good(Path(workdir), lambda s: _read_variables(directory / str(s)), step)
+    if found is None:
+        raise ValueError(
+            f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
+            f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
+        )
+    return found[1]
+
+
+def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
+    """The metrics that were saved with each checkpoint whose description is good, by step."""
+    directory = _checkpoints(Path(workdir).absolute())
+    metrics = {}
+    for step in sorted(ocp.utils.checkpoint_steps(directory)):
+        try:
+            metrics[step] = _read_meta(directory / str(step))["metrics"]
+        except DamagedCheckpointError as error:
+            log.warning("%s", error)
+    return metrics
+
+
+def check_config(
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    may_change: Collection[str] = MAY_CHANGE,
+) -> None:
+    """Raises `ValueError` listing each field whose value differs from the one stored in `workdir`.
+
+    Fields are named by dotted paths; those in `may_change` may differ.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        there = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(f"{path}: not a run's config ({error})") from None
+    here = _flatten(json.loads(json.dumps(config)))
+    absent = object()
+    differing = [
+        f"  {field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} here"
+        for field in sorted(there.keys() | here.keys())
+        if there.get(field, absent) != here.get(field, absent) and field not in may_change
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another config; give another workdir or the same config:\n"
+            + "\n".join(differing)
+        )
+
+
+def _checkpoints(workdir: Path) -> Path:
+    return workdir / "checkpoints"
+
+
+def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(workdir / "config.json")
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _signature(leaf: Any) -> list[Any]:
+    """[dtype, shape] of an array, a `jax.ShapeDtypeStruct` or a number, as JSON returns them."""
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _hash(leaf: np.ndarray) -> str:
+    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
+
+
+def _hashes(tree: PyTree) -> dict[str, str]:
+    names, leaves = zip(*_leaves(tree), strict=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+        return dict(zip(names, threads.map(_hash, leaves), strict=True))
+
+
+def _describe(
+    step: int, arrays: PyTree, metrics: Mapping[str, float], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    body = {
+        "format": _FORMAT,
+        "step": step,
+        "signatures": {name: _signature(leaf) for name, leaf in _leaves(arrays)},
+        "hashes": _hashes(arrays),
+        "metrics": dict(metrics),
+        "data": dict(data),
+    }
+    return {**body, "checksum": _checksum(body)}
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _newest_good(
+    workdir: Path, read: Callable[[int], T], step: int | None = None
+) -> tuple[int, T] | None:
+    """The newest step that `read` finds good (of `step` alone if given), and what it read.
+
+    None where there is no step; `ValueError` where all are damaged.
+    """
+    steps = sorted(ocp.utils.checkpoint_steps(_checkpoints(workdir.absolute())), reverse=True)
+    steps = [s for s in steps if step in (None, s)]
+    for candidate in steps:
+        try:
+            return candidate, read(candidate)
+        except DamagedCheckpointError as error:
+            log.warning("%s", error)
+    if not steps:
+        return None
+    raise ValueError(f"{workdir}: every checkpoint is damaged: {', '.join(map(str, steps))}")
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    meta = _read_item(directory / "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+    body = {name: value for name, value in meta.items() if name != "checksum"}
+    if _checksum(body) != meta.get("checksum"):
+        raise DamagedCheckpointError(f"{directory}: damaged, its meta has a wrong checksum")
+    if body["format"] != _FORMAT:
+        raise ValueError(f"{directory}: has format {body['format']}; expected {_FORMAT}")
+    return body
+
+
+def _read_state(directory: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    meta = _read_meta(directory)
+    _check_signatures(directory, meta["signatures"], template)
+    return _read_arrays(directory, template, meta["hashes"]), meta
+
+
+def _read_variables(directory: Path) -> dict[str, dict[str, Any]]:
+    meta = _read_meta(directory)
+    template: dict[str, dict[str, Any]] = {name: {} for name in _VARIABLES}
+    for name, (dtype, shape) in meta["signatures"].items():
+        *parents, last = name.split("/")
+        if parents and parents[0] in _VARIABLES:
+            node: dict[str, Any] = template
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = jax.ShapeDtypeStruct(shape, dtype)
+    stored = {name: tree for name, tree in template.items() if tree}
+    return template | _read_arrays(directory, stored, meta["hashes"])
+
+
+def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTree) -> None:
+    wanted = {name: _signature(leaf) for name, leaf in _leaves(template)}
+    wrong = [
+        f"  {name}: {stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} expected"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{directory} does not fit this run's state:\n" + "\n".join(wrong))
+
+
+def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -> PyTree:
+    """Reads the leaves of `template`, which may be a part of what is stored, and verifies them."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+    arrays = _read_item(
+        directory / "state",
+        ocp.PyTreeCheckpointHandler,
+        ocp.args.PyTreeRestore(template, restore_args=as_numpy, partial_restore=True),
+    )
+    wrong = [name for name, found in _hashes(arrays).items() if found != hashes[name]]
+    if wrong:
+        raise DamagedCheckpointError(
+            f"{directory}: damaged, these leaves are not what was saved: {', '.join(wrong)}"
+        )
+    return arrays
+
+
+def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.CheckpointArgs) -> Any:
+    """Reads one item of a checkpoint in this process alone."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"read_{process}",
+    )
+    try:
+        with ocp.Checkpointer(
+            handler(multiprocessing_options=alone), multiprocessing_options=alone
+        ) as reader:
+            return reader.restore(directory, args=args)
+    except MemoryError:
+        raise
+    except Exception as error:  # damage surfaces as errors of every kind, and all mean the same
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpointError(
+            f"{directory}: damaged, it cannot be read ({type(error).__name__}: {reason})"
+        ) from error
