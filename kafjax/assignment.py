@@ -1,8 +1,8 @@
 """Keypoint matching by optimal transport: masked log-domain Sinkhorn and the local loss on it.
 
-Scores are [b, m, n] between the keypoints of two slices; masks [b, m] and [b, n] say which are real.
-The augmented problem has one row and one column more, the dustbins, at the last index: a keypoint
-without counterpart goes there. (Sarlin et al., CVPR 2020, section 3.2; method.md section 6.)
+Scores are [b, m, n] between the keypoints of two slices; masks [b, m] and [b, n] say which are
+real. The augmented problem has one row and one column more, the dustbins, at the last index: a
+keypoint without counterpart goes there. (Sarlin et al., CVPR 2020, section 3.2; method.md 6.)
 """
 
 import jax
@@ -24,7 +24,8 @@ def log_optimal_transport(
 
     Each real keypoint has mass 1 and each dustbin the number of real keypoints of the other side.
     Padding takes no part: the result at real places is that of the unpadded problem. Memory does
-    not hold an iteration's [m, n] tables: the backward pass computes them again from the potentials.
+    not hold the iterations' [m, n] tables: the backward pass computes them again from the
+    potentials.
 
     Args:
       scores: [b, m, n].

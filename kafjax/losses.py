@@ -57,13 +57,13 @@ def supervised_contrastive_loss(
     """Supervised contrastive loss over several views of a batch (method.md section 6).
 
     For anchor i with positives P(i) among all other views of all samples,
-    `-1 / |P(i)| * sum_p log(exp(s_ip / T) / sum_{a != i} exp(s_ia / T))` with cosine similarities s;
-    the mean over anchors that have a positive, times T / 0.07. (Khosla et al. 2020, equation 2.)
+    `-1 / |P(i)| * sum_p log(exp(s_ip / T) / sum_{a != i} exp(s_ia / T))` with cosine similarities
+    s; the mean over anchors that have a positive, times T / 0.07. (Khosla et al. 2020, equation 2.)
 
     Args:
       views: the same b samples' embeddings in each view, each [b, e]; need not be normalised.
-      positives: bool [n, n] over the samples of the global batch, n = b times the devices. A sample's
-        other views are its positives where the diagonal is true.
+      positives: bool [n, n] over the samples of the global batch, n = b times the devices. A
+        sample's other views are its positives where the diagonal is true.
       temperature: T.
       axis_name: the mapped axis over which the batch is spread, if any. Every device then gets
         the loss of the global batch, negatives of all devices included.

@@ -1,7 +1,7 @@
 """Weights of the authors' PyTorch release as variables of our networks.
 
-`import_state_dict` needs only NumPy. The command, which alone needs PyTorch, turns a checkpoint file
-into an Orbax checkpoint that every other command takes:
+`import_state_dict` needs only NumPy. The command, which alone needs PyTorch, turns a checkpoint
+file into an Orbax checkpoint that every other command takes:
 
     python -m kafjax.torch_import --input latest.pth --config configs/chd_finetune.py --output DIR
 
@@ -22,7 +22,7 @@ from kafjax.models import build_model
 
 NUM_HEADS = 4
 
-# Each KAF layer's own matching projection and dustbin, and an unused head of the pretraining network.
+# Each KAF layer's own matching projection and dustbin, and an unused head for pretraining.
 DEAD_WEIGHTS = re.compile(
     r"encoder\.graph_\d\.superglue\.(bin_score|final_proj\.\w+)|graph_local_head\..*"
 )
@@ -73,9 +73,13 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def release_name(path: str) -> str:
-    """The release's name of one of our variables, given its path such as 'encoder/center_1/conv/bias'.
+    """The release's name of one of our variables.
 
-    A '$' in the name stands for the layer numbers along the variable's leading axis.
+    Args:
+      path: such as 'encoder/center_1/conv/bias'.
+
+    Returns:
+      The name; a '$' in it stands for the layer numbers along the variable's leading axis.
     """
     for pattern, replacement in _RULES:
         path = re.sub(pattern, replacement, path)
@@ -106,7 +110,9 @@ def import_state_dict(
         expected. Or the release has no network of this kind.
     """
     if "fcn" in config.name:
-        raise ValueError(f"config.model.name is {config.name!r}: there is no import of FCN networks")
+        raise ValueError(
+            f"config.model.name is {config.name!r}: there is no import of FCN networks"
+        )
     state_dict = {name.removeprefix("module."): np.asarray(a) for name, a in state_dict.items()}
     template = flax.traverse_util.flatten_dict(_variable_shapes(config), sep="/")
     used: list[str] = []

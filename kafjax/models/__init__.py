@@ -1,9 +1,9 @@
 """Every network by name: `build_model(config.model)`.
 
-Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)` with
-image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and give logits
-[b, h, w, d]; models without keypoints ignore them. The pretraining network takes the same with a
-view axis of 2 after b and gives a `PretrainingOutput`. h and w must be divisible by 16.
+Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)`
+with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and give
+logits [b, h, w, d]; models without keypoints ignore them. The pretraining network takes the same
+with a view axis of 2 after b and gives a `PretrainingOutput`. h and w must be divisible by 16.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ __all__ = [
     "PretrainingOutput",
     "SegmentationNetwork",
     "build_model",
+    "init_variables",
 ]
 
 HEADS = ("segmentation", "pretraining")
@@ -90,6 +91,27 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
             **common,
         )
     return SegmentationNetwork(encoder, backbone.decoder(config.num_classes, **common))
+
+
+def init_variables(
+    model: nn.Module, seed: int, image: Any, keypoints: Any, keypoint_mask: Any
+) -> dict[str, Any]:
+    """A network's variables at the start of training.
+
+    Args:
+      model: from `build_model`.
+      seed: of the random parameters.
+      image: inputs as the model's, of which only shapes and types matter; arrays or
+        `jax.ShapeDtypeStruct`s.
+      keypoints: likewise.
+      keypoint_mask: likewise.
+
+    Returns:
+      {'params', 'batch_stats'} of NumPy arrays; the same for a seed on every platform.
+    """
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in (image, keypoints, keypoint_mask)]
+    key = jax.random.key(seed)
+    return jax.device_get(jax.jit(lambda: model.init(key, *inputs, train=False))())
 
 
 def _check_choice(field: str, value: str, choices: Any) -> None:

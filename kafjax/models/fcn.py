@@ -53,8 +53,8 @@ class FCNEncoder(nn.Module):
             levels.append(x)
             points += [] if level_points is None else [level_points]
             x = max_pool(x)
-        block = ConvBlock(self.filters * 16, **common, name="level_4")
-        x = nn.max_pool(block(x, train=train), (2, 2), (2, 2), padding="SAME")
+        x = ConvBlock(self.filters * 16, **common, name="level_4")(x, train=train)
+        x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
         return Encoding(tuple(levels), x, tuple(points))
 
 

@@ -1,7 +1,7 @@
 """The keypoint-augmented fusion (KAF) layer: method.md section 4.
 
-Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks [b, k]
-say which are real. Where several real keypoints share a pixel, the last in order fills it.
+Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks
+[b, k] say which are real. Where several real keypoints share a pixel, the last in order fills it.
 """
 
 from typing import Any
@@ -130,7 +130,7 @@ class KAF(nn.Module):
           [b, k, 256], meaningless at padding.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
-        shape = x.shape[1:3]
+        shape = (x.shape[1], x.shape[2])
         points = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="project")(
             gather_at_keypoints(x, keypoints)
         )

@@ -123,9 +123,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Normalises x [..., c] by channel; `mask` [...] says which entries are real."""
         dtype = parameter_dtype(self.dtype)
         shape = (x.shape[-1],)

@@ -88,9 +88,7 @@ class Matcher(nn.Module):
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
         position = PositionalEncoder(**common, name="position")
-        a, b = (
-            points[i] + position(keypoints[i], mask[i], shape, train=train) for i in range(2)
-        )
+        a, b = (points[i] + position(keypoints[i], mask[i], shape, train=train) for i in range(2))
         for i in range(self.num_attention_layers):
             layer = AttentionLayer(train, **common, name=f"layer_{i}")
             sides = (a, mask[0]), (b, mask[1])
@@ -135,19 +133,22 @@ class PretrainingNetwork(nn.Module):
         cnn_head = CNNHead(self.embedding, dtype=self.dtype, name="cnn_head")
         positions = (keypoints[:, 0], keypoints[:, 1])
         masks = (keypoint_mask[:, 0], keypoint_mask[:, 1])
-        encodings = [
+        first, second = (
             self.encoder(image[:, i], positions[i], masks[i], train=train) for i in range(2)
-        ]
-        cnn = (cnn_head(encodings[0].center), cnn_head(encodings[1].center))
-        if not encodings[0].points:
+        )
+        cnn = (cnn_head(first.center), cnn_head(second.center))
+        if not first.points:
             return PretrainingOutput(cnn, None, None)
 
         fuse = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="fuse_levels")
-        points = tuple(fuse(jnp.concatenate(e.points, axis=-1)) for e in encodings)
+        points_1 = fuse(jnp.concatenate(first.points, axis=-1))
+        points_2 = fuse(jnp.concatenate(second.points, axis=-1))
         kaf_head = KAFHead(self.embedding, **common, name="kaf_head")
-        kaf = tuple(kaf_head(points[i], masks[i], train=train) for i in range(2))
+        kaf_1 = kaf_head(points_1, masks[0], train=train)
+        kaf_2 = kaf_head(points_2, masks[1], train=train)
         matcher = Matcher(
             self.num_matcher_layers, self.num_sinkhorn_iterations, **common, name="matcher"
         )
-        assignment = matcher(points, positions, masks, image.shape[2:4], train=train)
-        return PretrainingOutput(cnn, kaf, assignment)
+        shape = (image.shape[2], image.shape[3])
+        assignment = matcher((points_1, points_2), positions, masks, shape, train=train)
+        return PretrainingOutput(cnn, (kaf_1, kaf_2), assignment)
