@@ -1,0 +1,288 @@
+"""A whole raw dataset -> DATA/<name>/<version>: check, prepare in parallel, publish at once.
+
+Everything is made in the hidden folder `.<version>.preparing` beside the final place: finished
+shards with a JSON file each that says what made them, so that a run that was stopped at any moment
+is finished by the next one, and only what is missing or stale is made again. The finished dataset
+is then moved to its place in one step; tfds takes any existing version folder for a prepared one.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep import builder
+from data_prep.builder import Options, Plan, Shard
+from data_prep.faults import DatasetError, Fault
+from data_prep.readers import Facts, Reader, Source, duplicate_faults, inspect
+from data_prep.workers import run_jobs
+from kafjax.records import RecordError, load_index
+
+
+class PreparationError(RuntimeError):
+    """Volumes that could not be prepared though their files are sound; the others are kept."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is on disk after a preparation."""
+
+    directory: Path
+    already_prepared: bool
+    num_volumes: int
+    num_slices: int
+    keypoints_found: tuple[int, ...]  # by slice, before the choice of K; empty if already prepared
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The final folder, and the folder beside it where it is made."""
+
+    final: Path
+
+    @property
+    def preparing(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.preparing")
+
+    @property
+    def dataset(self) -> Path:
+        return self.preparing / "dataset"
+
+    def note(self, volume_id: str) -> Path:
+        return self.preparing / "volumes" / f"{volume_id}.json"
+
+
+def prepare_dataset(
+    reader: Reader,
+    raw_dir: Path,
+    data_dir: Path,
+    *,
+    name: str,
+    options: Options,
+    num_workers: int,
+    overwrite: bool = False,
+) -> Summary:
+    """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, or finds that it is done.
+
+    The same sources and options give the same bytes for any `num_workers` (0: in this process) and
+    after any interruption. Raises `DatasetError` with every fault of the raw files; `ValueError`
+    if another dataset is in the place and `overwrite` is false, or another process is at work on
+    it; `PreparationError` if workers died; `OSError` where the disk does not take it.
+    """
+    place = _Place(data_dir / name / builder.VERSION)
+    sources, faults = reader.find(raw_dir)
+    if not faults and place.final.exists() and any(place.final.iterdir()):
+        differences = _differences(place.final, reader, sources, options)
+        if not differences:
+            shutil.rmtree(place.preparing, ignore_errors=True)
+            return _already_prepared(place.final)
+        if not overwrite:
+            raise ValueError(
+                f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
+                + "\n".join(f"  {line}" for line in differences)
+            )
+    facts = _check(reader, sources, faults, num_workers)
+    with _lock(place.preparing):
+        plan = _plan(name, reader, options, facts)
+        shards = _prepare_volumes(plan, sources, facts, place, num_workers)
+        _publish(plan, shards, place)
+    return Summary(
+        directory=place.final,
+        already_prepared=False,
+        num_volumes=len(shards),
+        num_slices=sum(shard.num_slices for shard in shards),
+        keypoints_found=tuple(found for shard in shards for found in shard.keypoints_found),
+    )
+
+
+def _differences(final: Path, reader: Reader, sources: list[Source], options: Options) -> list[str]:
+    """How the dataset in place differs from what is asked for; libraries are not compared."""
+    try:
+        found = json.loads((final / "metadata.json").read_text())
+        load_index(final)
+    except (OSError, json.JSONDecodeError, RecordError) as error:
+        return [f"it is not a finished dataset of ours ({error})"]
+    asked: dict[str, Any] = {
+        "kind": reader.kind,
+        "radius": reader.radius,
+        "classes": list(reader.classes),
+        **dataclasses.asdict(options),
+    }
+    differences = [
+        f"{key}: {found.get(key)} there, {value} asked for"
+        for key, value in asked.items()
+        if found.get(key) != value
+    ]
+    there = {id: volume["sources"] for id, volume in found.get("volumes", {}).items()}
+    here = {source.id: {p.name: _sha256(p) for p in source.files} for source in sources}
+    return differences + [
+        f"{id}: its files {_change(there.get(id), here.get(id))}"
+        for id in sorted(there.keys() | here.keys())
+        if there.get(id) != here.get(id)
+    ]
+
+
+def _change(there: dict[str, str] | None, here: dict[str, str] | None) -> str:
+    if there is None:
+        return "are new"
+    return "are gone from the raw folder" if here is None else "have changed"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _already_prepared(final: Path) -> Summary:
+    volumes = json.loads((final / "metadata.json").read_text())["volumes"].values()
+    num_slices = sum(volume["num_slices"] for volume in volumes)
+    return Summary(final, True, len(volumes), num_slices, ())
+
+
+def _check(
+    reader: Reader, sources: list[Source], faults: list[Fault], num_workers: int
+) -> dict[str, Facts]:
+    """Reads every volume once. Raises `DatasetError` with all faults of the dataset."""
+    facts: dict[str, Facts] = {}
+    jobs = {source.id: source for source in sources}
+    with tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress:
+        check = functools.partial(inspect, reader)
+        for id, result in run_jobs(check, jobs, num_workers=num_workers):
+            progress.update()
+            if isinstance(result, DatasetError):
+                faults = [*faults, *result.faults]
+            elif isinstance(result, Exception):
+                raise PreparationError(f"{jobs[id].image}: {result}") from result
+            else:
+                facts[id] = result
+    faults = [*faults, *duplicate_faults(sources, facts)]
+    if faults:
+        raise DatasetError(sorted(faults, key=lambda fault: str(fault.path)))
+    return facts
+
+
+def _plan(name: str, reader: Reader, options: Options, facts: dict[str, Facts]) -> Plan:
+    return Plan(
+        name=name,
+        reader=reader,
+        options=options,
+        reach=max(reader.reach(fact.num_slices) for fact in facts.values()),
+        dtype=_common_dtype(fact.dtype for fact in facts.values()),
+    )
+
+
+def _common_dtype(dtypes: Iterable[str]) -> str:
+    """The narrowest type of image that holds all volumes: tfds has one for the whole dataset."""
+    common = np.result_type(*map(np.dtype, dtypes))
+    return "float32" if common.kind == "f" else common.name
+
+
+def _prepare_volumes(
+    plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
+) -> list[Shard]:
+    """Makes the shards that are missing or stale; returns all, in the order of the sources."""
+    place.dataset.mkdir(parents=True, exist_ok=True)
+    place.note("").parent.mkdir(exist_ok=True)
+    shards = {source.id: _finished(plan, facts[source.id], place) for source in sources}
+    jobs = {source.id: source for source in sources if shards[source.id] is None}
+    done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
+    total = sum(fact.num_slices for fact in facts.values())
+    work = functools.partial(_prepare_volume, plan, facts, place)
+    failures: dict[str, Exception] = {}
+    with tqdm(total=total, initial=done, desc="preparing", unit="slice", disable=None) as progress:
+        for id, result in run_jobs(work, jobs, num_workers=num_workers):
+            if isinstance(result, OSError):
+                raise result  # a full or read-only disk stops every other volume too
+            if isinstance(result, Exception):
+                failures[id] = result
+            else:
+                shards[id] = result
+                progress.update(result.num_slices)
+    _raise_failures(failures, jobs)
+    return [shard for shard in shards.values() if shard is not None]
+
+
+def _prepare_volume(plan: Plan, facts: dict[str, Facts], place: _Place, source: Source) -> Shard:
+    shard = builder.write_shard(plan, source, facts[source.id].sha256, place.dataset)
+    _write_json(place.note(source.id), dataclasses.asdict(shard))
+    return shard
+
+
+def _finished(plan: Plan, fact: Facts, place: _Place) -> Shard | None:
+    """The volume's shard if an earlier run finished it and nothing that made it has changed."""
+    try:
+        shard = Shard(**json.loads(place.note(fact.id).read_text()))
+        intact = _sha256(place.dataset / shard.file) == shard.sha256
+    except (OSError, json.JSONDecodeError, TypeError):
+        return None
+    same = shard.parameters == plan.parameters and shard.sources == fact.sha256
+    named = shard.file == builder.shard_name(plan.name, fact.id)
+    return shard if intact and same and named else None
+
+
+def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) -> None:
+    if failures and all(isinstance(error, DatasetError) for error in failures.values()):
+        raise DatasetError([f for e in failures.values() for f in getattr(e, "faults", ())])
+    if failures:
+        lines = [f"{sources[id].image}: {error}" for id, error in sorted(failures.items())]
+        error = PreparationError("\n".join(lines))
+        for failure in failures.values():
+            for note in getattr(failure, "__notes__", ()):
+                error.add_note(note)
+        raise error
+
+
+def _publish(plan: Plan, shards: list[Shard], place: _Place) -> None:
+    """Completes the folder of shards and moves it to its final place."""
+    wanted = {shard.file for shard in shards}
+    for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:
+        leftover.unlink()
+    builder.write_dataset_files(place.dataset, plan, shards)
+    for path in place.dataset.iterdir():
+        _sync(path)
+    _sync(place.dataset)
+    if place.final.exists():
+        shutil.rmtree(place.final)
+    place.dataset.rename(place.final)
+    _sync(place.final.parent)
+    shutil.rmtree(place.preparing)
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file or a folder is on the disk before it counts as done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file that appears only when it is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1, sort_keys=True))
+    _sync(beside)
+    beside.replace(path)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process alone; the system lets go when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is preparing this dataset") from error
+        yield

@@ -1,0 +1,123 @@
+"""Jobs in parallel processes, with the name of the job that a dying process took with it.
+
+Processes are spawned, never forked, so that no library's threads or locks are copied. They end with
+their parent: a killed run leaves none behind. (`concurrent.futures` ends the whole pool when one
+process dies, and cannot say which job it held.)
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import cv2
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class WorkerDied(RuntimeError):  # noqa: N818 - it states what happened
+    """The process that held a job ended without an answer: killed, most often for its memory."""
+
+
+def run_jobs(
+    function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, result) of `function(job)` for each named job, in order of completion.
+
+    An exception of the function is the result, not raised; so is `WorkerDied`, after which a fresh
+    process goes on with the other jobs. `function` must be importable by name. With `num_workers`
+    0 the jobs run in this process, one after the other. Closing the iterator ends all workers.
+    """
+    if num_workers == 0:
+        yield from ((name, _call(function, job)) for name, job in jobs.items())
+        return
+    waiting = list(jobs.items())[::-1]
+    crew: list[_Worker] = []
+    try:
+        while waiting or any(worker.job for worker in crew):
+            crew = [worker for worker in crew if worker.alive]
+            while len(crew) < min(num_workers, len(waiting) + sum(bool(w.job) for w in crew)):
+                crew.append(_Worker(function))
+            for worker in crew:
+                if waiting and worker.job is None:
+                    worker.start(*waiting.pop())
+            ready = wait([worker.connection for worker in crew if worker.job])
+            for worker in [worker for worker in crew if worker.connection in ready]:
+                yield worker.finish()
+    finally:
+        for worker in crew:
+            worker.end()
+
+
+class _Worker:
+    """One process and the job that it holds."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.connection, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # or its end would not be noticed here
+        self.job: str | None = None
+        self.alive = True
+
+    def start(self, name: str, job: Any) -> None:
+        self.job = name
+        with contextlib.suppress(OSError):  # it has died: `finish` reports so
+            self.connection.send(job)
+
+    def finish(self) -> tuple[str, Any]:
+        """The name and result of the job, once the connection is ready."""
+        name, self.job = self.job, None
+        assert name is not None
+        try:
+            return name, self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            self.alive = False
+            return name, WorkerDied(_how_it_died(self._process.exitcode))
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _how_it_died(exitcode: int | None) -> str:
+    if exitcode == -signal.SIGKILL:
+        return "its worker process was killed (signal 9), most likely because memory ran out"
+    if exitcode is not None and exitcode < 0:
+        return f"its worker process was ended by signal {-exitcode}"
+    return f"its worker process ended with exit status {exitcode}"
+
+
+def _call(function: Callable[[Any], Any], job: Any) -> Any:
+    try:
+        return function(job)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return error
+
+
+def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
+    """A worker's life: job in, result out, until the parent closes the connection or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    cv2.setNumThreads(1)  # the cores are shared out between processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(_call(function, job))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,35 @@
+"""Fixtures that write files: synthetic volumes, and a dataset prepared from them.
+
+Each process of a parallel test run makes its own, in its own temporary folder.
+"""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def phantom_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four phantom subjects, 64 x 64 x 12, in the CHD layout."""
+    from data_prep.phantom import write_subjects
+
+    raw_dir = tmp_path_factory.mktemp("raw")
+    write_subjects(raw_dir, 4, size=(64, 64, 12))
+    return raw_dir
+
+
+@pytest.fixture(scope="session")
+def phantom_dataset(phantom_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of `phantom_raw` prepared with K = 64, reach 1: DATA/phantom/1.0.0."""
+    from data_prep.builder import Options
+    from data_prep.prepare import prepare_dataset
+    from data_prep.readers import READERS
+
+    return prepare_dataset(
+        READERS["chd"],
+        phantom_raw,
+        tmp_path_factory.mktemp("data"),
+        name="phantom",
+        options=Options(max_keypoints=64),
+        num_workers=0,
+    ).directory
