@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
+from kafjax.models.initialization import init_variables, variable_shapes
 from kafjax.models.pretraining import PretrainingNetwork, PretrainingOutput
 from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
 
@@ -24,6 +25,7 @@ __all__ = [
     "SegmentationNetwork",
     "build_model",
     "init_variables",
+    "variable_shapes",
 ]
 
 HEADS = ("segmentation", "pretraining")
@@ -91,27 +93,6 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
             **common,
         )
     return SegmentationNetwork(encoder, backbone.decoder(config.num_classes, **common))
-
-
-def init_variables(
-    model: nn.Module, seed: int, image: Any, keypoints: Any, keypoint_mask: Any
-) -> dict[str, Any]:
-    """A network's variables at the start of training.
-
-    Args:
-      model: from `build_model`.
-      seed: of the random parameters.
-      image: inputs as the model's, of which only shapes and types matter; arrays or
-        `jax.ShapeDtypeStruct`s.
-      keypoints: likewise.
-      keypoint_mask: likewise.
-
-    Returns:
-      {'params', 'batch_stats'} of NumPy arrays; the same for a seed on every platform.
-    """
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in (image, keypoints, keypoint_mask)]
-    key = jax.random.key(seed)
-    return jax.device_get(jax.jit(lambda: model.init(key, *inputs, train=False))())
 
 
 def _check_choice(field: str, value: str, choices: Any) -> None:

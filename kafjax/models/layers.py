@@ -15,10 +15,20 @@ import jax.numpy as jnp
 
 LEAKY_SLOPE = 0.01
 
-# He et al. 2015 for leaky ReLU; fan in, not truncated.
-he_normal = nn.initializers.variance_scaling(2 / (1 + LEAKY_SLOPE**2), "fan_in", "normal")
-# Uniform in +-1/sqrt(fan in): variance 1 / (3 fan in).
-linear_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+def he_stddev(fan_in: int) -> float:
+    """Standard deviation of a convolution's initial weights: He et al. 2015 for leaky ReLU."""
+    return math.sqrt(2 / (1 + LEAKY_SLOPE**2) / fan_in)
+
+
+def linear_bound(fan_in: int) -> float:
+    """Bound of a linear map's uniform initial weights and biases."""
+    return 1 / math.sqrt(fan_in)
+
+
+def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Initialiser of a convolution's kernel [rows, columns, c, features]."""
+    return he_stddev(math.prod(shape[:-1])) * jax.random.normal(key, shape, dtype)
 
 
 def parameter_dtype(dtype: Any) -> jnp.dtype:
@@ -26,9 +36,9 @@ def parameter_dtype(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def bias_uniform(fan_in: int) -> Callable[..., jax.Array]:
-    """Initialiser of a linear map's bias: uniform in +-1/sqrt(fan in)."""
-    bound = 1 / math.sqrt(fan_in)
+def linear_uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """Initialiser of a linear map's kernel and bias."""
+    bound = linear_bound(fan_in)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -45,12 +55,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., c] to [..., features]."""
+        init = linear_uniform(x.shape[-1])
         return nn.Dense(
             self.features,
             dtype=self.dtype,
             param_dtype=parameter_dtype(self.dtype),
-            kernel_init=linear_uniform,
-            bias_init=bias_uniform(x.shape[-1]),
+            kernel_init=init,
+            bias_init=init,
             name="dense",
         )(x)
 
@@ -93,7 +104,7 @@ class UpConv(nn.Module):
         b, h, w, c = x.shape
         param_dtype = parameter_dtype(self.dtype)
         # The release's fan-in of a transposed convolution counts its outputs: 4 x features.
-        stddev = math.sqrt(2 / (1 + LEAKY_SLOPE**2) / (4 * self.features))
+        stddev = he_stddev(4 * self.features)
         shape = (2, 2, c, self.features)
         kernel = self.param("kernel", nn.initializers.normal(stddev), shape, param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)

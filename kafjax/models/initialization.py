@@ -1,0 +1,73 @@
+"""A network's variables at the start of training, drawn on the host.
+
+Compiling the hundreds of random draws of `model.init` takes longer than a short run's training, and
+their last digits differ between platforms. NumPy's generators have neither fault. The distributions
+are those that the modules give to Flax (`kafjax.models.layers`).
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kafjax.models.layers import he_stddev, linear_bound
+
+
+def init_variables(
+    model: nn.Module, seed: int, image: Any, keypoints: Any, keypoint_mask: Any
+) -> dict[str, Any]:
+    """Draws a network's variables.
+
+    A variable's numbers depend on the seed and its own name and shape, so that parts which two
+    networks share start alike.
+
+    Args:
+      model: from `build_model`.
+      seed: not negative.
+      image: inputs as the model's, of which only shapes and types matter; arrays or
+        `jax.ShapeDtypeStruct`s. Height and width may be 16 whatever those of training.
+      keypoints: likewise.
+      keypoint_mask: likewise.
+
+    Returns:
+      {'params', 'batch_stats'} of NumPy arrays; the same for a seed on every platform.
+    """
+    leaves = flax.traverse_util.flatten_dict(
+        variable_shapes(model, image, keypoints, keypoint_mask), sep="/"
+    )
+    variables = {path: _draw(seed, path, leaves) for path in leaves}
+    return flax.traverse_util.unflatten_dict(variables, sep="/")
+
+
+def variable_shapes(
+    model: nn.Module, image: Any, keypoints: Any, keypoint_mask: Any
+) -> dict[str, Any]:
+    """Shapes and types of a network's variables: `init_variables` with `jax.ShapeDtypeStruct`s."""
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (image, keypoints, keypoint_mask)]
+
+    def init(*arrays: jax.Array) -> Any:
+        return model.init(jax.random.key(0), *arrays, train=False)
+
+    return jax.eval_shape(init, *inputs)
+
+
+def _draw(seed: int, path: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> np.ndarray:
+    shape, dtype = leaves[path].shape, leaves[path].dtype
+    *_, module, name = path.split("/")
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
+    if module == "dense":
+        # [..., c, features]; a stack of attention layers has a leading axis.
+        kernel = leaves[path.removesuffix(name) + "kernel"]
+        bound = dtype.type(linear_bound(kernel.shape[-2]))
+        return (2 * generator.random(shape, dtype) - 1) * bound
+    if name == "kernel":
+        counts_outputs = module.startswith("up_")
+        fan_in = 4 * shape[-1] if counts_outputs else math.prod(shape[:-1])
+        return generator.standard_normal(shape, dtype) * dtype.type(he_stddev(fan_in))
+    constant = {"bias": 0, "mean": 0, "scale": 1, "var": 1, "dustbin_score": 1}
+    return np.full(shape, constant[name], dtype)
