@@ -34,15 +34,14 @@ T = TypeVar("T")
 
 # How long, how often and where: a run may be resumed with other values of these.
 MAY_CHANGE = (
-    "num_steps",
     "num_epochs",
-    "log_every_steps",
-    "image_every_steps",
-    "checkpoint_every_steps",
-    "eval_every_epochs",
-    "keep_newest",
-    "keep_best",
-    "data.data_dir",
+    "num_steps",
+    "every.log",
+    "every.checkpoint",
+    "every.picture",
+    "checkpoint.keep_newest",
+    "checkpoint.keep_best",
+    "data.dir",
     "data.num_threads",
 )
 _FORMAT = 1

@@ -22,10 +22,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from kafjax.patches import PatchSize, cut_patch, patch_origin
 from kafjax.records import RecordReader, find_dataset, load_decoder, open_builder
 
 Batch = dict[str, np.ndarray]
-PatchSize = tuple[int, int]
 
 # Farthest neighbour of a slice, by dataset kind and number of slices: 5 % of them in CHD; 18 %, but
 # at most two slices, in ACDC, whose slices are far apart.
@@ -92,11 +92,17 @@ class SliceDataset:
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
 
+    def describe_record(self, record: int) -> str:
+        """A record's volume and its slice, counted from 0, for messages."""
+        return next(
+            f"{name} slice {record - records.start}"
+            for name, records in self.volumes.items()
+            if record in records
+        )
+
     def read(self, record: int, *, with_label: bool = False) -> Slice:
-        """Reads one slice; raises `RecordError` if damaged, `ValueError` if it has no label."""
+        """Reads one slice; raises `RecordError` if it is damaged."""
         features = (self._decode_labelled if with_label else self._decode)(self.reader[record])
-        if with_label and not features["has_label"]:
-            raise ValueError(f"{features['volume_id'].decode()}: this volume has no labels")
         keypoints = features["keypoints"].astype(np.int32)
         image = np.subtract(features["image"], features["mean"], dtype=np.float32)
         image /= np.float32(features["std"])
@@ -192,33 +198,6 @@ def draw_neighbour(rng: np.random.Generator, index: int, num_slices: int, reach:
     return min(max(index + offset, 0), num_slices - 1)
 
 
-def patch_origin(
-    size: PatchSize, patch_size: PatchSize, rng: np.random.Generator | None
-) -> np.ndarray:
-    """Pixel (row, col) of a slice at which its patch begins, int64 [2]; negative where it pads.
-
-    A slice smaller than the patch is centred in it; a larger one is cropped at random, or centrally
-    if `rng` is None.
-    """
-    spare = np.subtract(size, patch_size)
-    centred = np.where(spare < 0, -(-spare // 2), spare // 2)
-    if rng is None:
-        return centred
-    return np.where(spare > 0, rng.integers(0, np.maximum(spare, 0) + 1), centred)
-
-
-def cut_patch(array: np.ndarray, origin: np.ndarray, patch_size: PatchSize) -> np.ndarray:
-    """The patch [h, w, ...] of an array [rows, cols, ...] from `origin`; zero outside the array."""
-    if array.shape[:2] == tuple(patch_size):
-        return array
-    patch = np.zeros((*patch_size, *array.shape[2:]), array.dtype)
-    first = np.maximum(origin, 0)
-    last = np.minimum(origin + patch_size, array.shape[:2])
-    (top, left), (bottom, right) = first - origin, last - origin
-    patch[top:bottom, left:right] = array[first[0] : last[0], first[1] : last[1]]
-    return patch
-
-
 def make_pair(
     dataset: SliceDataset, sample: int, record: int, *, patch_size: PatchSize, seed: int
 ) -> Batch:
@@ -298,9 +277,10 @@ def segmentation_batches(
 ) -> grain.DatasetIterator:
     """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
 
-    The fields are those of `make_labelled` with a leading b. Reading a slice of a volume without
-    labels raises `ValueError`.
+    The fields are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
+    do not fill one batch or a volume has no labels.
     """
+    _check_labelled(dataset, select_volumes(dataset, volumes))
     make = partial(make_labelled, dataset, patch_size=options.patch_size, seed=options.seed)
     return _training_batches(dataset, options, make, volumes, start_step)
 
@@ -311,8 +291,10 @@ def evaluation_batches(
     """All slices of the volumes once, in order of volume and slice, centrally cropped.
 
     The fields are those of `make_labelled` with a leading b, and `valid` bool [b]: the last batch
-    is filled up with zero slices, whose `valid` is false and whose `record` is -1.
+    is filled up with zero slices, whose `valid` is false and whose `record` is -1. Raises
+    `ValueError` where a volume has no labels.
     """
+    _check_labelled(dataset, select_volumes(dataset, volumes))
     records = _records(dataset, volumes)
     steps = -(-len(records) // options.batch_size)
 
@@ -378,6 +360,13 @@ def _check_reach(dataset: SliceDataset, volumes: Sequence[str]) -> None:
             f"{dataset.directory} holds correspondences up to {reach} slices apart; its volumes "
             f"need {needed}; prepare it with a larger reach"
         )
+
+
+def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:
+    facts = dataset.metadata["volumes"]
+    unlabelled = [name for name in volumes if not facts[name]["labelled"]]
+    if unlabelled:
+        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
 
 
 def _correspondence(anchor: Slice, offset: int) -> np.ndarray:

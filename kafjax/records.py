@@ -138,9 +138,10 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
+        raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
         raise ValueError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main --dataset {name} --raw_dir RAW --data_dir {data_dir}"
+            f"  python -m data_prep.main --dataset {name} {raw}--data_dir {data_dir}"
         )
     return max(prepared)[1]
 
