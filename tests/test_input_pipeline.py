@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -451,17 +450,14 @@ def test_volumes_without_labels_are_listed_before_any_is_read():
 
 
 def test_closing_ends_the_threads():
-    def readers():
-        return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
-
-    before = len(readers())
+    before = set(threading.enumerate())
     batches = pretraining_batches(CoordinateDataset(), options(num_threads=3))
     next(batches)
-    assert len(readers()) > before
+    readers = set(threading.enumerate()) - before
+    assert readers
     batches.close()
-    deadline = time.monotonic() + 10
-    while len(readers()) > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(readers()) == before
+    for reader in readers:
+        reader.join(timeout=10)
+    assert not any(reader.is_alive() for reader in readers)
     with pytest.raises(ValueError, match="closed"):
         next(batches)
