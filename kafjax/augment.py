@@ -1,0 +1,400 @@
+"""Random mirror and spatial transforms of images, labels and keypoints, on the device.
+
+One sample at a time, static shapes, no host round trip: `jax.vmap` over samples and keys, `jax.jit`
+around all. Images are [h, w, c], positions and keypoints (row, col) in pixels of the same image, a
+pixel's centre at its integer position; a mask says which keypoints are real.
+
+All maps go from the output to the input: a transform gives, for every output pixel q, the position
+T(q) in the input at which the output is sampled. With c the image's centre, u the elastic
+displacement, R a rotation and s a scale,
+
+    T(q) = mirror(c + s R (q - c + u(q)))
+
+so s < 1 magnifies and s > 1 shows zeros around a smaller image.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# See `transfer_keypoints`.
+KEYPOINT_MODES = ("index_map", "analytic")
+
+# 4 sufficed for all but one of 240,000 keypoints at the default configuration's steepest u.
+_NEWTON_STEPS = 6
+# An inverted position is found when it misses its goal by less than this many pixels.
+_TOLERANCE = 0.01
+# Of the map q + u(q); below it, a pixel's area at p covers more than four at q.
+_LEAST_DETERMINANT = 0.25
+
+# (image [h, w, c], keypoints [k, 2], mask [k]) of one slice.
+View = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Ranges of the random transform; the defaults are the paper's. Ranges are (low, high)."""
+
+    mirror_probability: float = 0.5  # of each axis by itself
+    spatial_probability: float = 0.67  # of displacement, rotation and scale, all three together
+    elastic_sigma: tuple[float, float] = (14.0, 17.0)  # pixels, of the filter of the noise
+    elastic_alpha: tuple[float, float] = (100.0, 350.0)  # factor on the filtered noise
+    rotation: tuple[float, float] = (0.0, 2 * math.pi)  # radians about the centre
+    magnify_probability: float = 0.5  # of a scale from magnify_scale, else from shrink_scale
+    magnify_scale: tuple[float, float] = (0.7, 1.0)
+    shrink_scale: tuple[float, float] = (1.0, 1.3)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that lists every field out of its range."""
+        faults = []
+        for name, value in dataclasses.asdict(self).items():
+            if name.endswith("_probability"):
+                if not 0 <= value <= 1:
+                    faults.append(f"{name} is {value}, expected 0 to 1")
+            elif value[0] > value[1]:
+                faults.append(f"{name} is {value}, expected (low, high) with low <= high")
+            elif name.endswith(("_sigma", "_scale")) and value[0] <= 0:
+                faults.append(f"{name} is {value}, expected above 0")
+        if faults:
+            raise ValueError("AugmentConfig: " + "; ".join(faults))
+
+
+DEFAULT_CONFIG = AugmentConfig()
+
+
+class Transform(NamedTuple):
+    """One drawn transform T of images of h x w pixels; the module's docstring has the formula."""
+
+    mirror: jax.Array  # bool [2]: mirror rows, mirror columns
+    matrix: jax.Array  # float32 [2, 2]: s R
+    displacement: jax.Array  # float32 [h, w, 2]: u at the output pixels, (row, col) in pixels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w)."""
+        height, width, _ = self.displacement.shape
+        return height, width
+
+
+def sample_transform(
+    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+) -> Transform:
+    """Draws a transform of images of `shape` (h, w), which is static."""
+    mirror_key, spatial_key, elastic_key, matrix_key = jax.random.split(key, 4)
+    spatial = jax.random.bernoulli(spatial_key, config.spatial_probability)
+    matrix = _scaled_rotation(matrix_key, config)
+    displacement = elastic_displacement(elastic_key, shape, config=config)
+    return Transform(
+        mirror=jax.random.bernoulli(mirror_key, config.mirror_probability, (2,)),
+        matrix=jnp.where(spatial, matrix, jnp.eye(2)),
+        displacement=jnp.where(spatial, displacement, 0.0),
+    )
+
+
+def sampling_coordinates(transform: Transform) -> jax.Array:
+    """T(q) of every output pixel q: float32 [h, w, 2], the (row, col) in the input to sample."""
+    centre = _centre(transform.shape)
+    offset = _pixel_grid(transform.shape) - centre + transform.displacement
+    return centre + _mirror(transform, _multiply(transform.matrix, offset))
+
+
+def elastic_displacement(
+    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+) -> jax.Array:
+    """Draws a smooth displacement, float32 [h, w, 2] (row, col) in pixels.
+
+    Noise of U(-1, 1), Gaussian-filtered with sigma ~ U(elastic_sigma), times alpha ~
+    U(elastic_alpha): a standard deviation of alpha / (sigma sqrt(12 pi)) per axis. At sigma 14 and
+    alpha 350 that is 4.1 px, and 0.21 for the slopes.
+    """
+    noise_key, sigma_key, alpha_key = jax.random.split(key, 3)
+    noise = jax.random.uniform(noise_key, (2, *shape), minval=-1.0, maxval=1.0)
+    sigma = _uniform(sigma_key, config.elastic_sigma)
+    smooth = gaussian_filter(noise, sigma, max_sigma=config.elastic_sigma[1])
+    return jnp.moveaxis(_uniform(alpha_key, config.elastic_alpha) * smooth, 0, -1)
+
+
+def gaussian_filter(images: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
+    """Filters float32 [n, h, w] over h and w as scipy.ndimage.gaussian_filter(mode='constant').
+
+    `sigma` is in pixels and may be traced, `max_sigma` is its static bound.
+    """
+    _, height, width = images.shape
+    # Products with banded matrices: fast everywhere, and the kernel's radius may be traced.
+    down = _gaussian_matrix(height, sigma, max_sigma)
+    across = _gaussian_matrix(width, sigma, max_sigma)
+    return jnp.einsum("ij,njk,kl->nil", down, images, across, precision="highest")
+
+
+def warp_image(image: jax.Array, coordinates: jax.Array) -> jax.Array:
+    """Samples an image bilinearly.
+
+    As scipy.ndimage.map_coordinates(order=1, mode='constant'): a position outside
+    [0, h - 1] x [0, w - 1] gives 0, also when it is less than a pixel outside. So there is no
+    fading border, and images and labels end at the same pixel.
+
+    Args:
+      image: [h, w, c] float.
+      coordinates: [h', w', 2], (row, col) in `image`.
+
+    Returns:
+      [h', w', c] of the image's dtype.
+    """
+    height, width, _ = image.shape
+    inside = _inside(coordinates, (height, width))[..., None]
+    return jnp.where(inside, _interpolate(image, coordinates), 0).astype(image.dtype)
+
+
+def warp_label(label: jax.Array, coordinates: jax.Array) -> jax.Array:
+    """Samples a label [h, w, c] of any dtype at the nearest pixel; 0 where `warp_image` has 0."""
+    height, width, _ = label.shape
+    row, col = jnp.moveaxis(_nearest_pixel(coordinates), -1, 0)
+    sampled = jnp.asarray(label).at[row, col].get(mode="clip")
+    return jnp.where(_inside(coordinates, (height, width))[..., None], sampled, 0)
+
+
+def keypoints_from_index_map(
+    index_map: jax.Array, num_keypoints: int
+) -> tuple[jax.Array, jax.Array]:
+    """Reads keypoints from a map of their numbers (appendix B).
+
+    Args:
+      index_map: integer [h, w], at each pixel a keypoint's number, from 0, or -1.
+      num_keypoints: k.
+
+    Returns:
+      Keypoints int32 [k, 2], the mean (row, col) of each number's pixels truncated to integers, and
+      mask bool [k]. A number that is nowhere is masked and stands at (0, 0).
+    """
+    height, width = index_map.shape
+    # Sums of integers do not depend on the order of additions. Negative numbers are dropped.
+    terms = jnp.pad(_pixel_grid((height, width)), ((0, 0), (0, 0), (0, 1)), constant_values=1)
+    totals = jax.ops.segment_sum(terms.reshape(-1, 3), index_map.reshape(-1), num_keypoints)
+    count = totals[:, 2:]
+    return totals[:, :2] // jnp.maximum(count, 1), count[:, 0] > 0
+
+
+def invert_transform(transform: Transform, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finds the output positions q with T(q) = p.
+
+    Mirror, rotation and scale are undone in closed form, which leaves q + u(q) = g, solved by
+    Newton steps from q = g - u(g); u is bilinear between pixels and constant beyond the border.
+    (Iterating q <- g - u(q) is slow or diverges: slopes of u reach 1.) Where the determinant of
+    q + u(q) is small or negative the map folds, q is not unique, and the position is given up.
+
+    Args:
+      transform: T.
+      positions: [k, 2] p, (row, col) in the input.
+
+    Returns:
+      q float32 [k, 2], possibly outside the image, and found bool [k].
+    """
+    centre = _centre(transform.shape)
+    goal = centre + _solve(transform.matrix, _mirror(transform, positions - centre))[0]
+    displace = functools.partial(_interpolate, transform.displacement)
+    slopes = jax.vmap(jax.jacfwd(displace))
+
+    def newton_step(_: int, q: jax.Array) -> jax.Array:
+        return q - _solve(jnp.eye(2) + slopes(q), q + displace(q) - goal)[0]
+
+    q = jax.lax.fori_loop(0, _NEWTON_STEPS, newton_step, goal - displace(goal))
+    error = q + displace(q) - goal
+    _, determinant = _solve(jnp.eye(2) + slopes(q), error)
+    # NaN compares false: a q that ran away is given up too.
+    return q, (jnp.abs(error).max(axis=-1) < _TOLERANCE) & (determinant > _LEAST_DETERMINANT)
+
+
+def transfer_keypoints(
+    keypoints: jax.Array, mask: jax.Array, transform: Transform, *, mode: str = "index_map"
+) -> tuple[jax.Array, jax.Array]:
+    """Moves keypoints with the image that a transform warps.
+
+    Args:
+      keypoints: integer [k, 2], (row, col) in the input; outside the image they count as masked.
+      mask: bool [k].
+      transform: of images of the same h x w.
+      mode: 'index_map' warps a map of the keypoints' numbers (appendix B, third solution). Of
+        several keypoints on one pixel only the last stays, and where the image shrinks (s > 1)
+        about 1 - 1/s^2 fall between the sampled pixels and are lost. 'analytic' inverts the
+        transform (first solution) and rounds to the nearest pixel; it loses what leaves the image
+        and what `invert_transform` gives up.
+
+    Returns:
+      Keypoints int32 [k, 2] in the output and mask bool [k]; masked ones stand at (0, 0).
+
+    Raises:
+      ValueError: an unknown mode.
+    """
+    if mode not in KEYPOINT_MODES:
+        raise ValueError(f"keypoint mode is {mode!r}, expected one of {', '.join(KEYPOINT_MODES)}")
+    mask = mask & _inside(keypoints, transform.shape)
+    if mode == "index_map":
+        # 1 .. k on 0, as 0 is what comes from outside; max lets the last of a pixel win.
+        numbers = jnp.where(mask, jnp.arange(1, mask.size + 1, dtype=jnp.int32), 0)
+        index_map = jnp.zeros((*transform.shape, 1), jnp.int32)
+        index_map = index_map.at[keypoints[:, 0], keypoints[:, 1], 0].max(numbers)
+        warped = warp_label(index_map, sampling_coordinates(transform))
+        return keypoints_from_index_map(warped[..., 0] - 1, mask.size)
+    positions, found = invert_transform(transform, keypoints)
+    pixels = _nearest_pixel(positions)
+    kept = mask & found & _inside(pixels, transform.shape)
+    return jnp.where(kept[:, None], pixels, 0), kept
+
+
+def transfer_correspondence(
+    correspondence: jax.Array, mask_1: jax.Array, mask_2: jax.Array
+) -> jax.Array:
+    """Unmatches the pairs one of whose ends is masked; numbers, and so all other pairs, stay.
+
+    Args:
+      correspondence: integer [k], for keypoint i of view 1 its partner in view 2, or -1.
+      mask_1: bool [k] of view 1, after its transform.
+      mask_2: bool [k'] of view 2, after its own.
+
+    Returns:
+      int32 [k].
+    """
+    kept = (correspondence >= 0) & mask_1 & mask_2[jnp.maximum(correspondence, 0)]
+    return jnp.where(kept, correspondence, -1).astype(jnp.int32)
+
+
+def augment_view(
+    key: jax.Array,
+    image: jax.Array,
+    keypoints: jax.Array,
+    mask: jax.Array,
+    *,
+    label: jax.Array | None = None,
+    mode: str = "index_map",
+    config: AugmentConfig = DEFAULT_CONFIG,
+) -> tuple[jax.Array, ...]:
+    """Transforms one slice with its keypoints and, where given, its label, by one drawn transform.
+
+    Args:
+      key: PRNG key.
+      image: float [h, w, c], sampled bilinearly.
+      keypoints: integer [k, 2], (row, col).
+      mask: bool [k].
+      label: [h, w, c'], sampled at the nearest pixel.
+      mode: how keypoints follow, see `transfer_keypoints`.
+      config: ranges of the transform.
+
+    Returns:
+      (image, keypoints, mask) and, where given, the label: shaped as given, 0 outside; keypoints
+      int32, masked ones at (0, 0).
+
+    Raises:
+      ValueError: an unknown mode.
+    """
+    height, width, _ = image.shape
+    transform = sample_transform(key, (height, width), config=config)
+    coordinates = sampling_coordinates(transform)
+    moved = transfer_keypoints(keypoints, mask, transform, mode=mode)
+    view = warp_image(image, coordinates), *moved
+    return view if label is None else (*view, warp_label(label, coordinates))
+
+
+def augment_pair(
+    key: jax.Array,
+    view_1: View,
+    view_2: View,
+    correspondence: jax.Array,
+    *,
+    mode: str = "index_map",
+    config: AugmentConfig = DEFAULT_CONFIG,
+) -> tuple[View, View, jax.Array]:
+    """Transforms two neighbouring slices, each by its own transform, and their correspondence.
+
+    Args:
+      key: PRNG key.
+      view_1: (image [h, w, c], keypoints [k, 2], mask [k]), as for `augment_view`.
+      view_2: the same of the neighbour.
+      correspondence: integer [k], index into the neighbour's keypoints or -1.
+      mode, config: as for `augment_view`.
+
+    Returns:
+      The two views as `augment_view` gives them, and the correspondence int32 [k].
+    """
+    key_1, key_2 = jax.random.split(key)
+    image_1, keypoints_1, mask_1 = augment_view(key_1, *view_1, mode=mode, config=config)
+    image_2, keypoints_2, mask_2 = augment_view(key_2, *view_2, mode=mode, config=config)
+    correspondence = transfer_correspondence(correspondence, mask_1, mask_2)
+    return (image_1, keypoints_1, mask_1), (image_2, keypoints_2, mask_2), correspondence
+
+
+def _uniform(key: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+    return jax.random.uniform(key, minval=bounds[0], maxval=bounds[1])
+
+
+def _scaled_rotation(key: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Draws s R, float32 [2, 2]."""
+    angle_key, choice_key, magnify_key, shrink_key = jax.random.split(key, 4)
+    angle = _uniform(angle_key, config.rotation)
+    magnified = _uniform(magnify_key, config.magnify_scale)
+    shrunk = _uniform(shrink_key, config.shrink_scale)
+    magnify = jax.random.bernoulli(choice_key, config.magnify_probability)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.where(magnify, magnified, shrunk) * jnp.array([[cos, -sin], [sin, cos]])
+
+
+def _gaussian_matrix(size: int, sigma: jax.Array, max_sigma: float) -> jax.Array:
+    """Symmetric banded [size, size] matrix whose rows hold the kernel, cut at the borders."""
+
+    def kernel(offsets: jax.Array) -> jax.Array:
+        within = jnp.abs(offsets) <= jnp.floor(4 * sigma + 0.5)  # scipy's radius
+        return jnp.where(within, jnp.exp(-0.5 * (offsets / sigma) ** 2), 0.0)
+
+    radius = math.floor(4 * max_sigma + 0.5)
+    total = kernel(jnp.arange(-radius, radius + 1)).sum()
+    return kernel(jnp.arange(size)[:, None] - jnp.arange(size)) / total
+
+
+def _pixel_grid(shape: tuple[int, int]) -> jax.Array:
+    """(row, col) of every pixel, int32 [h, w, 2]."""
+    return jnp.stack(jnp.indices(shape, jnp.int32), axis=-1)
+
+
+def _centre(shape: tuple[int, int]) -> jax.Array:
+    return (jnp.array(shape, jnp.float32) - 1) / 2
+
+
+def _mirror(transform: Transform, offset: jax.Array) -> jax.Array:
+    """Mirrors positions [..., 2] about the origin; its own inverse."""
+    return jnp.where(transform.mirror, -offset, offset)
+
+
+def _multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Products [..., 2] of matrices [..., 2, 2] and vectors [..., 2].
+
+    Written out, so that no matrix unit rounds positions to bfloat16, and the identity is exact.
+    """
+    return vectors[..., :1] * matrix[..., 0] + vectors[..., 1:] * matrix[..., 1]
+
+
+def _solve(matrix: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Solutions [..., 2] of systems [..., 2, 2], and the determinants [...]."""
+    (a, b), (c, d) = jnp.moveaxis(matrix, (-2, -1), (0, 1))
+    determinant = a * d - b * c
+    adjugate = jnp.moveaxis(jnp.array([[d, -b], [-c, a]]), (0, 1), (-2, -1))
+    return _multiply(adjugate, vectors) / determinant[..., None], determinant
+
+
+def _interpolate(image: jax.Array, coordinates: jax.Array) -> jax.Array:
+    """Bilinear samples [..., c] of an image [h, w, c] at [..., 2]; constant beyond its border."""
+    position = [coordinates[..., 0], coordinates[..., 1]]
+    sample = functools.partial(
+        jax.scipy.ndimage.map_coordinates, coordinates=position, order=1, mode="nearest"
+    )
+    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+
+
+def _inside(positions: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return jnp.all((positions >= 0) & (positions <= jnp.array(shape) - 1), axis=-1)
+
+
+def _nearest_pixel(positions: jax.Array) -> jax.Array:
+    return jnp.floor(positions + 0.5).astype(jnp.int32)
