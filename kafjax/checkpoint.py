@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "data.num_threads",
 )
 _FORMAT = 1
+_STEPS = "checkpoints"  # the folder of steps in a workdir
 _VARIABLES = ("params", "batch_stats")
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Checkpointer:
 
     Kept are the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`;
     `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where the
-    workdir holds another config. With several processes all of them must make the same calls.
+    workdir holds another config or `keep_newest` is 0. With several processes all of them must
+    make the same calls.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Checkpointer:
         config: Mapping[str, Any],
     ):
         self._workdir = Path(workdir).absolute()
+        if keep_newest < 1:
+            raise ValueError(f"keep_newest is {keep_newest}; expected 1 or more")
         check_config(self._workdir, config)
         if jax.process_index() == 0:
             _write_config(self._workdir, config)
@@ -82,7 +86,7 @@ class Checkpointer:
         if best_metric is not None:
             keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
         self._manager = ocp.CheckpointManager(
-            _checkpoints(self._workdir),
+            self._workdir / _STEPS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 # Without this Orbax stores no metrics and so forgets the best on resume.
@@ -122,7 +126,7 @@ class Checkpointer:
         self.wait()
 
         def read(step: int) -> tuple[PyTree, dict[str, Any]]:
-            return _read_state(_checkpoints(self._workdir) / str(step), template)
+            return _read_state(self._workdir / _STEPS / str(step), template)
 
         found = _newest_good(self._workdir, read)
         step = -1 if found is None else found[0]
@@ -173,7 +177,7 @@ class Checkpointer:
             damaged.mkdir(exist_ok=True)
             for step in newer:
                 aside = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=damaged))
-                (_checkpoints(self._workdir) / str(step)).rename(aside / str(step))
+                (self._workdir / _STEPS / str(step)).rename(aside / str(step))
         ocp.multihost.sync_global_processes("kafjax_move_aside")
         self._manager.reload()
 
@@ -186,7 +190,7 @@ def load_variables(
     Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
     or only damaged ones.
     """
-    directory = _checkpoints(Path(workdir).absolute())
+    directory = Path(workdir).absolute() / _STEPS
     found = _newest_good(Path(workdir), lambda s: _read_variables(directory / str(s)), step)
     if found is None:
         raise ValueError(
@@ -198,7 +202,7 @@ def load_variables(
 
 def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
     """The metrics that were saved with each checkpoint whose description is good, by step."""
-    directory = _checkpoints(Path(workdir).absolute())
+    directory = Path(workdir).absolute() / _STEPS
     metrics = {}
     for step in sorted(ocp.utils.checkpoint_steps(directory)):
         try:
@@ -237,10 +241,6 @@ def check_config(
             f"{workdir} holds a run of another config; give another workdir or the same config:\n"
             + "\n".join(differing)
         )
-
-
-def _checkpoints(workdir: Path) -> Path:
-    return workdir / "checkpoints"
 
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -307,7 +307,7 @@ def _newest_good(
 
     None where there is no step; `ValueError` where all are damaged.
     """
-    steps = sorted(ocp.utils.checkpoint_steps(_checkpoints(workdir.absolute())), reverse=True)
+    steps = sorted(ocp.utils.checkpoint_steps(workdir.absolute() / _STEPS), reverse=True)
     steps = [s for s in steps if step in (None, s)]
     for candidate in steps:
         try:

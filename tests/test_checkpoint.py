@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import flax
 import jax
 import ml_dtypes
 import numpy as np
@@ -197,6 +198,27 @@ def test_load_variables_reads_a_step_and_needs_no_template(tmp_path):
     assert sorted(variables) == ["batch_stats", "params"]
     for name, tree in variables.items():
         assert_same_bits(tree, make_state(1)[name])
+
+
+@flax.struct.dataclass
+class DataclassState:
+    step: np.ndarray
+    params: dict
+    batch_stats: dict
+
+
+def test_a_dataclass_state_is_kept_and_its_variables_found(tmp_path):
+    plain = make_state()
+    state = DataclassState(plain["step"], plain["params"], plain["batch_stats"])
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, metrics={}, data={})
+        assert_same_bits(checkpointer.restore_latest(state)[0], state)
+    assert_same_bits(load_variables(tmp_path)["batch_stats"], plain["batch_stats"])
+
+
+def test_keeping_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep_newest is 0; expected 1 or more"):
+        open_checkpointer(tmp_path, keep_newest=0)
 
 
 def test_load_variables_without_batch_stats(tmp_path):
