@@ -1,0 +1,53 @@
+"""What the commands share: one line for a user's mistake, exit statuses, the compile cache."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import flags, logging
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags for `absl.app.run`; a mistake ends the program with one line and status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # An unknown config field comes as AttributeError; its message names the nearest.
+        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").split("\\n"))
+        fail(text, 2)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run_command(command: Callable[..., int | None], *args: Any) -> None:
+    """Runs a command and ends the program with its status.
+
+    A `ValueError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
+    it came from. A `FloatingPointError` is status 1. A returned signal number is 128 + number.
+    """
+    try:
+        received = command(*args)
+    except (ValueError, OSError) as error:
+        logging.debug("where it came from:", exc_info=True)
+        fail(str(error), 2)
+    except FloatingPointError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    if received:
+        print("Stopped by a signal; run the same command again to go on.", flush=True)
+        sys.exit(128 + received)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX is told of another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "kafjax" / "xla"))

@@ -1,0 +1,121 @@
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard and the terminal.
+
+`metrics.jsonl` in the workdir holds one JSON object a line: `step`, the metrics, and under `time`
+what differs from run to run. A resumed run first drops the lines that its checkpoint has not
+reached, so that the file reads as that of an undisturbed run.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+
+class MetricMeans:
+    """Means of step metrics since the last log, kept with the checkpoint to resume exactly."""
+
+    def __init__(self, saved: Mapping[str, Any] | None = None):
+        saved = saved or {"count": 0, "sums": {}}
+        self._count = int(saved["count"])
+        self._sums = dict(saved["sums"])
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Adds one step's metrics."""
+        self._count += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._count, self._sums = 0, {}
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON keeps every digit."""
+        return {"count": self._count, "sums": dict(self._sums)}
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file, without a last line that a killed run left unfinished."""
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class MetricWriter:
+    """Writes metrics and pictures; with `enabled=False` (all processes but the first) nothing.
+
+    Args:
+      workdir: the run's directory.
+      start_step: the step that the run resumes from; later lines of an earlier start are dropped.
+      num_steps: the last step, for the progress bar.
+      enabled: whether this process writes at all.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        start_step: int,
+        num_steps: int,
+        enabled: bool = True,
+    ):
+        self._enabled = enabled
+        if not enabled:
+            return
+        path = Path(workdir) / METRICS_FILE
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(Path(workdir) / TENSORBOARD_DIR), purge_step=start_step + 1
+        )
+        # None: no bar where the output is not a terminal; each log step then prints a line.
+        self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit="step", disable=None)
+
+    def advance(self) -> None:
+        """Counts one step done."""
+        if self._enabled:
+            self._bar.update()
+
+    def write(self, step: int, metrics: Mapping[str, float], time: Mapping[str, float]) -> None:
+        """Writes one line and its scalars."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **metrics, "time": dict(time)}) + "\n")
+        self._file.flush()
+        for name, value in {**metrics, **{f"time/{n}": v for n, v in time.items()}}.items():
+            self._board.add_scalar(name, value, step)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if self._bar.disable:
+            print(f"step {step}/{self._bar.total}: {text}", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, uint8 [h, w, 3], to TensorBoard."""
+        if self._enabled:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flushes and closes the files."""
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,128 @@
+"""The pretraining task: pairs of slices, augmentation, two global losses and a local one.
+
+Method.md sections 3, 5 and 6. A batch is what `kafjax.input_pipeline.pretraining_batches` gives; `b`
+is a device's share of it. Imports no reader: the training step can be used on any batch of that
+form.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kafjax import augment, losses
+from kafjax.assignment import matching_loss
+from kafjax.models import PretrainingOutput, build_model, init_variables
+
+Metrics = dict[str, jax.Array]
+
+
+class Pretraining:
+    """Self-supervised pretraining of an encoder with KAF's heads.
+
+    Args:
+      config: the run's config.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        self._config = config
+        self._axis_name = axis_name
+        self._transform = functools.partial(
+            augment.augment_pair,
+            mode=config.augment.keypoints,
+            config=augment.AugmentConfig(**config.augment.transform),
+        )
+        norm_axis = axis_name if config.sync_batch_norm else None
+        self._model = build_model(config.model, axis_name=norm_axis)
+        self._jitted_augment = jax.jit(self.augment)
+
+    def init(self) -> dict[str, Any]:
+        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
+        # Parameters' shapes depend neither on the image's size nor on the number of keypoints.
+        return init_variables(
+            self._model,
+            self._config.seed,
+            jnp.zeros((1, 2, 16, 16, 1)),
+            jnp.zeros((1, 2, 1, 2), jnp.int32),
+            jnp.ones((1, 2, 1), bool),
+        )
+
+    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms both views of every sample, by keys that only seed and sample decide."""
+        root = jax.random.key(self._config.seed)
+        keys = jax.vmap(lambda sample: jax.random.fold_in(root, sample))(batch["sample"])
+        fields = ("image", "keypoints", "keypoint_mask")
+        view_1, view_2 = (tuple(batch[field][:, i] for field in fields) for i in range(2))
+        view_1, view_2, correspondence = jax.vmap(self._transform)(
+            keys, view_1, view_2, batch["correspondence"]
+        )
+        pairs = zip(fields, view_1, view_2, strict=True)
+        stacked = {field: jnp.stack(pair, axis=1) for field, *pair in pairs}
+        return {**batch, **stacked, "correspondence": correspondence}
+
+    def loss(
+        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        """The total loss of a training step, its metrics, and the new running statistics."""
+        batch = self.augment(batch)
+        mask = batch["keypoint_mask"]
+        output, updated = self._model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["image"],
+            batch["keypoints"],
+            mask,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        terms = self._terms(output, batch)
+        weights = self._config.loss.weights
+        total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+        metrics = {
+            "loss": total,
+            **{f"loss_{name}": term for name, term in terms.items()},
+            "keypoints": jnp.mean(jnp.sum(mask, axis=-1)),
+            "correspondences": jnp.mean(jnp.sum(batch["correspondence"] >= 0, axis=-1)),
+        }
+        return total, (metrics, updated["batch_stats"])
+
+    def _terms(self, output: PretrainingOutput, batch: dict[str, jax.Array]) -> Metrics:
+        """The unweighted losses; those with weight 0, or without their head, are left out."""
+        config = self._config.loss
+        position = batch["position"]
+        if self._axis_name is not None:
+            position = jax.lax.all_gather(position, self._axis_name, tiled=True)
+        positives = losses.positive_pairs(
+            config.method, position, position_threshold=config.position_threshold
+        )
+        contrastive = functools.partial(
+            losses.supervised_contrastive_loss,
+            positives=positives,
+            temperature=config.temperature,
+            axis_name=self._axis_name,
+        )
+        terms = {}
+        if config.weights.cnn:
+            terms["cnn"] = contrastive(output.cnn)
+        if config.weights.kaf and output.kaf is not None:
+            terms["kaf"] = contrastive(output.kaf)
+        if config.weights.matching and output.log_assignment is not None:
+            masks = batch["keypoint_mask"][:, 0], batch["keypoint_mask"][:, 1]
+            pairs = matching_loss(output.log_assignment, batch["correspondence"], *masks)
+            terms["matching"] = jnp.mean(pairs)
+        return terms
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first pair as training sees it: name -> uint8 [h, w, 3]."""
+        from kafjax.figures import draw_pair  # matplotlib is needed for nothing else here
+
+        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
+        view = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
+        sides = (*image, keypoints[0], mask[0], keypoints[1], mask[1])
+        return {"pair": draw_pair(*sides, view["correspondence"])}

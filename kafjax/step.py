@@ -1,0 +1,110 @@
+"""One training step, mapped over devices, and the state that it changes.
+
+The only module that knows of `pmap`. A task (`kafjax.pretrain`) gives variables and a loss;
+parameters are replicated, a global batch is spread over processes and their devices, and gradients
+and running statistics are averaged over all.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax
+import jax
+import numpy as np
+import optax
+
+AXIS_NAME = "batch"
+Batch = dict[str, np.ndarray]
+
+
+class Task(Protocol):
+    """What a training step needs to know of what is learnt."""
+
+    def init(self) -> dict[str, Any]:
+        """Fresh variables {'params', 'batch_stats'}."""
+
+    def loss(self, params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, Any]:
+        """(loss, (metrics, new batch_stats)) of a device's part of a batch."""
+
+    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Pictures by name, uint8 [h, w, 3]."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes, and what a checkpoint holds."""
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
+    """Cosine from `learning_rate` to `final_learning_rate` over `num_steps` (method.md 7)."""
+    alpha = config.final_learning_rate / config.learning_rate
+    return optax.cosine_decay_schedule(config.learning_rate, num_steps, alpha)
+
+
+def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
+    """SGD or Adam with L2 regularisation in the gradient, as method.md section 7.
+
+    Raises:
+      ValueError: `config.name` is neither 'sgd' nor 'adam'.
+    """
+    schedule = make_schedule(config, num_steps)
+    if config.name == "sgd":
+        rule = optax.sgd(schedule, momentum=config.momentum)
+    elif config.name == "adam":
+        rule = optax.adam(schedule)
+    else:
+        raise ValueError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of host arrays."""
+    variables = task.init()
+    opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(variables["params"]))
+    return TrainState(
+        np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state
+    )
+
+
+def make_update(
+    task: Task, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The mapped training step: (state, batch, stop) -> (state, metrics).
+
+    Every argument has a leading axis of local devices. `stop` is how many signals a process has
+    had; the metrics' `stop` is the greatest of all processes', so that all stop at the same step.
+    """
+
+    def update(state: TrainState, batch: Any, stop: jax.Array) -> tuple[TrainState, Any]:
+        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
+        grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["stop"] = jax.lax.pmax(stop, AXIS_NAME)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0)
+
+
+def replicate(tree: Any) -> Any:
+    """Host arrays with a leading axis of local devices, ready for a mapped step."""
+    n = jax.local_device_count()
+    return jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first local device's arrays as host copies, without the axis of devices."""
+    # A copy: the CPU's device buffer is shared with the array and donated to the next step.
+    return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data[0]), tree)
+
+
+def shard(batch: Batch) -> Batch:
+    """Spreads a process's batch over its devices: [b, ...] -> [devices, b / devices, ...]."""
+    n = jax.local_device_count()
+    return {field: values.reshape(n, -1, *values.shape[1:]) for field, values in batch.items()}

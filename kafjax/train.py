@@ -1,0 +1,276 @@
+"""The training loop: steps, logs, pictures and checkpoints of one run.
+
+What a step computes depends only on the state, the seed and the step's number, so a run resumes from
+its step. The loop never learns what a keypoint is.
+"""
+
+import collections
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from kafjax.checkpoint import Checkpointer, check_config
+from kafjax.input_pipeline import (
+    BatchOptions,
+    SliceDataset,
+    check_facts,
+    open_dataset,
+    pretraining_batches,
+    steps_per_epoch,
+)
+from kafjax.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricMeans, MetricWriter, read_metrics
+from kafjax.pretrain import Pretraining
+from kafjax.step import (
+    AXIS_NAME,
+    Batch,
+    Task,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_update,
+    replicate,
+    shard,
+    unreplicate,
+)
+
+# Each task, and the batches that it takes.
+TASKS = {"pretrain": (Pretraining, pretraining_batches)}
+
+
+class _Signals:
+    """Notes SIGTERM and Ctrl-C instead of dying of the first; a second one acts as usual.
+
+    Attributes:
+      received: the signal's number, 0 before any.
+    """
+
+    def __enter__(self) -> Self:
+        self.received = 0
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _InFlight(NamedTuple):
+    """A step that was given to the devices: its number, results to come, and records."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    records: np.ndarray
+
+
+def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
+    """Trains as `config` says, from the workdir's last checkpoint or from the start.
+
+    Args:
+      config: see `configs/`.
+      workdir: holds or will hold the run's checkpoints, metrics and pictures.
+
+    Returns:
+      None when the run is complete; the signal's number when one stopped it, after a checkpoint.
+
+    Raises:
+      ValueError: the config, the dataset and the workdir do not fit each other.
+      FloatingPointError: the loss is not finite; the message names the step and the slices.
+    """
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, "
+            f"expected a multiple of the {devices} devices"
+        )
+    fields = config.to_dict()
+    check_config(workdir, fields)
+    dataset = open_dataset(config.data.dir, config.data.name)
+    check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
+    keep = config.checkpoint
+    with Checkpointer(
+        workdir,
+        keep_newest=keep.keep_newest,
+        keep_best=keep.keep_best,
+        best_metric="loss",
+        best_mode="min",
+        config=fields,
+    ) as checkpointer:
+        received = _Run(config, workdir, dataset, checkpointer).run()
+    if received is None and jax.process_index() == 0:
+        _summarize(Path(workdir))
+    return received
+
+
+def _summarize(workdir: Path) -> None:
+    """Prints how the losses fell and where everything is."""
+    rows = read_metrics(workdir)
+    for name in [name for name in rows[0] if name.startswith("loss")]:
+        first, last = rows[0][name], rows[-1][name]
+        print(f"{name:<14} {first:10.4f} -> {last:10.4f}  {'fell' if last < first else 'rose'}")
+    print(f"checkpoints:   {workdir / 'checkpoints'} (the newest is of step {rows[-1]['step']})")
+    print(f"metrics:       {workdir / METRICS_FILE}")
+    print(f"TensorBoard:   tensorboard --logdir {workdir / TENSORBOARD_DIR}", flush=True)
+
+
+class _Run:
+    """One run: its parts, made once, and its loop."""
+
+    def __init__(
+        self,
+        config: Any,
+        workdir: str | os.PathLike[str],
+        dataset: SliceDataset,
+        checkpointer: Checkpointer,
+    ):
+        task_class, self._make_batches = TASKS[config.task]
+        self._config = config
+        self._workdir = workdir
+        self._dataset = dataset
+        self._checkpointer = checkpointer
+        self._task: Task = task_class(config, axis_name=AXIS_NAME)
+        self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size)
+        schedule_steps = config.num_epochs * self._steps_per_epoch
+        self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
+        self._schedule = make_schedule(config.optimizer, schedule_steps)
+        self._optimizer = make_optimizer(config.optimizer, schedule_steps)
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._last_loss = float("nan")
+
+    def run(self) -> int | None:
+        """Trains to the end; None, or the number of the signal that stopped the run before."""
+        state = init_state(self._task, self._optimizer)
+        saved: dict[str, Any] = {}
+        restored = self._checkpointer.restore_latest(state)
+        if restored is not None:
+            state, saved = restored
+            print(f"Resuming {self._workdir} from step {state.step}.", flush=True)
+        start = int(state.step)
+        if start >= self._num_steps:
+            print(f"{self._workdir} is complete: {start} of {self._num_steps} steps.", flush=True)
+            return None
+        self._means = MetricMeans(saved.get("means"))
+        self._clock = _Clock(start)
+        with (
+            MetricWriter(
+                self._workdir,
+                start_step=start,
+                num_steps=self._num_steps,
+                enabled=jax.process_index() == 0,
+            ) as self._writer,
+            _Signals() as signals,
+        ):
+            return self._train(replicate(state), start, signals)
+
+    def _train(self, state: TrainState, start: int, signals: _Signals) -> int | None:
+        update = make_update(self._task, self._optimizer)
+        batches = iter(self._batches(start))
+        checkpoint_every = self._config.every.checkpoint
+        for step in range(start + 1, self._num_steps + 1):
+            with self._clock.waiting():
+                batch = next(batches)
+            self._show(step, batch)
+            stop = np.full(jax.local_device_count(), signals.received, np.int32)
+            state, metrics = update(state, shard(batch), stop)
+            self._in_flight.append(_InFlight(step, metrics, batch["record"]))
+            # One step stays in flight, so that the device never waits for the host.
+            received = self._settle(keep=1)
+            if received or step % checkpoint_every == 0 or step == self._num_steps:
+                received = self._settle(keep=0) or received
+                self._save(step, state)
+            if received:
+                self._checkpointer.wait()
+                return received
+        return None
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        options = BatchOptions(
+            batch_size=self._config.batch_size,
+            patch_size=tuple(self._config.data.patch_size),
+            seed=self._config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=self._config.data.num_threads,
+        )
+        return self._make_batches(self._dataset, options, start_step=start)
+
+    def _show(self, step: int, batch: Batch) -> None:
+        """Draws the first step's batch, and then one now and again."""
+        every = self._config.every.picture
+        if (step == 1 or step % every == 0) and jax.process_index() == 0:
+            for name, image in self._task.picture(batch).items():
+                self._writer.picture(step, name, image)
+
+    def _settle(self, *, keep: int) -> int:
+        """Takes in the results of all but the last `keep` steps; the signal that stops, or 0."""
+        received = 0
+        while len(self._in_flight) > keep:
+            step, device_metrics, records = self._in_flight.popleft()
+            metrics = {name: float(x) for name, x in unreplicate(device_metrics).items()}
+            received = max(received, int(metrics.pop("stop")))
+            if not np.isfinite(metrics["loss"]):
+                names = ", ".join(map(self._dataset.describe_record, np.ravel(records)))
+                raise FloatingPointError(
+                    f"the loss is {metrics['loss']} at step {step}; its batch holds {names}"
+                )
+            self._means.add(metrics)
+            self._writer.advance()
+            if step % self._config.every.log == 0 or step == self._num_steps:
+                self._log(step)
+        return received
+
+    def _log(self, step: int) -> None:
+        metrics = {
+            **self._means.take(),
+            "learning_rate": float(self._schedule(step - 1)),
+            "epoch": step / self._steps_per_epoch,
+        }
+        self._last_loss = metrics["loss"]
+        self._writer.write(step, metrics, self._clock.read(step, self._config.batch_size))
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self._checkpointer.save(
+            step,
+            unreplicate(state),
+            metrics={"loss": self._last_loss},
+            data={"step": step, "means": self._means.state()},
+        )
+
+
+class _Clock:
+    """Rates between two logs, and the share of the time spent waiting for input."""
+
+    def __init__(self, step: int):
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is inside as waiting for input."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def read(self, step: int, batch_size: int) -> dict[str, float]:
+        """The rates since the last call."""
+        seconds, steps = time.perf_counter() - self._time, step - self._step
+        rates = {
+            "seconds_per_step": seconds / steps,
+            "samples_per_second": steps * batch_size / seconds,
+            "input_wait_share": self._waited / seconds,
+        }
+        self._begin(step)
+        return rates
