@@ -1,0 +1,139 @@
+"""The command line: what it prints, its exit status, and a disk that takes no more."""
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.main import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "data_prep.main", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def lines_of(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_phantoms_are_written_and_prepared_by_one_command(tmp_path, capsys):
+    arguments = "--dataset phantom --num_subjects 2 --size 48x40x6 --num_workers 0 --data_dir"
+    arguments = [*arguments.split(), str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"Prepared 2 volumes, 12 slices, in {tmp_path / 'phantom' / '1.0.0'}" in out
+    assert re.search(r"keypoints per slice: min \d+, median \d+, max \d+; 0\.0% of", out)
+    assert "python -m kafjax.main --config configs/phantom_pretrain.py" in out
+    assert len(list((tmp_path / "raw" / "phantom").glob("*.nii.gz"))) == 4
+
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("Already prepared from these files: 2 volumes")
+
+    assert main([*arguments, "--max_keypoints", "5"]) == 2
+    assert any("max_keypoints: 512 there, 5 asked for" in line for line in lines_of(capsys))
+    assert main([*arguments, "--max_keypoints", "5", "--overwrite"]) == 0
+    assert "100.0% of the slices had more than 5" in capsys.readouterr().out
+
+
+def test_chd_is_prepared_in_a_process_of_its_own(phantom_raw, tmp_path):
+    done = run("--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "chd" / "1.0.0" / "dataset_info.json").exists()
+    assert "configs/chd_pretrain.py" in done.stdout
+
+
+def test_neither_jax_nor_tensorflow_is_imported(phantom_raw, tmp_path):
+    script = (
+        "import sys; from data_prep.main import main; status = main(sys.argv[1:]);"
+        "assert not {'jax', 'tensorflow'} & set(sys.modules); sys.exit(status)"
+    )
+    arguments = ["--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--num_workers", "0"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 0
+
+
+def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, capsys):
+    raw_dir = tmp_path / "raw"
+    shutil.copytree(phantom_raw, raw_dir)
+    (raw_dir / "ct_1002_label.nii.gz").unlink()
+    (raw_dir / "ct_1003_image.nii.gz").write_bytes(b"")
+    arguments = ["--dataset", "chd", "--raw_dir", raw_dir, "--data_dir", tmp_path / "data"]
+    assert main([*map(str, arguments), "--num_workers", "0"]) == 2
+    first, second = lines_of(capsys)
+    assert first.startswith(f"error: {raw_dir / 'ct_1002_image.nii.gz'}: has no label beside it; ")
+    assert second.startswith(f"error: {raw_dir / 'ct_1003_image.nii.gz'}: is empty; ")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("--dataset chd", "--raw_dir is missing"),
+        ("--dataset chd --raw_dir /nowhere", "/nowhere: is not a folder"),
+        ("--dataset chd --raw_dir . --num_workers -1", "num_workers is -1"),
+        ("--dataset chd --raw_dir . --max_keypoints 0", "max_keypoints is 0"),
+        ("--dataset phantom --num_subjects 0", "num_subjects is 0"),
+        ("--dataset phantom --size 600x600x10", "size is (600, 600, 10)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_status_is_two(arguments, found, tmp_path, capsys):
+    assert main([*arguments.split(), "--data_dir", str(tmp_path / "data")]) == 2
+    (line,) = lines_of(capsys)
+    assert line.startswith("error: ")
+    assert found in line
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "--dataset mri", "--dataset chd --size 1x2", "--dataset chd --size axbxc"]
+)
+def test_argparse_refuses_with_status_two(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+
+
+def test_help_shows_layouts_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("ct_1001_image.nii.gz", "--max_keypoints K", "(default: 512)", "example:"):
+        assert part in text
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_can_be_continued(phantom_raw, tmp_path):
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    arguments = ("--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path)
+    stopped = run(*arguments, "--num_workers", "1", preexec_fn=limit_file_size)
+    assert stopped.returncode == 1
+    (line,) = stopped.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}")
+    assert "File too large" in line
+    assert not (tmp_path / "chd" / "1.0.0").exists()
+    assert list((tmp_path / "chd" / ".1.0.0.preparing" / "dataset").iterdir()) == []
+    assert run(*arguments).returncode == 0
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_line(phantom_raw, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    arguments = ["--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path / "file"]
+    assert main([*map(str, arguments), "--num_workers", "0"]) == 1
+    (line,) = lines_of(capsys)
+    assert "file" in line
+    assert "Not a directory" in line
