@@ -1,7 +1,7 @@
 """The pretraining task: pairs of slices, augmentation, two global losses and a local one.
 
-Method.md sections 3, 5 and 6. A batch is what `kafjax.input_pipeline.pretraining_batches` gives; `b`
-is a device's share of it. Imports no reader: the training step can be used on any batch of that
+Method.md sections 3, 5 and 6. A batch is what `kafjax.input_pipeline.pretraining_batches` gives;
+`b` is a device's share of it. Imports no reader: the training step can be used on any batch of that
 form.
 """
 
@@ -58,7 +58,8 @@ class Pretraining:
         root = jax.random.key(self._config.seed)
         keys = jax.vmap(lambda sample: jax.random.fold_in(root, sample))(batch["sample"])
         fields = ("image", "keypoints", "keypoint_mask")
-        view_1, view_2 = (tuple(batch[field][:, i] for field in fields) for i in range(2))
+        image, keypoints, mask = (batch[field] for field in fields)
+        view_1, view_2 = ((image[:, i], keypoints[:, i], mask[:, i]) for i in range(2))
         view_1, view_2, correspondence = jax.vmap(self._transform)(
             keys, view_1, view_2, batch["correspondence"]
         )
@@ -124,5 +125,13 @@ class Pretraining:
         first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
         view = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
         image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
-        sides = (*image, keypoints[0], mask[0], keypoints[1], mask[1])
-        return {"pair": draw_pair(*sides, view["correspondence"])}
+        drawn = draw_pair(
+            image[0],
+            image[1],
+            keypoints[0],
+            mask[0],
+            keypoints[1],
+            mask[1],
+            view["correspondence"],
+        )
+        return {"pair": drawn}

@@ -1,7 +1,7 @@
 """The training loop: steps, logs, pictures and checkpoints of one run.
 
-What a step computes depends only on the state, the seed and the step's number, so a run resumes from
-its step. The loop never learns what a keypoint is.
+What a step computes depends only on the state, the seed and the step's number, so a run resumes
+from its step. The loop never learns what a keypoint is.
 """
 
 import collections
@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -175,7 +175,17 @@ class _Run:
 
     def _train(self, state: TrainState, start: int, signals: _Signals) -> int | None:
         update = make_update(self._task, self._optimizer)
-        batches = iter(self._batches(start))
+        with contextlib.closing(self._batches(start)) as batches:
+            return self._loop(update, state, batches, start, signals)
+
+    def _loop(
+        self,
+        update: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+        state: TrainState,
+        batches: Iterator[Batch],
+        start: int,
+        signals: _Signals,
+    ) -> int | None:
         checkpoint_every = self._config.every.checkpoint
         for step in range(start + 1, self._num_steps + 1):
             with self._clock.waiting():
@@ -194,7 +204,7 @@ class _Run:
                 return received
         return None
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _batches(self, start: int) -> Any:
         options = BatchOptions(
             batch_size=self._config.batch_size,
             patch_size=tuple(self._config.data.patch_size),
