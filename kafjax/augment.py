@@ -24,7 +24,7 @@ import jax.numpy as jnp
 # See `transfer_keypoints`.
 KEYPOINT_MODES = ("index_map", "analytic")
 
-# 4 sufficed for all but one of 240,000 keypoints at the default configuration's steepest u.
+# At the steepest u of the default ranges 4 steps left 2 of 240,000 keypoints unsolved, 6 none.
 _NEWTON_STEPS = 6
 # An inverted position is found when it misses its goal by less than this many pixels.
 _TOLERANCE = 0.01

@@ -277,10 +277,7 @@ def test_a_bright_dot_stays_under_its_keypoint(mode, seed):
     warped, moved, kept = augment_view(key, image, keypoints, mask, mode=mode, config=ALWAYS)
     moved, kept = np.asarray(moved), np.asarray(kept)
     assert kept.sum() > 15
-    at_keypoint = np.asarray(warped)[moved[kept, 0], moved[kept, 1], 0]
-    nearby = scipy.ndimage.maximum_filter(np.asarray(warped)[..., 0], 3)
-    assert (at_keypoint > 0.5).mean() > 0.95
-    assert nearby[moved[kept, 0], moved[kept, 1]].min() > 0.5
+    assert np.asarray(warped)[moved[kept, 0], moved[kept, 1]].min() > 0.5
 
 
 @MODES
