@@ -32,8 +32,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     A `ValueError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
     it came from. A `FloatingPointError` is status 1. A returned signal number is 128 + number.
     """
-    # Libraries that we import raise the level to INFO; the flag's default is WARNING.
-    logging.set_verbosity(flags.FLAGS.verbosity)
+    if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
+        logging.set_verbosity(logging.WARNING)
     try:
         received = command(*args)
     except (ValueError, OSError) as error:

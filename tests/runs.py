@@ -1,0 +1,86 @@
+"""Tiny pretraining runs for tests: a config, batches, and the command in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from configs import phantom_pretrain
+
+ROOT = Path(__file__).parents[1]
+OVERRIDES = {
+    "batch_size": 8,
+    "data.patch_size": (32, 32),
+    "data.max_keypoints": 64,
+    "model.filters": 4,
+    "model.num_attention_layers": 2,
+    "model.num_matcher_layers": 2,
+    "model.num_sinkhorn_iterations": 10,
+    "model.embedding": 16,
+    # At the demo's rate float32 rounding grows a hundredfold a step.
+    "optimizer.learning_rate": 1e-4,
+    "every.log": 1,
+    "every.checkpoint": 100,
+}
+
+
+def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
+    """The phantom run shrunk to seconds, on the dataset at DATA/phantom/VERSION."""
+    config = phantom_pretrain.get_config()
+    config.update_from_flattened_dict({**OVERRIDES, "data.dir": str(dataset.parents[1])})
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """A pretraining batch of noise, 32 x 32, with about 70 % real keypoints."""
+    rng = np.random.default_rng(seed)
+    b, k = batch_size, num_keypoints
+    matched = rng.random((b, k)) < 0.5
+    return {
+        "image": rng.standard_normal((b, 2, 32, 32, 1)).astype(np.float32),
+        "keypoints": rng.integers(0, 32, (b, 2, k, 2)).astype(np.int32),
+        "keypoint_mask": rng.random((b, 2, k)) < 0.7,
+        "correspondence": np.where(matched, np.arange(k), -1).astype(np.int32),
+        "position": rng.random(b).astype(np.float32),
+        "record": rng.integers(0, 9, (b, 2)).astype(np.int32),
+        "sample": np.arange(b, dtype=np.uint32) + seed * b,
+    }
+
+
+def start_command(
+    dataset: Path, workdir: Path, *extra: str, devices: int = 1, **environment: str
+) -> subprocess.Popen[str]:
+    """Starts `python -m kafjax.main` on the tiny run; stderr goes to stdout."""
+    fields = {**OVERRIDES, "data.dir": str(dataset.parents[1])}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "kafjax.main", "--config", "configs/phantom_pretrain.py"),
+            *(f"--config.{name}={value}" for name, value in fields.items()),
+            *("--workdir", str(workdir)),
+            *extra,
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(dataset.parents[1] / "xla"),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_command(
+    dataset: Path, workdir: Path, *extra: str, devices: int = 1, **environment: str
+) -> tuple[int, str]:
+    """Runs the command to its end: exit status and output."""
+    process = start_command(dataset, workdir, *extra, devices=devices, **environment)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output

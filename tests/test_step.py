@@ -1,0 +1,121 @@
+"""The mapped step: the same result on any number of devices, and lowering for other platforms."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from kafjax.pretrain import Pretraining
+from kafjax.step import AXIS_NAME, init_state, make_optimizer, make_schedule, make_update
+from kafjax.step import replicate, shard, unreplicate
+from tests.runs import ROOT, random_batch, tiny_config
+
+NUM_KEYPOINTS = 16
+
+THREE_STEPS = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from kafjax.pretrain import Pretraining
+from kafjax.step import *
+from kafjax.step import AXIS_NAME
+from tests.runs import random_batch, tiny_config
+
+config = tiny_config(Path("a/b/c"), **{"model.dtype": "float64"})
+task = Pretraining(config, axis_name=AXIS_NAME)
+optimizer = make_optimizer(config.optimizer, 10)
+state, losses = replicate(init_state(task, optimizer)), []
+update = make_update(task, optimizer)
+stop = np.zeros(jax.local_device_count(), np.int32)
+for step in range(3):
+    batch = random_batch(config.batch_size, 16, seed=step)
+    # Devices hold different numbers of real keypoints, one of them none.
+    batch["keypoint_mask"][0] = False
+    batch["correspondence"][0] = -1
+    state, metrics = update(state, shard(batch), stop)
+    losses.append(float(unreplicate(metrics)["loss"]))
+leaves = jax.tree.leaves(unreplicate(state))
+np.savez(sys.argv[1], np.array(losses), *leaves)
+"""
+
+
+def three_steps(devices: int, path: Path) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_ENABLE_X64": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", THREE_STEPS, str(path)], env=environment, cwd=ROOT, text=True
+    )
+
+
+def test_eight_devices_train_as_one(tmp_path: Path) -> None:
+    paths = {n: tmp_path / f"{n}.npz" for n in (1, 8)}
+    processes = [three_steps(n, path) for n, path in paths.items()]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    one, eight = (np.load(path) for path in paths.values())
+    assert len(one.files) > 100
+    for name in one.files:
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def lowerable():
+    config = tiny_config(Path("a/b/c"), batch_size=2)
+    task = Pretraining(config, axis_name=AXIS_NAME)
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = replicate(init_state(task, optimizer))
+    batch = shard(random_batch(2, NUM_KEYPOINTS))
+    return make_update(task, optimizer), state, batch
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_step_lowers_for_accelerators(lowerable, platform: str) -> None:
+    update, state, batch = lowerable
+    stop = np.zeros(jax.local_device_count(), np.int32)
+    lowered = jax.jit(update).trace(state, batch, stop).lower(lowering_platforms=(platform,))
+    assert "stablehlo.convolution" in lowered.as_text()
+
+
+def test_schedule_is_a_cosine_from_rate_to_floor() -> None:
+    config = tiny_config(Path("a/b/c")).optimizer
+    config.update({"learning_rate": 5e-4, "final_learning_rate": 5e-5})
+    schedule = make_schedule(config, 100)
+    for step in (0, 1, 37, 99, 100):
+        cosine = 5e-5 + (5e-4 - 5e-5) * 0.5 * (1 + np.cos(np.pi * step / 100))
+        np.testing.assert_allclose(schedule(step), cosine, rtol=1e-5)
+
+
+def test_sgd_is_momentum_with_decay_in_the_gradient() -> None:
+    config = tiny_config(Path("a/b/c")).optimizer
+    config.update({"weight_decay": 0.1, "learning_rate": 0.5})
+    optimizer = make_optimizer(config, 10**9)
+    parameter, buffer = 2.0, 0.0
+    params = np.float32(parameter)
+    state = optimizer.init(params)
+    for gradient in (1.0, -3.0, 0.5):
+        buffer = 0.9 * buffer + gradient + 0.1 * parameter
+        parameter -= 0.5 * buffer
+        updates, state = optimizer.update(np.float32(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, parameter, rtol=1e-5)
+
+
+def test_unknown_optimizer_names_the_choices() -> None:
+    config = tiny_config(Path("a/b/c")).optimizer
+    config.name = "lamb"
+    with pytest.raises(ValueError, match="'lamb', expected sgd or adam"):
+        make_optimizer(config, 10)
+
+
+def test_replicate_and_unreplicate_are_inverse() -> None:
+    tree = {"a": np.arange(3), "b": np.float32(2)}
+    mapped = jax.pmap(lambda x: x)(replicate(tree))
+    jax.tree.map(np.testing.assert_array_equal, unreplicate(mapped), tree)
