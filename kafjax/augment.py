@@ -21,7 +21,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# See `transfer_keypoints`.
 KEYPOINT_MODES = ("index_map", "analytic")
 
 # At the steepest u of the default ranges 4 steps left 2 of 240,000 keypoints unsolved, 6 none.
