@@ -80,7 +80,7 @@ def matching_loss(
 
     `-log P` clamped to [0, 100]: 0.45 times its mean over corresponding keypoints, plus 1.0 times
     its mean over the unmatched of both slices at their dustbin. A pair without one kind has 0 for
-    it.
+    it. A correspondence whose ends are not both real counts as none.
 
     Args:
       log_assignment: [b, m + 1, n + 1], from `log_optimal_transport`.
@@ -96,7 +96,9 @@ def matching_loss(
     """
     cost = jnp.clip(-log_assignment, 0.0, 100.0)
     num_2 = mask_2.shape[1]
-    matched_1 = mask_1 & (correspondence >= 0)
+    # Index -1 reads the last place, whose answer the first condition discards.
+    real_end = jnp.take_along_axis(mask_2, correspondence, axis=1)
+    matched_1 = mask_1 & (correspondence >= 0) & real_end
     # A match of padding is written to the place after the last and cut off.
     target = jnp.where(matched_1, correspondence, num_2)
     matched_2 = jax.vmap(lambda t: jnp.zeros(num_2 + 1, bool).at[t].set(True)[:-1])(target)

@@ -9,16 +9,16 @@ The release's names are those of method.md section 10. Its networks also hold we
 uses (`DEAD_WEIGHTS`); they are dropped and named.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kafjax.models import build_model
+from kafjax.models import build_model, example_inputs, variable_shapes
 
 NUM_HEADS = 4
 
@@ -26,6 +26,9 @@ NUM_HEADS = 4
 DEAD_WEIGHTS = re.compile(
     r"encoder\.graph_\d\.superglue\.(bin_score|final_proj\.\w+)|graph_local_head\..*"
 )
+_PREFIX = "module."  # of networks that were trained in DataParallel
+# Under these a checkpoint keeps its state dict beside optimiser, epoch and the like.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _COUNTERS = re.compile(r".*\.num_batches_tracked")
 
 # Our modules' paths -> the release's names, applied one after the other. `$` stands for the number
@@ -76,34 +79,32 @@ def release_name(path: str) -> str:
     """The release's name of one of our variables.
 
     Args:
-      path: such as 'encoder/center_1/conv/bias'.
+      path: such as 'params/encoder/center_1/conv/bias'; the collection may be left out.
 
     Returns:
       The name; a '$' in it stands for the layer numbers along the variable's leading axis.
     """
+    path = path.removeprefix("params/").removeprefix("batch_stats/")
     for pattern, replacement in _RULES:
         path = re.sub(pattern, replacement, path)
     return path
 
 
-class ImportReport(NamedTuple):
-    """What became of a state dict's entries: lists of names."""
-
-    imported: list[str]
-    dropped: list[str]
+def dead_weights(state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of the entries that the release holds and never uses; an import drops them."""
+    return [name for name in state_dict if DEAD_WEIGHTS.fullmatch(name.removeprefix(_PREFIX))]
 
 
-def import_state_dict(
-    state_dict: Mapping[str, np.ndarray], config: Any
-) -> tuple[dict[str, Any], ImportReport]:
+def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict[str, Any]:
     """Converts the release's weights to the variables of the network that `config` describes.
 
     Args:
-      state_dict: the release's names -> arrays. A 'module.' before every name is ignored.
+      state_dict: the release's names -> arrays; a 'module.' before a name is ignored.
       config: `config.model`, see `kafjax.models.build_model`.
 
     Returns:
-      {'params', 'batch_stats'} of NumPy arrays, in the model's parameter type; and the report.
+      {'params', 'batch_stats'} of NumPy arrays, in the model's parameter type. Dead weights
+      (`dead_weights`) and batch counters are left out.
 
     Raises:
       ValueError: entries are missing, unknown or of another shape; all are listed with the shapes
@@ -113,48 +114,50 @@ def import_state_dict(
         raise ValueError(
             f"config.model.name is {config.name!r}: there is no import of FCN networks"
         )
-    state_dict = {name.removeprefix("module."): np.asarray(a) for name, a in state_dict.items()}
-    template = flax.traverse_util.flatten_dict(_variable_shapes(config), sep="/")
-    used: list[str] = []
-    faults: list[str] = []
-    variables = {}
-    for path, leaf in template.items():
-        name = release_name(path.split("/", 1)[1])
-        numbered = [name.replace("$", str(i)) for i in range(leaf.shape[0] if "$" in name else 1)]
-        shape = leaf.shape[1:] if "$" in name else leaf.shape
-        arrays = []
-        for entry in numbered:
-            expected = _release_shape(entry, path, shape)
-            if entry not in state_dict:
-                faults.append(f"missing: {entry} {list(expected)}")
-            elif state_dict[entry].shape != expected:
-                found = list(state_dict[entry].shape)
-                faults.append(f"shape: {entry} is {found}, expected {list(expected)}")
-            else:
-                arrays.append(_to_ours(state_dict[entry], path))
-        used += numbered
-        if len(arrays) == len(numbered):
-            array = np.stack(arrays) if "$" in name else arrays[0]
-            variables[path] = np.asarray(array, leaf.dtype)
-    rest = [name for name in state_dict if name not in set(used)]
-    dropped = [name for name in rest if DEAD_WEIGHTS.fullmatch(name)]
-    unknown = [n for n in rest if not DEAD_WEIGHTS.fullmatch(n) and not _COUNTERS.fullmatch(n)]
-    faults += [f"unknown: {name} {list(state_dict[name].shape)}" for name in unknown]
+    entries = {name.removeprefix(_PREFIX): np.asarray(a) for name, a in state_dict.items()}
+    shapes = variable_shapes(build_model(config), *example_inputs(config.head))
+    leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
+    sources = {path: _release_entries(path, leaf.shape) for path, leaf in leaves.items()}
+    faults = _differences(entries, {k: v for source in sources.values() for k, v in source.items()})
     if faults:
-        raise ValueError(
-            f"{len(faults)} entries do not fit {config.name} with {config.filters} filters:\n  "
-            + "\n  ".join(faults)
-        )
-    return flax.traverse_util.unflatten_dict(variables, sep="/"), ImportReport(used, dropped)
+        title = f"{len(faults)} entries do not fit {config.name}, {config.head}, "
+        raise ValueError("\n  ".join([f"{title}{config.filters} filters:", *faults]))
+    variables = {}
+    for path, leaf in leaves.items():
+        arrays = [_to_ours(entries[name], path) for name in sources[path]]
+        array = np.stack(arrays) if _is_stack(path) else arrays[0]
+        variables[path] = np.asarray(array, leaf.dtype)
+    return flax.traverse_util.unflatten_dict(variables, sep="/")
 
 
-def _variable_shapes(config: Any) -> dict[str, Any]:
-    views = (2,) if config.head == "pretraining" else ()
-    image = jnp.zeros((1, *views, 16, 16, 1))
-    keypoints = jnp.zeros((1, *views, 1, 2), jnp.int32)
-    mask = jnp.ones((1, *views, 1), bool)
-    init = build_model(config).init
-    return jax.eval_shape(lambda: init(jax.random.key(0), image, keypoints, mask, train=False))
+def _differences(
+    entries: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What is missing, of another shape or unknown: a line each."""
+    faults = []
+    for name, shape in expected.items():
+        if name not in entries:
+            faults.append(f"missing: {name} {list(shape)}")
+        elif entries[name].shape != shape:
+            faults.append(f"shape: {name} is {list(entries[name].shape)}, expected {list(shape)}")
+    for name, array in entries.items():
+        unused = DEAD_WEIGHTS.fullmatch(name) or _COUNTERS.fullmatch(name)
+        if name not in expected and not unused:
+            faults.append(f"unknown: {name} {list(array.shape)}")
+    return faults
+
+
+def _is_stack(path: str) -> bool:
+    return "$" in release_name(path)
+
+
+def _release_entries(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The entries that make up one of our variables, in order, with the release's shapes."""
+    name = release_name(path)
+    if not _is_stack(path):
+        return {name: _release_shape(name, path, shape)}
+    one = _release_shape(name, path, shape[1:])
+    return {name.replace("$", str(i)): one for i in range(shape[0])}
 
 
 def _release_shape(name: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -188,3 +191,83 @@ def _heads_first(array: np.ndarray) -> np.ndarray:
     """Reorders the last axis from (channel, head), the release's, to (head, channel)."""
     split = array.reshape(*array.shape[:-1], -1, NUM_HEADS)
     return np.swapaxes(split, -1, -2).reshape(array.shape)
+
+
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Reads a PyTorch checkpoint file, which cannot run code: tensors and plain values only.
+
+    A checkpoint that keeps the state dict beside other things, under one of the names that are
+    usual for it, is unwrapped.
+
+    Raises:
+      ValueError: PyTorch is missing, the file is none of its checkpoints or holds no state dict.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("PyTorch is missing, expected: pip install 'kafjax[torch]'") from None
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected a PyTorch checkpoint")
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises errors of every kind for what is no checkpoint
+        raise ValueError(
+            f"{path}: {type(error).__name__} when reading it, expected a PyTorch checkpoint that "
+            "holds nothing but tensors and plain values"
+        ) from error
+    while isinstance(found, Mapping) and (inner := [w for w in _WRAPPERS if w in found]):
+        found = found[inner[0]]
+    if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
+        names = f"with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise ValueError(
+            f"{path}: found a {type(found).__name__} {names}, expected a state dict of tensors or "
+            f"one under {', '.join(_WRAPPERS)}"
+        )
+    # NumPy has no bfloat16 of its own.
+    narrow = (torch.bfloat16, torch.float16)
+    return {n: (t.float() if t.dtype in narrow else t).numpy() for n, t in found.items()}
+
+
+def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
+    """Writes the workdir of a run whose step 0 has the weights of a PyTorch checkpoint file.
+
+    Raises:
+      ValueError: the file does not fit `config.model`, or the workdir holds a run already. Nothing
+        is written then.
+    """
+    from kafjax.checkpoint import Checkpointer  # Orbax is needed for nothing else here
+
+    state_dict = read_state_dict(source)
+    variables = import_state_dict(state_dict, config.model)
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir}: holds checkpoints already, expected a new --output folder")
+    origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    with Checkpointer(
+        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
+    ) as checkpointer:
+        checkpointer.save(0, variables, metrics={}, data={"imported_from": origin})
+    dropped = dead_weights(state_dict)
+    print("\n  ".join([f"Dropped {len(dropped)} weights that nothing uses:", *dropped]))
+    print(f"Wrote {workdir}; fine-tune from it with --config.init_from={workdir}")
+
+
+def _run_from_command_line() -> None:
+    # Inside a function, so that importing this module defines no flag.
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    from kafjax.commands import parse_flags, run_command
+
+    source = flags.DEFINE_string("input", None, "PyTorch checkpoint of the release.", required=True)
+    config = config_flags.DEFINE_config_file("config", help_string="Its `model` fits the file.")
+    workdir = flags.DEFINE_string("output", None, "Workdir to write, a new one.", required=True)
+    flags.mark_flag_as_required("config")
+
+    def main(_: list[str]) -> None:
+        run_command(import_checkpoint, Path(source.value), config.value, Path(workdir.value))
+
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    _run_from_command_line()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
-from kafjax.models.initialization import init_variables, variable_shapes
+from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
 from kafjax.models.pretraining import PretrainingNetwork, PretrainingOutput
 from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
 
@@ -24,6 +24,7 @@ __all__ = [
     "PretrainingOutput",
     "SegmentationNetwork",
     "build_model",
+    "example_inputs",
     "init_variables",
     "variable_shapes",
 ]
@@ -72,11 +73,15 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
       axis_name: the mapped axis whose devices share batch statistics.
 
     Raises:
-      ValueError: a name, head or dtype that there is not.
+      ValueError: a name, head or dtype that there is not; float64 where JAX has it switched off.
     """
     _check_choice("name", config.name, MODELS)
     _check_choice("head", config.head, HEADS)
     _check_choice("dtype", config.dtype, DTYPES)
+    if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
+        raise ValueError(
+            "config.model.dtype is 'float64', expected JAX_ENABLE_X64=1 in the environment with it"
+        )
     backbone = MODELS[config.name]
     common = {"dtype": jnp.dtype(config.dtype)}
     if axis_name is not None:

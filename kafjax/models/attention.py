@@ -2,7 +2,7 @@
 
 After Sarlin et al., CVPR 2020, section 3.1, with the numbers of method.md section 4. No padded
 keypoint is attended to or enters a statistic; what comes out at padding is finite and must not be
-used.
+used. The features that layers add to stay float32 where layers compute in bfloat16.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kafjax.models.layers import BatchNorm, Linear
+from kafjax.models.layers import BatchNorm, Linear, parameter_dtype
 
 KEYPOINT_FEATURES = 256
 POSITION_MLP_FEATURES = (32, 64, 128, 256)
@@ -67,7 +67,10 @@ class KeypointMLP(nn.Module):
 
 
 class PositionalEncoder(nn.Module):
-    """Positional code of keypoints: an MLP of their normalised positions (method.md 4.2)."""
+    """Positional code of keypoints: an MLP of their normalised positions (method.md 4.2).
+
+    Computes in float32 or wider: bfloat16 would round positions to more than a pixel.
+    """
 
     axis_name: str | None = None
     dtype: Any = jnp.float32
@@ -77,11 +80,10 @@ class PositionalEncoder(nn.Module):
         self, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int], *, train: bool
     ) -> jax.Array:
         """Codes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
-        # Pixel positions have more digits than bfloat16 holds: normalise first, in float32.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = parameter_dtype(self.dtype)
         x = normalize_keypoints(keypoints, shape, wide)
         mlp = KeypointMLP(
-            POSITION_MLP_FEATURES, KEYPOINT_FEATURES, self.axis_name, self.dtype, name="mlp"
+            POSITION_MLP_FEATURES, KEYPOINT_FEATURES, self.axis_name, wide, name="mlp"
         )
         return mlp(x, mask, train=train)
 

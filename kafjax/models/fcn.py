@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.layers import Conv, ConvBlock, max_pool
-from kafjax.models.unet import NUM_LEVELS, Encoding, WidenedBlock
+from kafjax.models.unet import NUM_LEVELS, Encoding, WidenedBlock, check_size
 
 
 class FCNEncoder(nn.Module):
@@ -38,6 +38,7 @@ class FCNEncoder(nn.Module):
         self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
     ) -> Encoding:
         """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        check_size(image)
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
         x, levels, points = image.astype(self.dtype), [], []
         for level in range(NUM_LEVELS):

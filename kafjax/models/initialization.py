@@ -13,6 +13,7 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kafjax.models.layers import he_stddev, linear_bound
@@ -30,7 +31,7 @@ def init_variables(
       model: from `build_model`.
       seed: not negative.
       image: inputs as the model's, of which only shapes and types matter; arrays or
-        `jax.ShapeDtypeStruct`s. Height and width may be 16 whatever those of training.
+        `jax.ShapeDtypeStruct`s, such as `example_inputs`.
       keypoints: likewise.
       keypoint_mask: likewise.
 
@@ -54,6 +55,20 @@ def variable_shapes(
         return model.init(jax.random.key(0), *arrays, train=False)
 
     return jax.eval_shape(init, *inputs)
+
+
+def example_inputs(head: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest image, keypoints and mask that a network with this `config.model.head` takes.
+
+    Enough for `init_variables` and `variable_shapes`: variables' shapes depend neither on the
+    image's size nor on the number of keypoints.
+    """
+    views = (2,) if head == "pretraining" else ()
+    return (
+        jax.ShapeDtypeStruct((1, *views, 16, 16, 1), jnp.float32),
+        jax.ShapeDtypeStruct((1, *views, 1, 2), jnp.int32),
+        jax.ShapeDtypeStruct((1, *views, 1), jnp.bool_),
+    )
 
 
 def _draw(seed: int, path: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> np.ndarray:

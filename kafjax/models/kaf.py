@@ -93,7 +93,8 @@ class KeypointConv(nn.Module):
         kernel_shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal, kernel_shape, param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-        values = scatter_values(x, last_at_pixel(keypoints, mask, shape), mask)
+        winner = last_at_pixel(keypoints, mask, shape)
+        values = scatter_values(x.astype(self.dtype), winner, mask)
         y = sparse_conv3x3(values, keypoints, kernel.astype(self.dtype), shape)
         return y + bias.astype(self.dtype)
 
@@ -130,6 +131,7 @@ class KAF(nn.Module):
           [b, k, 256], meaningless at padding.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        keypoints = keypoints.astype(jnp.int32)  # a pixel's number overflows int16
         shape = (x.shape[1], x.shape[2])
         points = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="project")(
             gather_at_keypoints(x, keypoints)

@@ -17,6 +17,13 @@ NUM_LEVELS = 4
 WIDENINGS = ("none", "copy", "kaf")
 
 
+def check_size(image: jax.Array) -> None:
+    """Raises ValueError unless height and width of [b, h, w, 1] survive being halved four times."""
+    h, w = image.shape[1:3]
+    if h % 2**NUM_LEVELS or w % 2**NUM_LEVELS:
+        raise ValueError(f"image is {h} x {w} pixels, expected both divisible by {2**NUM_LEVELS}")
+
+
 class Encoding(NamedTuple):
     """What an encoder gives: features of its levels, finest first.
 
@@ -82,6 +89,7 @@ class UNetEncoder(nn.Module):
         self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
     ) -> Encoding:
         """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        check_size(image)
         x, levels, points = image.astype(self.dtype), [], []
         for level in range(NUM_LEVELS):
             block = WidenedBlock(
