@@ -17,7 +17,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/python -m data_prep.main --dataset phantom --data_dir $(DEMO)/data \
-	    --num_subjects 4 --size 96x96x24 --max_keypoints 96
+	    --num_subjects 4 --size 64x64x24 --max_keypoints 64
 	$(BIN)/python -m kafjax.main --config configs/phantom_pretrain.py \
 	    --config.data.dir=$(DEMO)/data --workdir $(DEMO)/pretrain
 

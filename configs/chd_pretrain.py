@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "learning_rate": 0.002,
                 "final_learning_rate": 0.0,
             },
-            # In steps.
+            # In steps; picture 0 draws none.
             "every": {"log": 20, "checkpoint": 200, "picture": 500},
             "checkpoint": {"keep_newest": 2, "keep_best": 1},
         }

@@ -216,9 +216,9 @@ class _Run:
         return self._make_batches(self._dataset, options, start_step=start)
 
     def _show(self, step: int, batch: Batch) -> None:
-        """Draws the first step's batch, and then one now and again."""
+        """Draws the first step's batch, and then one now and again; none where it is every 0."""
         every = self._config.every.picture
-        if (step == 1 or step % every == 0) and jax.process_index() == 0:
+        if every and (step == 1 or step % every == 0) and jax.process_index() == 0:
             for name, image in self._task.picture(batch).items():
                 self._writer.picture(step, name, image)
 

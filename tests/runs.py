@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 OVERRIDES = {
     "batch_size": 8,
     "data.patch_size": (32, 32),
-    "data.max_keypoints": 64,
     "model.filters": 4,
     "model.num_attention_layers": 2,
     "model.num_matcher_layers": 2,
     "model.num_sinkhorn_iterations": 10,
     "model.embedding": 16,
-    # At the demo's rate float32 rounding grows a hundredfold a step.
+    "optimizer.name": "sgd",
+    # At a larger rate float32 rounding grows a hundredfold a step.
     "optimizer.learning_rate": 1e-4,
     "every.log": 1,
     "every.checkpoint": 100,

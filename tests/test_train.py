@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from kafjax import train as train_module
 from kafjax.metrics import read_metrics
 from kafjax.train import train
-from tests.runs import tiny_config
+from tests import runs
+
+
+def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
+    return runs.tiny_config(dataset, **{"every.picture": 0, **overrides})
 
 
 def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
