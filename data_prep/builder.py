@@ -38,8 +38,8 @@ Metadata = dict[str, Any]
 class Options:
     """The user's choices. `max_keypoints` is K, the places for keypoints in each record.
 
-    512 px phantom slices have a median of 345 and at most 440 SIFT keypoints, so 512 places hold
-    them all, and the attention over them costs what 512 do whether they are taken or not.
+    The default of 512 holds every SIFT keypoint of a 512 x 512 phantom slice (96 slices of eight
+    subjects: 179 to 409, median 287) with a quarter to spare for richer images.
     """
 
     max_keypoints: int = 512

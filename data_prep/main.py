@@ -115,6 +115,11 @@ def _describe(summary: Summary, dataset: str, options: Options) -> str:
     )
 
 
+def _num_cores() -> int:
+    # Where a job may use only some of the machine's cores, Linux alone can say which.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _size(text: str) -> tuple[int, ...]:
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
@@ -166,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--num_workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=_num_cores(),
         metavar="N",
         help="processes, 0 for none but this; the result is the same (default: one per core)",
     )

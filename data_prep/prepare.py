@@ -156,9 +156,12 @@ def _check(
     """Reads every volume once. Raises `DatasetError` with all faults of the dataset."""
     facts: dict[str, Facts] = {}
     jobs = {source.id: source for source in sources}
-    with tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress:
-        check = functools.partial(inspect, reader)
-        for id, result in run_jobs(check, jobs, num_workers=num_workers):
+    results = run_jobs(functools.partial(inspect, reader), jobs, num_workers=num_workers)
+    with (
+        contextlib.closing(results),
+        tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
+    ):
+        for id, result in results:
             progress.update()
             if isinstance(result, DatasetError):
                 faults = [*faults, *result.faults]
@@ -198,10 +201,15 @@ def _prepare_volumes(
     jobs = {source.id: source for source in sources if shards[source.id] is None}
     done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
     total = sum(fact.num_slices for fact in facts.values())
-    work = functools.partial(_prepare_volume, plan, facts, place)
+    results = run_jobs(
+        functools.partial(_prepare_volume, plan, facts, place), jobs, num_workers=num_workers
+    )
     failures: dict[str, Exception] = {}
-    with tqdm(total=total, initial=done, desc="preparing", unit="slice", disable=None) as progress:
-        for id, result in run_jobs(work, jobs, num_workers=num_workers):
+    with (
+        contextlib.closing(results),
+        tqdm(total=total, initial=done, desc="preparing", unit="slice", disable=None) as progress,
+    ):
+        for id, result in results:
             if isinstance(result, OSError):
                 raise result  # a full or read-only disk stops every other volume too
             if isinstance(result, Exception):

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -26,7 +26,7 @@ class WorkerDied(RuntimeError):  # noqa: N818 - it states what happened
 
 def run_jobs(
     function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """Yields (name, result) of `function(job)` for each named job, in order of completion.
 
     An exception of the function is the result, not raised; so is `WorkerDied`, after which a fresh
@@ -60,7 +60,10 @@ class _Worker:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
+        # Ctrl-C is the parent's to handle: the child inherits the blocked signal.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         theirs.close()  # or its end would not be noticed here
         self.job: str | None = None
         self.alive = True
@@ -105,7 +108,6 @@ def _call(function: Callable[[Any], Any], job: Any) -> Any:
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """A worker's life: job in, result out, until the parent closes the connection or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     cv2.setNumThreads(1)  # the cores are shared out between processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

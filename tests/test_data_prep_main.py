@@ -1,10 +1,13 @@
 """The command line: what it prints, its exit status, and a disk that takes no more."""
 
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,20 @@ def test_a_data_folder_that_cannot_be_made_is_one_line(phantom_raw, tmp_path, ca
     (line,) = lines_of(capsys)
     assert "file" in line
     assert "Not a directory" in line
+
+
+def test_ctrl_c_is_one_line_and_can_be_continued(phantom_raw, tmp_path):
+    arguments = ("--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path)
+    command = [sys.executable, "-m", "data_prep.main", *map(str, arguments), "--num_workers", "1"]
+    stopped = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    notes = tmp_path / "chd" / ".1.0.0.preparing" / "volumes"
+    while not notes.exists():
+        assert stopped.poll() is None
+        time.sleep(0.001)
+    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    assert stopped.communicate()[1] == "error: stopped; the same command goes on from here\n"
+    assert stopped.returncode == 130
+    assert not (tmp_path / "chd" / "1.0.0").exists()
+    assert run(*arguments).returncode == 0
