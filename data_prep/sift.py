@@ -104,7 +104,7 @@ def correspondences(first: Keypoints, second: Keypoints, *, radius: float) -> np
     rows, columns = _candidates(first.positions, second.positions, radius)
     # Squared distances of uint8 descriptors are integers far below 2**31: ties are exact.
     offset = first.descriptors[rows].astype(np.int32) - second.descriptors[columns]
-    distances = np.einsum("nd,nd->n", offset, offset)
+    distances = np.einsum("kd,kd->k", offset, offset)
     choice = _choices(rows, columns, distances, len(first))
     choice_back = _choices(columns, rows, distances, len(second))
     chosen = np.flatnonzero(choice >= 0)
