@@ -67,7 +67,7 @@ def golden_model_config(facts: Mapping[str, Any], dtype: str) -> ml_collections.
 
 def by_release_names(tree: Any) -> dict[str, np.ndarray]:
     """Parameters, gradients or statistics by the release's names, in our layout."""
-    named = {}
+    named: dict[str, np.ndarray] = {}
     for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items():
         name, array = release_name(path), np.asarray(leaf, np.float64)
         if "$" in name:

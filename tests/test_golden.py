@@ -111,8 +111,8 @@ def _pretraining(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
     )
     model = build_model(config)
     image = np.stack([_nhwc(golden[f"image_{i}"]) for i in (1, 2)], axis=1)
-    keypoints = [golden["keypoints_1"], golden["keypoints_2"]]
-    mask = [np.ones(k.shape[:2], bool) for k in keypoints]
+    keypoints: list[Any] = [golden["keypoints_1"], golden["keypoints_2"]]
+    mask: list[Any] = [np.ones(k.shape[:2], bool) for k in keypoints]
     correspondence = golden["correspondence"]
     if case.padded:
         rng = np.random.default_rng(1)
@@ -133,7 +133,7 @@ def _pretraining(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
         terms = (
             supervised_contrastive_loss(output.cnn, positives),
             supervised_contrastive_loss(output.kaf, positives),
-            jnp.mean(matching_loss(output.log_assignment, correspondence, *mask)),
+            jnp.mean(matching_loss(output.log_assignment, correspondence, mask[0], mask[1])),
         )
         total = sum(w * term for w, term in zip(weights, terms, strict=True))
         return total, (output, terms, updated["batch_stats"])

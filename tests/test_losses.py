@@ -1,0 +1,179 @@
+"""Contrastive losses and cross-entropy against loops, scipy and the release's values."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from kafjax.losses import cross_entropy, positive_pairs, supervised_contrastive_loss
+from tests.release_weights import GOLDEN
+
+METHODS = ("simclr", "gcl", "pcl")
+
+
+def loop_loss(views: np.ndarray, positives: np.ndarray, temperature: float) -> float:
+    """The loss of views [v, n, e] term by term, as Khosla et al. 2020, equation 2, defines it."""
+    num_views, n, _ = views.shape
+    rows = [(v, i) for v in range(num_views) for i in range(n)]
+    unit = {row: views[row] / np.linalg.norm(views[row]) for row in rows}
+    terms = []
+    for anchor in rows:
+        others = [row for row in rows if row != anchor]
+        similar = {row: np.exp(unit[anchor] @ unit[row] / temperature) for row in others}
+        friends = [row for row in others if positives[anchor[1], row[1]]]
+        if friends:
+            total = sum(similar.values())
+            terms.append(-np.mean([np.log(similar[row] / total) for row in friends]))
+    return float(temperature / 0.07 * np.mean(terms)) if terms else 0.0
+
+
+def random_views(num_views: int = 2, n: int = 5, e: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((num_views, n, e))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_contrastive_loss_is_the_releases(method: str, temperature: float) -> None:
+    with np.load(GOLDEN / "losses.npz") as golden, jax.enable_x64(True):
+        # The golden partitions are not those of the golden positions.
+        partition, position = golden["partition"], jnp.asarray(golden["slice_position"])
+        positives = positive_pairs(method, position, position_threshold=0.2)
+        if method == "gcl":
+            positives = jnp.asarray(partition[:, None] == partition[None, :])
+        views = [jnp.asarray(golden["features"][:, i], jnp.float64) for i in range(2)]
+        loss = jax.jit(supervised_contrastive_loss)(views, positives, temperature=temperature)
+        expected = golden[f"loss_{method}_T{temperature}"]
+        np.testing.assert_allclose(loss, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_slices", [4, 7, 12, 100, 255])
+def test_partitions_are_quarters_of_the_volume(num_slices: int) -> None:
+    number = np.arange(1, num_slices + 1)
+    quarter = -(-4 * number // num_slices)  # rounded up: 1..4
+    found = positive_pairs("gcl", jnp.asarray(number / num_slices, jnp.float32))
+    np.testing.assert_array_equal(found, quarter[:, None] == quarter[None, :])
+
+
+def test_positives_of_pcl_are_nearer_than_the_threshold() -> None:
+    position = np.array([0.1, 0.19, 0.31, 1.0])
+    found = positive_pairs("pcl", jnp.asarray(position), position_threshold=0.1)
+    expected = [[abs(a - b) < 0.1 for b in position] for a in position]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_positives_of_simclr_are_a_samples_own_views() -> None:
+    found = positive_pairs("simclr", jnp.asarray([0.5, 0.5, 0.5]))
+    np.testing.assert_array_equal(found, np.eye(3, dtype=bool))
+
+
+def test_an_unknown_method_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'moco'.*simclr.*gcl.*pcl"):
+        positive_pairs("moco", jnp.zeros(2))
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_contrastive_loss_equals_a_loop(method: str, num_views: int) -> None:
+    views = random_views(num_views)
+    position = jnp.asarray([0.05, 0.1, 0.3, 0.8, 1.0])
+    positives = positive_pairs(method, position, position_threshold=0.25)
+    loss = jax.jit(supervised_contrastive_loss)(list(jnp.asarray(views)), positives)
+    np.testing.assert_allclose(loss, loop_loss(views, np.asarray(positives), 0.1), rtol=1e-5)
+
+
+def test_anchors_without_positive_do_not_count() -> None:
+    views = random_views()[:1]
+    positives = np.eye(5, dtype=bool)
+    positives[0, 1] = positives[1, 0] = True
+    loss = supervised_contrastive_loss(list(jnp.asarray(views)), jnp.asarray(positives))
+    np.testing.assert_allclose(loss, loop_loss(views, positives, 0.1), rtol=1e-5)
+
+
+def test_without_any_positive_loss_and_gradient_are_zero() -> None:
+    views = jnp.asarray(random_views()[0])
+    no_pair = jnp.eye(5, dtype=bool)
+    value, gradient = jax.value_and_grad(lambda x: supervised_contrastive_loss([x], no_pair))(views)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_zero_embedding_gives_no_nan() -> None:
+    views = jnp.asarray(random_views()).at[:, 0].set(0)
+    eye = jnp.eye(5, dtype=bool)
+    differentiate = jax.value_and_grad(lambda x: supervised_contrastive_loss(list(x), eye))
+    value, gradient = jax.jit(differentiate)(views)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_contrastive_loss_of_bfloat16_is_computed_in_float32() -> None:
+    views = jnp.asarray(random_views(), jnp.bfloat16)
+    eye = jnp.eye(5, dtype=bool)
+    loss = supervised_contrastive_loss(list(views), eye)
+    assert loss.dtype == jnp.float32
+    expected = loop_loss(np.asarray(views, np.float64), np.asarray(eye), 0.1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# Device counts are fixed when JAX starts, so this runs in a process of its own.
+FOUR_DEVICES = """
+    import os
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import jax, jax.numpy as jnp, numpy as np
+    from kafjax.losses import positive_pairs, supervised_contrastive_loss
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 2, 6)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)
+    position = jnp.asarray(rng.uniform(size=8), jnp.float32)
+    assert jax.device_count() == 4
+
+    for method in ("simclr", "gcl", "pcl"):
+        positives = positive_pairs(method, position, position_threshold=0.2)
+
+        def loss(w, x, axis_name=None):
+            views = (x[:, 0] @ w, x[:, 1] @ w)
+            return supervised_contrastive_loss(views, positives, axis_name=axis_name)
+
+        def step(w, x):
+            value, gradient = jax.value_and_grad(loss)(w, x, "batch")
+            return value, jax.lax.pmean(gradient, "batch")
+
+        value, gradient = jax.value_and_grad(loss)(w, x)
+        values, gradients = jax.pmap(step, axis_name="batch", in_axes=(None, 0))(
+            w, x.reshape(4, 2, 2, 6)
+        )
+        np.testing.assert_allclose(values, np.full(4, value), rtol=1e-6)
+        for of_device in gradients:
+            np.testing.assert_allclose(of_device, gradient, rtol=1e-4, atol=1e-6)
+    print("equal")
+"""
+
+
+def test_four_devices_have_the_loss_and_gradients_of_one() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FOUR_DEVICES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+def test_cross_entropy_is_the_mean_over_pixels() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((2, 3, 5, 4))
+    label = rng.integers(0, 4, (2, 3, 5))
+    expected = -np.take_along_axis(log_softmax(logits, axis=-1), label[..., None], axis=-1).mean()
+    found = jax.jit(cross_entropy)(jnp.asarray(logits), jnp.asarray(label))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    rounded = cross_entropy(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(label))
+    assert rounded.dtype == jnp.float32
