@@ -12,7 +12,6 @@ its contiguous part of every global batch, and a run resumes from its step numbe
 Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules are the release's.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,15 +141,10 @@ def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
         )
 
 
-def select_volumes(
-    dataset: SliceDataset,
-    volumes: Sequence[str] | None = None,
-    *,
-    num_volumes: int | None = None,
-) -> tuple[str, ...]:
-    """The named volumes (all by default), or the paper's seeded choice of `num_volumes` of them.
+def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The named volumes (all by default) in order of name, whatever the order they come in.
 
-    Raises `ValueError` for names that the dataset lacks or that come twice, and for too many.
+    Raises `ValueError` for names that the dataset lacks or that come twice.
     """
     names = sorted(dataset.volumes if volumes is None else volumes)
     unknown = [name for name in names if name not in dataset.volumes]
@@ -162,11 +156,7 @@ def select_volumes(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"volumes named twice: {', '.join(twice)}")
-    if num_volumes is None:
-        return tuple(names)
-    if not 1 <= num_volumes <= len(names):
-        raise ValueError(f"num_volumes is {num_volumes}; expected 1 to {len(names)}")
-    return tuple(random.Random(1234).sample(names, k=num_volumes))
+    return tuple(names)
 
 
 def steps_per_epoch(

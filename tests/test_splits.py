@@ -1,0 +1,75 @@
+"""Folds and choices of labelled subjects: scikit-learn, Python's random, and golden values."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from sklearn.model_selection import KFold
+
+from kafjax.splits import choose_labeled, folds, split_volumes, subject_of
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
+
+
+@pytest.mark.parametrize(("count", "num_folds"), [(5, 5), (68, 5), (100, 5), (23, 4), (2, 2)])
+def test_folds_are_those_of_scikit_learn(count: int, num_folds: int) -> None:
+    subjects = [1000 + 3 * i for i in range(count)]
+    found = folds(subjects, num_folds=num_folds)
+    expected = KFold(num_folds, shuffle=True, random_state=12345).split(subjects)
+    assert found == [
+        ([subjects[i] for i in train], [subjects[i] for i in validation])
+        for train, validation in expected
+    ]
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_acdc_is_split_as_the_release_does(fold: int) -> None:
+    golden = GOLDEN["acdc"][f"fold_{fold}"]
+    frames = {
+        n: (f"patient{n:03}_frame01", f"patient{n:03}_frame{9 + n % 5:02}") for n in range(1, 101)
+    }
+    volumes = [frame for pair in frames.values() for frame in pair]
+    random.Random(0).shuffle(volumes)
+
+    def frames_of(numbers: list[int]) -> tuple[str, ...]:
+        return tuple(frame for number in numbers for frame in frames[number])
+
+    for name, numbers in golden.items():
+        if name == "validation":
+            continue
+        split = split_volumes(volumes, fold=fold, num_labeled=int(name.removeprefix("train_M")))
+        assert split.train == frames_of(numbers), name
+        assert split.validation == frames_of(golden["validation"])
+
+
+def test_chd_subjects_are_volumes_in_order_of_number() -> None:
+    numbers = [1001, 1002, 1010, 1003, 1128, 1050, 1099, 998]
+    split = split_volumes([f"ct_{n}" for n in numbers], fold=1, num_labeled=3)
+    ordered = sorted(numbers)
+    train, validation = list(KFold(5, shuffle=True, random_state=12345).split(ordered))[1]
+    random.seed(1234)
+    chosen = random.sample([ordered[i] for i in train], k=3)
+    assert split.train == tuple(f"ct_{n}" for n in chosen)
+    assert split.validation == tuple(f"ct_{ordered[i]}" for i in validation)
+
+
+def test_every_volume_is_validated_once_and_never_trained_on_there() -> None:
+    volumes = [f"case{name}_frame{i}" for name in "abcdefg" for i in range(3)]
+    splits = [split_volumes(volumes, fold=fold, num_labeled=None) for fold in range(5)]
+    assert sorted(v for split in splits for v in split.validation) == sorted(volumes)
+    for split in splits:
+        assert set(split.train) | set(split.validation) == set(volumes)
+        assert not {*map(subject_of, split.train)} & {*map(subject_of, split.validation)}
+
+
+def test_impossible_splits_are_refused() -> None:
+    volumes = [f"ct_{n}" for n in range(6)]
+    with pytest.raises(ValueError, match="fold is 5; expected 0 to 4"):
+        split_volumes(volumes, fold=5, num_labeled=None)
+    with pytest.raises(ValueError, match="5 folds of 4 labelled subjects"):
+        split_volumes(volumes[:4], fold=0, num_labeled=None)
+    with pytest.raises(ValueError, match="num_labeled is 5; expected 1 to 4"):
+        split_volumes(volumes, fold=0, num_labeled=5)
+    with pytest.raises(ValueError, match="num_labeled is 0"):
+        choose_labeled(volumes, 0)
