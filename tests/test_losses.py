@@ -1,10 +1,5 @@
 """Contrastive losses and cross-entropy against loops, scipy and the release's values."""
 
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +7,7 @@ import pytest
 from scipy.special import log_softmax
 
 from kafjax.losses import cross_entropy, positive_pairs, supervised_contrastive_loss
+from tests.devices import run_on_four_devices
 from tests.release_weights import GOLDEN
 
 METHODS = ("simclr", "gcl", "pcl")
@@ -121,11 +117,7 @@ def test_contrastive_loss_of_bfloat16_is_computed_in_float32() -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-# Device counts are fixed when JAX starts, so this runs in a process of its own.
 FOUR_DEVICES = """
-    import os
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     import jax, jax.numpy as jnp, numpy as np
     from kafjax.losses import positive_pairs, supervised_contrastive_loss
 
@@ -158,14 +150,7 @@ FOUR_DEVICES = """
 
 
 def test_four_devices_have_the_loss_and_gradients_of_one() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FOUR_DEVICES)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.stdout.strip() == "equal", run.stderr
+    assert run_on_four_devices(FOUR_DEVICES) == "equal\n"
 
 
 def test_cross_entropy_is_the_mean_over_pixels() -> None:
