@@ -1,0 +1,151 @@
+"""How well a segmentation agrees with its labels: pooled Dice, and distances of surfaces.
+
+Labels and predictions are integer class numbers, 0 the background; results are for the classes
+1..d-1, in order. Volumes are arrays of any number of axes, with a spacing in mm for each.
+
+Pooled Dice is the paper's (method.md section 8): pixels are counted over all slices of all volumes
+first. Counts are integers and simply add, so that batches, devices and their order do not matter.
+The other metrics are of one volume at a time (Maier-Hein et al., Metrics Reloaded, Nature Methods
+2024). Of a class that neither has, they say NaN; where only one of the two has it, the distance is
+the volume's diagonal.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+
+# Columns of the counts.
+COUNTS = ("both", "predicted", "labelled")
+
+
+def count_pixels(
+    prediction: jax.Array, label: jax.Array, num_classes: int, *, valid: jax.Array | None = None
+) -> jax.Array:
+    """Counts the pixels of each class, on the device.
+
+    Args:
+      prediction: int [b, ...], class numbers.
+      label: int [b, ...], the same shape.
+      num_classes: d, with the background.
+      valid: bool [b]; the others do not count.
+
+    Returns:
+      int32 [d, 3]: pixels of the class in both, in the prediction, in the label. One call counts
+      up to 2^31 pixels; add the results of several as Python or NumPy int64 numbers.
+    """
+    classes = jnp.arange(num_classes)
+    predicted, labelled = prediction[..., None] == classes, label[..., None] == classes
+    if valid is not None:
+        real = valid.reshape(-1, *[1] * (predicted.ndim - 1))
+        predicted, labelled = predicted & real, labelled & real
+    pixels = tuple(range(label.ndim))
+    columns = (predicted & labelled, predicted, labelled)
+    return jnp.stack([jnp.sum(c, axis=pixels, dtype=jnp.int32) for c in columns], axis=-1)
+
+
+def pooled_dice(counts: np.ndarray) -> np.ndarray:
+    """Dice of each foreground class, 2 |A and B| / (|A| + |B|), from summed counts.
+
+    Args:
+      counts: int [d, 3], sums of `count_pixels`.
+
+    Returns:
+      float64 [d - 1], in [0, 1]; NaN for a class that neither the predictions nor the labels have.
+    """
+    both, predicted, labelled = np.asarray(counts, np.int64)[1:].T
+    total = predicted + labelled
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan)
+
+
+class ClassMetrics(NamedTuple):
+    """One class of one volume.
+
+    Attributes:
+      dice: in [0, 1]; NaN where neither the prediction nor the label has the class.
+      hd95: mm, the greater of the two directed 95th percentiles of the distances between surfaces.
+      assd: mm, the mean of all those distances, both ways.
+      empty: neither has the class; dice, hd95 and assd are NaN.
+      missed: one of them has it and the other not: dice is 0, hd95 and assd the volume's diagonal.
+    """
+
+    dice: float
+    hd95: float
+    assd: float
+    empty: bool
+    missed: bool
+
+
+def volume_metrics(
+    prediction: np.ndarray, label: np.ndarray, *, num_classes: int, spacing: Sequence[float]
+) -> list[ClassMetrics]:
+    """Dice, HD95 and ASSD of each foreground class of a volume.
+
+    A surface is made of the elements that have a neighbour along an axis which is not of the class
+    or lies outside the volume; distances are between centres of elements.
+
+    Args:
+      prediction: int array, class numbers.
+      label: int array of the same shape.
+      num_classes: d, with the background.
+      spacing: mm between elements along each axis of the arrays.
+
+    Raises:
+      ValueError: prediction, label and spacing do not fit each other.
+    """
+    if prediction.shape != label.shape or len(spacing) != label.ndim:
+        raise ValueError(
+            f"prediction {prediction.shape}, label {label.shape} and spacing {tuple(spacing)}; "
+            "expected equal shapes, and a spacing for each axis"
+        )
+    return [
+        _class_metrics(prediction == number, label == number, np.asarray(spacing, float))
+        for number in range(1, num_classes)
+    ]
+
+
+def _class_metrics(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> ClassMetrics:
+    total = int(a.sum()) + int(b.sum())
+    if total == 0:
+        return ClassMetrics(np.nan, np.nan, np.nan, empty=True, missed=False)
+    if not a.any() or not b.any():
+        diagonal = float(np.linalg.norm(spacing * a.shape))
+        return ClassMetrics(0.0, diagonal, diagonal, empty=False, missed=True)
+    there, back = surface_distances(a, b, spacing=spacing)
+    return ClassMetrics(
+        dice=2 * int((a & b).sum()) / total,
+        hd95=float(max(np.percentile(there, 95), np.percentile(back, 95))),
+        assd=float(np.concatenate([there, back]).mean()),
+        empty=False,
+        missed=False,
+    )
+
+
+def surface_distances(
+    a: np.ndarray, b: np.ndarray, *, spacing: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of each surface element of one mask to the other's surface, both ways.
+
+    Args:
+      a: bool array, not all false.
+      b: bool array of the same shape, not all false.
+      spacing: mm along each axis.
+
+    Returns:
+      float64 [surface elements of a] and [surface elements of b], in mm.
+    """
+    # Nothing outside the box around both masks is nearer, and most volumes are mostly background.
+    (box,) = scipy.ndimage.find_objects((a | b).astype(np.uint8))
+    surface_a, surface_b = _surface(a[box]), _surface(b[box])
+    to_a, to_b = (
+        scipy.ndimage.distance_transform_edt(~surface, sampling=spacing)
+        for surface in (surface_a, surface_b)
+    )
+    return to_b[surface_a], to_a[surface_b]
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    return mask & ~scipy.ndimage.binary_erosion(mask)
