@@ -11,15 +11,14 @@ the volume's diagonal.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 
-# Columns of the counts.
-COUNTS = ("both", "predicted", "labelled")
+Counts = TypeVar("Counts", np.ndarray, jax.Array)
 
 
 def count_pixels(
@@ -47,18 +46,18 @@ def count_pixels(
     return jnp.stack([jnp.sum(c, axis=pixels, dtype=jnp.int32) for c in columns], axis=-1)
 
 
-def pooled_dice(counts: np.ndarray) -> np.ndarray:
+def pooled_dice(counts: Counts) -> Counts:
     """Dice of each foreground class, 2 |A and B| / (|A| + |B|), from summed counts.
 
     Args:
-      counts: int [d, 3], sums of `count_pixels`.
+      counts: int [d, 3], sums of `count_pixels`; on the host or traced.
 
     Returns:
-      float64 [d - 1], in [0, 1]; NaN for a class that neither the predictions nor the labels have.
+      float [d - 1], in [0, 1]; NaN for a class that neither the predictions nor the labels have.
     """
-    both, predicted, labelled = np.asarray(counts, np.int64)[1:].T
-    total = predicted + labelled
-    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan)
+    both, predicted, labelled = counts[1:].T
+    with np.errstate(invalid="ignore"):
+        return 2 * both / (predicted + labelled)
 
 
 class ClassMetrics(NamedTuple):

@@ -1,0 +1,124 @@
+"""The segmentation task: labelled slices, cross-entropy, and Dice over all pixels.
+
+Method.md sections 6 to 8. A batch is what `kafjax.input_pipeline.segmentation_batches` or
+`evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as `kafjax.pretrain`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kafjax import augment, losses
+from kafjax.models import build_model, example_inputs, init_variables
+from kafjax.segmentation_metrics import count_pixels, pooled_dice
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Segmentation:
+    """Supervised segmentation, from scratch or from a pretrained encoder.
+
+    Args:
+      config: the run's config. Where `config.augment` is None, slices are taken as they come.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        self._config = config
+        self._axis_name = axis_name
+        self._num_classes = config.model.num_classes
+        self._transform = None
+        if config.augment is not None:
+            self._transform = functools.partial(
+                augment.augment_view,
+                mode=config.augment.keypoints,
+                config=augment.AugmentConfig(**config.augment.transform),
+            )
+        norm_axis = axis_name if config.sync_batch_norm else None
+        self._model = build_model(config.model, axis_name=norm_axis)
+        self._jitted_augment = jax.jit(self.augment)
+
+    def init(self) -> dict[str, Any]:
+        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
+        return init_variables(self._model, self._config.seed, *example_inputs("segmentation"))
+
+    def augment(self, batch: Batch) -> Batch:
+        """Transforms every slice with its label, by keys that only seed and sample decide."""
+        if self._transform is None:
+            return batch
+        root = jax.random.key(self._config.seed)
+        keys = jax.vmap(lambda sample: jax.random.fold_in(root, sample))(batch["sample"])
+
+        def one(key: jax.Array, image: Any, keypoints: Any, mask: Any, label: Any) -> Any:
+            assert self._transform is not None
+            return self._transform(key, image, keypoints, mask, label=label[..., None])
+
+        fields = ("image", "keypoints", "keypoint_mask", "label")
+        image, keypoints, mask, label = jax.vmap(one)(keys, *(batch[field] for field in fields))
+        moved = dict(zip(fields, (image, keypoints, mask, label[..., 0]), strict=True))
+        return {**batch, **moved}
+
+    def loss(
+        self, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        """The cross-entropy of a training step, its metrics, and the new running statistics.
+
+        The metrics' `dice` is that of the whole batch pooled, the mean over the classes that it or
+        its predictions have, and 1 where there are none.
+        """
+        batch = self.augment(batch)
+        logits, updated = self._model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["image"],
+            batch["keypoints"],
+            batch["keypoint_mask"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        total = losses.cross_entropy(logits, batch["label"])
+        counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
+        if self._axis_name is not None:
+            counts = jax.lax.psum(counts, self._axis_name)
+        dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(counts)), nan=1.0)
+        metrics = {
+            "loss": total,
+            "dice": dice,
+            "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
+        }
+        return total, (metrics, updated["batch_stats"])
+
+    def predict(self, variables: Any, batch: Batch) -> jax.Array:
+        """Logits [b, h, w, d] of slices as they are, by the running statistics."""
+        fields = ("image", "keypoints", "keypoint_mask")
+        inputs = (batch[field] for field in fields)
+        logits: Any = self._model.apply(variables, *inputs, train=False)
+        return logits
+
+    def count(self, variables: Any, batch: Batch) -> jax.Array:
+        """Pixel counts int32 [d, 3] of the batch's valid slices, which add up over batches."""
+        prediction = jnp.argmax(self.predict(variables, batch), axis=-1)
+        return count_pixels(prediction, batch["label"], self._num_classes, valid=batch["valid"])
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        """Pooled Dice of added up counts: the mean over classes, and each class that occurs."""
+        dice = pooled_dice(counts)
+        found = ~np.isnan(dice)
+        mean = float(dice[found].mean()) if found.any() else float("nan")
+        each = {f"validation_dice_{i + 1}": float(dice[i]) for i in np.flatnonzero(found)}
+        return {"validation_dice": mean, **each}
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""
+        from kafjax.overlay import draw_sample
+
+        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
+        seen = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+        image, label = seen["image"][..., 0], seen["label"]
+        return {"slice": draw_sample(image, label, seen["keypoints"], seen["keypoint_mask"])}
