@@ -1,0 +1,153 @@
+"""Beginning a run with the encoder of another: what few labels get from pretraining.
+
+Variables are {'params', 'batch_stats'}, nested dicts of NumPy arrays as `kafjax.checkpoint` gives
+them. Every network has its encoder under that name, whatever its head, so the encoder of any run
+fits any other of the same architecture, running statistics included.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import numpy as np
+
+from kafjax.checkpoint import load_variables
+
+Variables = dict[str, Any]
+
+# Of a run's config: what must be alike for an encoder to be of use to another run.
+FACTS = {
+    "model": ("name", "filters", "num_attention_layers"),
+    "data": ("name", "max_keypoints", "radius"),
+}
+
+
+class TransferReport(NamedTuple):
+    """Numbers by module, as 'encoder' or 'decoder'.
+
+    Attributes:
+      loaded: taken from the other run.
+      fresh: the new network's own, which begin as they were.
+      unused: the other run's, which the new network has no place for.
+    """
+
+    loaded: dict[str, int]
+    fresh: dict[str, int]
+    unused: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {title:<14} {_list_modules(modules)}"
+            for title, modules in (
+                ("loaded:", self.loaded),
+                ("starts fresh:", self.fresh),
+                ("left behind:", self.unused),
+            )
+        ]
+        return "\n".join(lines)
+
+
+def transfer_encoder(
+    variables: Variables, pretrained: Variables
+) -> tuple[Variables, TransferReport]:
+    """Replaces the encoder of a network's variables by a pretrained one.
+
+    Args:
+      variables: of the new network.
+      pretrained: of any network with the same encoder.
+
+    Returns:
+      Variables with the structure, shapes and types of `variables`, and what came from where.
+
+    Raises:
+      ValueError: the encoders differ; everything that is missing, unknown or of another shape is
+        listed.
+    """
+    ours, theirs = (flax.traverse_util.flatten_dict(v, sep="/") for v in (variables, pretrained))
+    wanted, offered = ({n: a for n, a in v.items() if _is_encoder(n)} for v in (ours, theirs))
+    faults = [
+        *(f"missing: {n} {list(wanted[n].shape)}" for n in sorted(wanted.keys() - offered.keys())),
+        *(f"unknown: {n} {list(offered[n].shape)}" for n in sorted(offered.keys() - wanted.keys())),
+        *(
+            f"shape: {name} is {list(offered[name].shape)}, expected {list(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & offered.keys())
+            if offered[name].shape != wanted[name].shape
+        ),
+    ]
+    if faults:
+        title = f"the pretrained encoder does not fit, {len(faults)} of its arrays:"
+        raise ValueError("\n  ".join([title, *faults]))
+    loaded = {name: np.asarray(offered[name], array.dtype) for name, array in wanted.items()}
+    report = TransferReport(
+        _count_by_module(wanted),
+        _count_by_module({name: a for name, a in ours.items() if name not in wanted}),
+        _count_by_module({name: a for name, a in theirs.items() if name not in offered}),
+    )
+    return flax.traverse_util.unflatten_dict(ours | loaded, sep="/"), report
+
+
+def check_facts_alike(workdir: str | os.PathLike[str], config: Any) -> None:
+    """Raises `ValueError` listing how the run in `workdir` differs from `config` in `FACTS`."""
+    path = Path(workdir) / "config.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"config.init_from is {workdir}, which has no config.json; expected the workdir of a "
+            "pretraining run"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a run's config ({error})") from None
+    differing = [
+        f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
+        for part, fields in FACTS.items()
+        for field in fields
+        if (found := _look_up(there, part, field)) != config[part][field]
+    ]
+    if differing:
+        raise ValueError(
+            f"config.init_from is {workdir}, the run of another network or dataset:\n"
+            + "\n".join(differing)
+        )
+
+
+def start_from(
+    workdir: str | os.PathLike[str], config: Any, variables: Variables
+) -> tuple[Variables, TransferReport]:
+    """Puts the encoder of the newest checkpoint in `workdir` into a new network's variables.
+
+    Args:
+      workdir: of a run, or of an import of the authors' weights.
+      config: of the new run.
+      variables: of the new run's network.
+
+    Raises:
+      ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
+    """
+    check_facts_alike(workdir, config)
+    return transfer_encoder(variables, load_variables(workdir))
+
+
+def _is_encoder(name: str) -> bool:
+    return name.split("/")[1] == "encoder"
+
+
+def _count_by_module(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, array in arrays.items():
+        module = name.split("/")[1]
+        counts[module] = counts.get(module, 0) + int(array.size)
+    return counts
+
+
+def _list_modules(modules: Mapping[str, int]) -> str:
+    parts: Iterable[str] = (f"{module} ({count:,})" for module, count in sorted(modules.items()))
+    return ", ".join(parts) or "nothing"
+
+
+def _look_up(config: Any, part: str, field: str) -> Any:
+    fields = config.get(part, {}) if isinstance(config, dict) else {}
+    return fields.get(field, "absent") if isinstance(fields, dict) else "absent"

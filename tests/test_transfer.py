@@ -1,0 +1,132 @@
+"""The encoder of one run in another: what is taken, what is not, and what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import phantom_finetune, phantom_pretrain
+from kafjax.checkpoint import Checkpointer
+from kafjax.pretrain import Pretraining
+from kafjax.segment import Segmentation
+from kafjax.transfer import check_facts_alike, start_from, transfer_encoder
+
+TINY = {"model.filters": 4, "model.num_attention_layers": 2}
+
+
+def tiny(module: Any, **overrides: Any) -> ml_collections.ConfigDict:
+    config = module.get_config()
+    config.update_from_flattened_dict({**TINY, **overrides})
+    return config
+
+
+def flat(variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    return flax.traverse_util.flatten_dict(variables, sep="/")
+
+
+def count(arrays: dict[str, np.ndarray], module: str) -> int:
+    return sum(a.size for name, a in arrays.items() if f"/{module}/" in name)
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> dict[str, Any]:
+    return Pretraining(tiny(phantom_pretrain, seed=1)).init()
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    return Segmentation(tiny(phantom_finetune)).init()
+
+
+def write_run(workdir: Path, config: Any, variables: dict[str, Any]) -> None:
+    with Checkpointer(
+        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
+    ) as checkpointer:
+        checkpointer.save(3, variables, metrics={}, data={})
+
+
+def test_encoder_and_its_statistics_are_taken_and_the_decoder_is_not(pretrained, fresh) -> None:
+    changed = {n: a + 1 if n.startswith("batch_stats") else a for n, a in flat(pretrained).items()}
+    changed_tree = flax.traverse_util.unflatten_dict(changed, sep="/")
+    variables, report = transfer_encoder(fresh, changed_tree)
+    found, before = flat(variables), flat(fresh)
+    assert list(found) == list(before)
+    for name, array in found.items():
+        source = changed if "/encoder/" in name else before
+        np.testing.assert_array_equal(array, source[name], err_msg=name)
+    assert any("/encoder/" in name and name.startswith("batch_stats") for name in found)
+    assert any("/kaf/" in name for name in found)
+    assert report.loaded == {"encoder": count(before, "encoder")}
+    assert report.fresh == {"decoder": count(before, "decoder")}
+    assert set(report.unused) == {"cnn_head", "kaf_head", "fuse_levels", "matcher"}
+    assert "starts fresh:  decoder" in str(report)
+
+
+def test_numbers_take_the_new_networks_type(pretrained, fresh) -> None:
+    wide = flax.traverse_util.unflatten_dict(
+        {name: array.astype(np.float64) for name, array in flat(pretrained).items()}, sep="/"
+    )
+    found = flat(transfer_encoder(fresh, wide)[0])
+    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+
+
+def test_all_that_does_not_fit_is_listed_at_once(pretrained, fresh) -> None:
+    arrays = flat(pretrained)
+    kernel = arrays["params/encoder/center_1/conv/kernel"]
+    del arrays["params/encoder/center_2/conv/bias"]
+    arrays["params/encoder/level_7/new"] = np.zeros((2, 3))
+    arrays["params/encoder/center_1/conv/kernel"] = kernel[:1]
+    with pytest.raises(ValueError) as error:
+        transfer_encoder(fresh, flax.traverse_util.unflatten_dict(arrays, sep="/"))
+    assert [line.strip() for line in str(error.value).splitlines()] == [
+        "the pretrained encoder does not fit, 3 of its arrays:",
+        "missing: params/encoder/center_2/conv/bias [128]",
+        "unknown: params/encoder/level_7/new [2, 3]",
+        f"shape: params/encoder/center_1/conv/kernel is {[1, *kernel.shape[1:]]}, "
+        f"expected {list(kernel.shape)}",
+    ]
+
+
+def test_a_run_starts_from_a_workdir(pretrained, fresh, tmp_path: Path) -> None:
+    write_run(tmp_path, tiny(phantom_pretrain, seed=1), pretrained)
+    variables, _ = start_from(tmp_path, tiny(phantom_finetune), fresh)
+    for name, array in flat(variables).items():
+        source = flat(pretrained) if "/encoder/" in name else flat(fresh)
+        np.testing.assert_array_equal(array, source[name], err_msg=name)
+
+
+def test_other_networks_and_datasets_are_refused_with_all_facts(tmp_path: Path) -> None:
+    config = tiny(
+        phantom_pretrain,
+        **{"model.name": "unet", "model.filters": 6, "data.name": "chd", "data.radius": 9},
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ValueError, match="the run of another network or dataset") as error:
+        check_facts_alike(tmp_path, tiny(phantom_finetune))
+    assert str(error.value).splitlines()[1:] == [
+        "  model.name: 'unet' there, 'kaf_unet' here",
+        "  model.filters: 6 there, 4 here",
+        "  data.name: 'chd' there, 'phantom' here",
+        "  data.radius: 9 there, 20 here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "has no config.json; expected the workdir of a pretraining run"),
+        ("{", "not a run's config"),
+        ("[]", "model.name: 'absent' there"),
+    ],
+)
+def test_folders_that_are_no_run_are_refused(
+    tmp_path: Path, text: str | None, expected: str
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        check_facts_alike(tmp_path, tiny(phantom_finetune))
