@@ -37,7 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.update(
         {"name": "adam", "learning_rate": 5e-5, "final_learning_rate": 5e-6, "weight_decay": 1e-5}
     )
-    # In epochs; the last step validates too. The best by mean Dice is kept beside the newest.
+    # In epochs, beside the last step, which always validates. The best by mean Dice is kept, and
+    # the newest.
     config.every.validation_epochs = 2
     config.checkpoint.keep_newest = 1
     return config

@@ -159,6 +159,12 @@ def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) 
     return tuple(names)
 
 
+def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes that have labels, in order of name."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
+
+
 def steps_per_epoch(
     dataset: SliceDataset, batch_size: int, volumes: Sequence[str] | None = None
 ) -> int:
@@ -353,8 +359,7 @@ def _check_reach(dataset: SliceDataset, volumes: Sequence[str]) -> None:
 
 
 def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:
-    facts = dataset.metadata["volumes"]
-    unlabelled = [name for name in volumes if not facts[name]["labelled"]]
+    unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
     if unlabelled:
         raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
 

@@ -30,6 +30,16 @@ class Task(Protocol):
         """Pictures by name, uint8 [h, w, 3]."""
 
 
+class Counting(Protocol):
+    """What validation needs to know of a task: numbers that add up over slices."""
+
+    def count(self, variables: Any, batch: Any) -> jax.Array:
+        """Integers of a device's part of a batch."""
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        """Metrics of the sums over all batches."""
+
+
 @flax.struct.dataclass
 class TrainState:
     """What a step changes, and what a checkpoint holds."""
@@ -90,6 +100,16 @@ def make_update(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0)
+
+
+def make_count(task: Counting) -> Callable[[TrainState, Any], jax.Array]:
+    """The mapped validation step: (state, batch) -> the task's counts, summed over all devices."""
+
+    def count(state: TrainState, batch: Any) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return jax.lax.psum(task.count(variables, batch), AXIS_NAME)
+
+    return jax.pmap(count, axis_name=AXIS_NAME)
 
 
 def replicate(tree: Any) -> Any:

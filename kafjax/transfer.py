@@ -89,8 +89,13 @@ def transfer_encoder(
     return flax.traverse_util.unflatten_dict(ours | loaded, sep="/"), report
 
 
-def check_facts_alike(workdir: str | os.PathLike[str], config: Any) -> None:
+def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> None:
     """Raises `ValueError` listing how the run in `workdir` differs from `config` in `FACTS`."""
+    if workdir is None:
+        raise ValueError(
+            "config.init_from is not given; expected the workdir of a pretraining run "
+            "(configs/*_scratch.py begin without one)"
+        )
     path = Path(workdir) / "config.json"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -130,3 +130,8 @@ def test_folders_that_are_no_run_are_refused(
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=expected):
         check_facts_alike(tmp_path, tiny(phantom_finetune))
+
+
+def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"init_from is not given; .*_scratch\.py"):
+        check_facts_alike(None, tiny(phantom_finetune))
