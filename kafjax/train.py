@@ -1,17 +1,18 @@
-"""The training loop: steps, logs, pictures and checkpoints of one run.
+"""The training loop: steps, logs, validation, pictures and checkpoints of one run.
 
 What a step computes depends only on the state, the seed and the step's number, so a run resumes
-from its step. The loop never learns what a keypoint is.
+from its step. The loop never learns what a keypoint is, nor what validation counts.
 """
 
 import collections
 import contextlib
+import dataclasses
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -21,16 +22,19 @@ from kafjax.input_pipeline import (
     BatchOptions,
     SliceDataset,
     check_facts,
+    labelled_volumes,
     open_dataset,
     pretraining_batches,
+    segmentation_batches,
     steps_per_epoch,
 )
 from kafjax.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricMeans, MetricWriter, read_metrics
 from kafjax.pretrain import Pretraining
+from kafjax.segment import Segmentation
+from kafjax.splits import Split, split_volumes
 from kafjax.step import (
     AXIS_NAME,
     Batch,
-    Task,
     TrainState,
     init_state,
     make_optimizer,
@@ -40,9 +44,23 @@ from kafjax.step import (
     shard,
     unreplicate,
 )
+from kafjax.transfer import check_facts_alike, start_from
+from kafjax.validation import Validation
 
-# Each task, and the batches that it takes.
-TASKS = {"pretrain": (Pretraining, pretraining_batches)}
+
+class _Kind(NamedTuple):
+    """A task, the batches that it takes, and the metric whose best checkpoint is kept."""
+
+    task: Callable[..., Any]
+    batches: Callable[..., Any]
+    best_metric: str
+    best_mode: Literal["max", "min"]
+
+
+TASKS = {
+    "pretrain": _Kind(Pretraining, pretraining_batches, "loss", "min"),
+    "segment": _Kind(Segmentation, segmentation_batches, "validation_dice", "max"),
+}
 
 
 class _Signals:
@@ -96,32 +114,61 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         )
     fields = config.to_dict()
     check_config(workdir, fields)
-    dataset = open_dataset(config.data.dir, config.data.name)
-    check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
+    dataset = _open_dataset(config)
+    run = _Run(config, workdir, dataset)  # first: a mistake in the config leaves no workdir
     keep = config.checkpoint
     with Checkpointer(
         workdir,
         keep_newest=keep.keep_newest,
         keep_best=keep.keep_best,
-        best_metric="loss",
-        best_mode="min",
+        best_metric=run.kind.best_metric,
+        best_mode=run.kind.best_mode,
         config=fields,
     ) as checkpointer:
-        received = _Run(config, workdir, dataset, checkpointer).run()
+        received = run.run(checkpointer)
     if received is None and jax.process_index() == 0:
-        _summarize(Path(workdir))
+        _summarize(Path(workdir), run.kind.best_metric)
     return received
 
 
-def _summarize(workdir: Path) -> None:
+def _open_dataset(config: Any) -> SliceDataset:
+    """Opens the config's dataset; `ValueError` where it is not as the config says."""
+    dataset = open_dataset(config.data.dir, config.data.name)
+    check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
+    num_classes = config.model.get("num_classes", len(dataset.classes))
+    if num_classes != len(dataset.classes):
+        raise ValueError(
+            f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
+            f"{dataset.directory} has {', '.join(dataset.classes)}"
+        )
+    return dataset
+
+
+def _split(config: Any, dataset: SliceDataset) -> Split:
+    """The volumes to train on and to validate on: those of a fold, or all and none."""
+    if "fold" not in config.data:
+        return Split(tuple(dataset.volumes), ())
+    return split_volumes(
+        labelled_volumes(dataset),
+        fold=config.data.fold,
+        num_labeled=config.data.num_labeled,
+        num_folds=config.data.num_folds,
+    )
+
+
+def _summarize(workdir: Path, best_metric: str) -> None:
     """Prints how the losses fell and where everything is."""
     rows = read_metrics(workdir)
-    for name in [name for name in rows[0] if name.startswith("loss")]:
-        first, last = rows[0][name], rows[-1][name]
-        print(f"{name:<14} {first:10.4f} -> {last:10.4f}  {'fell' if last < first else 'rose'}")
-    print(f"checkpoints:   {workdir / 'checkpoints'} (the newest is of step {rows[-1]['step']})")
-    print(f"metrics:       {workdir / METRICS_FILE}")
-    print(f"TensorBoard:   tensorboard --logdir {workdir / TENSORBOARD_DIR}", flush=True)
+    for name in dict.fromkeys([*(n for n in rows[0] if n.startswith("loss")), best_metric]):
+        values = [row[name] for row in rows if name in row]
+        if not values:
+            continue
+        first, last = values[0], values[-1]
+        trend = "fell" if last < first else "rose" if last > first else ""
+        print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
+    print(f"checkpoints:    {workdir / 'checkpoints'} (the newest is of step {rows[-1]['step']})")
+    print(f"metrics:        {workdir / METRICS_FILE}")
+    print(f"TensorBoard:    tensorboard --logdir {workdir / TENSORBOARD_DIR}", flush=True)
 
 
 class _Run:
@@ -132,15 +179,18 @@ class _Run:
         config: Any,
         workdir: str | os.PathLike[str],
         dataset: SliceDataset,
-        checkpointer: Checkpointer,
     ):
-        task_class, self._make_batches = TASKS[config.task]
+        if config.task not in TASKS:
+            raise ValueError(f"config.task is {config.task!r}, expected {' or '.join(TASKS)}")
+        self.kind = TASKS[config.task]
         self._config = config
         self._workdir = workdir
         self._dataset = dataset
-        self._checkpointer = checkpointer
-        self._task: Task = task_class(config, axis_name=AXIS_NAME)
-        self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size)
+        if "init_from" in config and not (Path(workdir) / "checkpoints").exists():
+            check_facts_alike(config.init_from, config)
+        self._task = self.kind.task(config, axis_name=AXIS_NAME)
+        self._split = _split(config, dataset)
+        self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size, self._split.train)
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
         self._schedule = make_schedule(config.optimizer, schedule_steps)
@@ -148,14 +198,10 @@ class _Run:
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._last_loss = float("nan")
 
-    def run(self) -> int | None:
+    def run(self, checkpointer: Checkpointer) -> int | None:
         """Trains to the end; None, or the number of the signal that stopped the run before."""
-        state = init_state(self._task, self._optimizer)
-        saved: dict[str, Any] = {}
-        restored = self._checkpointer.restore_latest(state)
-        if restored is not None:
-            state, saved = restored
-            print(f"Resuming {self._workdir} from step {state.step}.", flush=True)
+        self._checkpointer = checkpointer
+        state, saved = self._begin()
         start = int(state.step)
         if start >= self._num_steps:
             print(f"{self._workdir} is complete: {start} of {self._num_steps} steps.", flush=True)
@@ -173,8 +219,26 @@ class _Run:
         ):
             return self._train(replicate(state), start, signals)
 
+    def _begin(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state of the last checkpoint and what was saved with it, or that of a new run."""
+        state = init_state(self._task, self._optimizer)
+        restored = self._checkpointer.restore_latest(state)
+        if restored is not None:
+            print(f"Resuming {self._workdir} from step {restored[0].step}.", flush=True)
+            return restored
+        if "init_from" in self._config:
+            fresh = {"params": state.params, "batch_stats": state.batch_stats}
+            variables, report = start_from(self._config.init_from, self._config, fresh)
+            state = dataclasses.replace(state, **variables)
+            if jax.process_index() == 0:
+                print(f"Starting from {self._config.init_from}:\n{report}", flush=True)
+        return state, {}
+
     def _train(self, state: TrainState, start: int, signals: _Signals) -> int | None:
         update = make_update(self._task, self._optimizer)
+        if self._split.validation:
+            options, volumes = self._batch_options(), self._split.validation
+            self._validation = Validation(self._task, self._dataset, options, volumes)
         with contextlib.closing(self._batches(start)) as batches:
             return self._loop(update, state, batches, start, signals)
 
@@ -196,16 +260,21 @@ class _Run:
             self._in_flight.append(_InFlight(step, metrics, batch["record"]))
             # One step stays in flight, so that the device never waits for the host.
             received = self._settle(keep=1)
-            if received or step % checkpoint_every == 0 or step == self._num_steps:
+            validates = self._validates(step)
+            if received or validates or step % checkpoint_every == 0 or step == self._num_steps:
                 received = self._settle(keep=0) or received
-                self._save(step, state)
+                self._save(step, state, self._validate(step, state) if validates else {})
             if received:
                 self._checkpointer.wait()
                 return received
         return None
 
     def _batches(self, start: int) -> Any:
-        options = BatchOptions(
+        options, volumes = self._batch_options(), self._split.train
+        return self.kind.batches(self._dataset, options, volumes=volumes, start_step=start)
+
+    def _batch_options(self) -> BatchOptions:
+        return BatchOptions(
             batch_size=self._config.batch_size,
             patch_size=tuple(self._config.data.patch_size),
             seed=self._config.seed,
@@ -213,7 +282,19 @@ class _Run:
             process_count=jax.process_count(),
             num_threads=self._config.data.num_threads,
         )
-        return self._make_batches(self._dataset, options, start_step=start)
+
+    def _validates(self, step: int) -> bool:
+        """Whether validation follows the step: at the end of every so many epochs, and at last."""
+        if not self._split.validation:
+            return False
+        due = self._config.every.validation_epochs * self._steps_per_epoch
+        return step == self._num_steps or (due > 0 and step % due == 0)
+
+    def _validate(self, step: int, state: TrainState) -> dict[str, float]:
+        with self._clock.stopped() as seconds:
+            scores = self._validation.scores(state)
+        self._writer.write(step, scores, {"validation_seconds": seconds()})
+        return scores
 
     def _show(self, step: int, batch: Batch) -> None:
         """Draws the first step's batch, and then one now and again; none where it is every 0."""
@@ -249,11 +330,11 @@ class _Run:
         self._last_loss = metrics["loss"]
         self._writer.write(step, metrics, self._clock.read(step, self._config.batch_size))
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
         self._checkpointer.save(
             step,
             unreplicate(state),
-            metrics={"loss": self._last_loss},
+            metrics={"loss": self._last_loss, **scores},
             data={"step": step, "means": self._means.state()},
         )
 
@@ -273,6 +354,13 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[Callable[[], float]]:
+        """Leaves the time that is spent inside out of the rates; gives the seconds so far."""
+        begin = time.perf_counter()
+        yield lambda: time.perf_counter() - begin
+        self._time += time.perf_counter() - begin
 
     def read(self, step: int, batch_size: int) -> dict[str, float]:
         """The rates since the last call."""
