@@ -1,6 +1,5 @@
 """Masked Sinkhorn and the local loss against loops, the unpadded problem and golden values."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,10 +9,8 @@ import pytest
 from scipy.special import logsumexp
 
 from kafjax.assignment import log_optimal_transport, matching_loss
+from tests.compiling import quick_jit
 from tests.release_weights import GOLDEN
-
-# Compiles in half the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def loop_transport(scores: np.ndarray, dustbin: float, num_iterations: int) -> np.ndarray:

@@ -16,15 +16,13 @@ from kafjax.assignment import matching_loss
 from kafjax.losses import cross_entropy, positive_pairs, supervised_contrastive_loss
 from kafjax.models import build_model
 from kafjax.torch_import import import_state_dict
+from tests.compiling import quick_jit
 from tests.release_weights import (
     by_release_names,
     draw_state_dict,
     golden_model_config,
     load_golden,
 )
-
-# Compiles in half the time; the programs run once.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Case(NamedTuple):

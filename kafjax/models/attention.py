@@ -35,7 +35,7 @@ def masked_attention(
       query: [b, k, heads, c].
       key: [b, s, heads, c].
       value: [b, s, heads, c].
-      mask: bool [b, s], which keys are real. Without any, all weigh alike.
+      mask: bool [b, s], which keys are real. Without any, the result is 0.
 
     Returns:
       [b, k, heads, c], in the query's type; the softmax is float32 or wider.
@@ -43,8 +43,10 @@ def masked_attention(
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bkhc,bshc->bhks", query, key, preferred_element_type=wide)
     logits = logits / query.shape[-1] ** 0.5
-    logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(wide).min / 2)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    real = mask[:, None, None, :]
+    logits = jnp.where(real, logits, jnp.finfo(wide).min / 2)
+    # Among padding alone the softmax is uniform, and would show what the padding holds.
+    weights = jnp.where(real, jax.nn.softmax(logits, axis=-1), 0).astype(value.dtype)
     return jnp.einsum("bhks,bshc->bkhc", weights, value)
 
 

@@ -1,0 +1,236 @@
+"""The registry: every network builds, parameters are those of the paper, and how they start."""
+
+import zlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from kafjax.models import (
+    MODELS,
+    build_model,
+    example_inputs,
+    init_variables,
+    variable_shapes,
+)
+from tests.release_weights import load_golden
+from tests.small_models import model_config
+
+PAPER: dict[str, Any] = {"num_attention_layers": 16, "embedding": 512, "num_matcher_layers": 4}
+CHD: dict[str, Any] = {"filters": 32, "num_classes": 8}
+ACDC: dict[str, Any] = {"filters": 48, "num_classes": 4}
+# Method.md section 5; FCN's and pretraining's are our own, pinned.
+SEGMENTATION_COUNTS = [
+    ("unet", CHD, 7_763_584),
+    ("unet", ACDC, 17_462_016),
+    ("unet_c2", CHD, 27_911_328),
+    ("unet_c2", ACDC, 62_790_768),
+    ("kaf_unet", CHD, 71_467_264),
+    ("kaf_unet", ACDC, 106_546_624),
+    ("fcn", CHD, 4_722_808),
+    ("kaf_fcn", CHD, 49_848_536),
+]
+PRETRAINING_COUNTS = {
+    "unet": 4_976_480,
+    "unet_c2": 16_505_952,
+    "kaf_unet": 63_330_977,
+    "fcn": 4_978_528,
+    "kaf_fcn": 53_370_273,
+}
+
+
+def inputs_of(head: str, size: tuple[int, int], k: int = 6) -> tuple[Any, ...]:
+    """Shapes of a batch of two images or pairs of `size`."""
+    views = (2,) if head == "pretraining" else ()
+    return (
+        jax.ShapeDtypeStruct((2, *views, *size, 1), jnp.float32),
+        jax.ShapeDtypeStruct((2, *views, k, 2), jnp.int32),
+        jax.ShapeDtypeStruct((2, *views, k), jnp.bool_),
+    )
+
+
+def count(variables: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize(("name", "fields", "expected"), SEGMENTATION_COUNTS)
+@pytest.mark.parametrize("size", [(64, 32), (48, 80)])
+def test_segmentation_networks_have_the_papers_parameters(
+    name: str, fields: dict[str, Any], expected: int, size: tuple[int, int]
+) -> None:
+    model = build_model(model_config(name, **PAPER, **fields))
+    inputs = inputs_of("segmentation", size)
+    variables = variable_shapes(model, *inputs)
+    assert count(variables) == expected
+    logits = jax.eval_shape(lambda v, *x: model.apply(v, *x, train=False), variables, *inputs)
+    assert logits.shape == (2, *size, fields["num_classes"])
+
+
+@pytest.mark.parametrize("name", PRETRAINING_COUNTS)
+@pytest.mark.parametrize("size", [(64, 32), (48, 80)])
+def test_pretraining_networks_have_pinned_parameters(name: str, size: tuple[int, int]) -> None:
+    model = build_model(model_config(name, "pretraining", **PAPER, filters=32))
+    inputs = inputs_of("pretraining", size)
+    variables = variable_shapes(model, *inputs)
+    assert count(variables) == PRETRAINING_COUNTS[name]
+    output = jax.eval_shape(lambda v, *x: model.apply(v, *x, train=False), variables, *inputs)
+    assert [x.shape for x in output.cnn] == [(2, 512)] * 2
+    if name.startswith("kaf"):
+        assert [x.shape for x in output.kaf] == [(2, 512)] * 2
+        assert output.log_assignment.shape == (2, 7, 7)
+
+
+def test_every_network_has_pinned_parameters() -> None:
+    assert {name for name, *_ in SEGMENTATION_COUNTS} == MODELS.keys()
+    assert PRETRAINING_COUNTS.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize(
+    ("golden", "name"), [("unet", "unet"), ("kaf_unet", "kaf_unet"), ("pretrain", "kaf_unet")]
+)
+def test_the_difference_to_the_releases_count_is_its_dead_weights(golden: str, name: str) -> None:
+    facts, _ = load_golden(golden)
+    config = facts["config"]
+    head = "pretraining" if golden == "pretrain" else "segmentation"
+    fields = {"num_attention_layers": 2 * config["num_layers"], "num_matcher_layers": 4}
+    fields |= {key: config[key] for key in ("filters", "num_classes", "embedding") if key in config}
+    model = build_model(model_config(name, head, **fields))
+    ours = count(variable_shapes(model, *example_inputs(head)))
+    # A matching projection 256 -> 256 and a dustbin score in each KAF layer; and a head that is
+    # built for pretraining and not used: 256 -> 256, batch norm, 256 -> E.
+    dead = 0 if name == "unet" else 4 * 65_793
+    if golden == "pretrain":
+        dead += 65_792 + 512 + 257 * config["embedding"]
+    assert ours + dead == facts["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "resnet", "'resnet'.*unet_c2.*kaf_fcn"),
+        ("head", "detection", "'detection'.*segmentation, pretraining"),
+        ("dtype", "float16", "'float16'.*float32, bfloat16"),
+        ("dtype", "float64", "JAX_ENABLE_X64"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_named_with_those_that_are(
+    field: str, value: str, message: str
+) -> None:
+    config = model_config("unet")
+    config[field] = value
+    with pytest.raises(ValueError, match=rf"config\.model\.{field}.*{message}"):
+        build_model(config)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Any]:
+    """Variables of a small pretraining network, by path."""
+    model = build_model(model_config("kaf_unet", "pretraining", filters=8))
+    variables = init_variables(model, 3, *example_inputs("pretraining"))
+    return flax.traverse_util.flatten_dict(variables, sep="/")
+
+
+def test_initial_variables_have_the_models_structure_and_types(drawn: dict[str, Any]) -> None:
+    model = build_model(model_config("kaf_unet", "pretraining", filters=8))
+    shapes = variable_shapes(model, *example_inputs("pretraining"))
+    expected = flax.traverse_util.flatten_dict(shapes, sep="/")
+    assert all(isinstance(leaf, np.ndarray) for leaf in drawn.values())
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in drawn.items()} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in expected.items()
+    }
+
+
+def he(fan_in: int) -> Any:
+    return stats.norm(scale=np.sqrt(2 / (1 + 0.01**2) / fan_in))
+
+
+def within(bound: float) -> Any:
+    return stats.uniform(-bound, 2 * bound)
+
+
+ATTENTION = "params/encoder/level_1/kaf/attention/layers/layer"
+
+
+@pytest.mark.parametrize(
+    ("path", "distribution"),
+    [
+        ("params/encoder/level_2/block/conv_1/conv/kernel", he(9 * 32)),
+        ("params/encoder/level_2/kaf/scatter/kernel", he(9 * 256)),
+        ("params/encoder/level_2/kaf/fuse/conv/kernel", he(9 * 64)),
+        ("params/encoder/center_1/conv/kernel", he(9 * 128)),
+        ("params/encoder/level_2/kaf/project/dense/kernel", within(1 / np.sqrt(32))),
+        ("params/encoder/level_2/kaf/project/dense/bias", within(1 / np.sqrt(32))),
+        (f"{ATTENTION}/query/dense/kernel", within(1 / 16)),
+        (f"{ATTENTION}/query/dense/bias", within(1 / 16)),
+        (f"{ATTENTION}/mlp/linear_1/dense/kernel", within(1 / np.sqrt(512))),
+        ("params/cnn_head/linear_1/dense/kernel", within(1 / 16)),
+        ("params/matcher/project/dense/kernel", within(1 / 16)),
+    ],
+)
+def test_initial_weights_have_the_releases_distributions(
+    drawn: dict[str, Any], path: str, distribution: Any
+) -> None:
+    assert stats.kstest(drawn[path].ravel(), distribution.cdf).pvalue > 1e-3
+
+
+def test_transposed_convolutions_start_with_their_outputs_as_fan_in() -> None:
+    variables = init_variables(
+        build_model(model_config("unet", filters=8)), 0, *example_inputs("segmentation")
+    )
+    kernel = variables["params"]["decoder"]["up_3"]["kernel"]
+    assert kernel.shape == (2, 2, 128, 64)
+    assert stats.kstest(kernel.ravel(), he(4 * 64).cdf).pvalue > 1e-3
+
+
+def test_all_other_variables_start_at_zero_or_one(drawn: dict[str, Any]) -> None:
+    constants = {"scale": 1, "var": 1, "mean": 0, "dustbin_score": 1}
+    found = 0
+    for path, leaf in drawn.items():
+        *_, module, name = path.split("/")
+        is_zero_bias = name == "bias" and module != "dense"
+        if is_zero_bias or name in constants:
+            np.testing.assert_array_equal(leaf, constants.get(name, 0), err_msg=path)
+            found += 1
+        else:
+            assert leaf.std() > 0, path
+    assert found > 100
+
+
+def test_no_two_variables_start_alike(drawn: dict[str, Any]) -> None:
+    beginnings = [leaf.ravel()[:8].tobytes() for leaf in drawn.values() if leaf.std() > 0]
+    assert len(set(beginnings)) == len(beginnings)
+    query = drawn[f"{ATTENTION}/query/dense/kernel"]
+    assert not np.array_equal(query[0], query[1])
+
+
+def test_a_seed_decides_the_initial_variables() -> None:
+    model = build_model(model_config("unet"))
+    inputs = example_inputs("segmentation")
+    first, again, other = (init_variables(model, seed, *inputs) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    kernels = [v["params"]["encoder"]["center_1"]["conv"]["kernel"] for v in (first, other)]
+    assert not np.array_equal(*kernels)
+
+
+def test_a_seed_gives_the_same_digits_everywhere() -> None:
+    variables = init_variables(
+        build_model(model_config("unet")), 0, *example_inputs("segmentation")
+    )
+    kernel = variables["params"]["encoder"]["center_1"]["conv"]["kernel"]
+    assert zlib.crc32(kernel.tobytes()) == 812290971
+
+
+def test_parts_that_networks_share_start_alike() -> None:
+    segmentation, pretraining = (
+        init_variables(build_model(model_config("kaf_unet", head)), 0, *example_inputs(head))
+        for head in ("segmentation", "pretraining")
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        segmentation["params"]["encoder"],
+        pretraining["params"]["encoder"],
+    )
