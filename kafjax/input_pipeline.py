@@ -21,7 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from kafjax.patches import PatchSize, cut_patch, patch_origin
+from kafjax.patches import PatchSize, cut_patch, cut_view, patch_origin
 from kafjax.records import RecordReader, find_dataset, load_decoder, open_builder
 
 Batch = dict[str, np.ndarray]
@@ -63,7 +63,8 @@ class Slice:
     """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
 
     `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
-    `label` is int32 [h, w] or None where it was not asked for.
+    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w] or None
+    where it was not asked for.
     """
 
     image: np.ndarray
@@ -72,6 +73,7 @@ class Slice:
     correspondences: np.ndarray
     index: int
     num_slices: int
+    spacing: np.ndarray
     label: np.ndarray | None
 
 
@@ -112,6 +114,7 @@ class SliceDataset:
             correspondences=features["correspondences"],
             index=features["slice_index"],
             num_slices=features["num_slices"],
+            spacing=features["spacing"],
             label=features["label"][..., 0].astype(np.int32) if with_label else None,
         )
 
@@ -373,11 +376,4 @@ def _correspondence(anchor: Slice, offset: int) -> np.ndarray:
 
 
 def _cut_slice(whole: Slice, origin: np.ndarray, patch_size: PatchSize) -> Batch:
-    """Image and keypoints of the patch at `origin`; keypoints outside it are masked."""
-    moved = whole.keypoints - origin
-    inside = whole.mask & np.all((moved >= 0) & (moved < patch_size), axis=-1)
-    return {
-        "image": cut_patch(whole.image, origin, patch_size),
-        "keypoints": np.where(inside[:, None], moved, 0).astype(np.int32),
-        "keypoint_mask": inside,
-    }
+    return cut_view(whole.image, whole.keypoints, whole.mask, origin, patch_size)

@@ -4,6 +4,8 @@ Sizes and origins are (row, col) in pixels. A point of the slice is at `point - 
 patch.
 """
 
+import itertools
+
 import numpy as np
 
 PatchSize = tuple[int, int]
@@ -34,3 +36,81 @@ def cut_patch(array: np.ndarray, origin: np.ndarray, patch_size: PatchSize) -> n
     (top, left), (bottom, right) = first - origin, last - origin
     patch[top:bottom, left:right] = array[first[0] : last[0], first[1] : last[1]]
     return patch
+
+
+def cut_view(
+    image: np.ndarray,
+    keypoints: np.ndarray,
+    mask: np.ndarray,
+    origin: np.ndarray,
+    patch_size: PatchSize,
+) -> dict[str, np.ndarray]:
+    """A slice's patch from `origin` with its keypoints.
+
+    Args:
+      image: [rows, cols, 1].
+      keypoints: int [k, 2], (row, col) in the slice.
+      mask: bool [k].
+      origin: int [2].
+      patch_size: (h, w).
+
+    Returns:
+      `image` [h, w, 1], `keypoints` int32 [k, 2] in the patch's pixels and `keypoint_mask` bool
+      [k]; keypoints outside the patch are masked and (0, 0).
+    """
+    moved = keypoints - origin
+    inside = mask & np.all((moved >= 0) & (moved < patch_size), axis=-1)
+    return {
+        "image": cut_patch(image, origin, patch_size),
+        "keypoints": np.where(inside[:, None], moved, 0).astype(np.int32),
+        "keypoint_mask": inside,
+    }
+
+
+def tile_origins(size: PatchSize, patch_size: PatchSize) -> np.ndarray:
+    """Origins int64 [n, 2] of patches that together cover a slice, row by row.
+
+    One patch, centred, along an axis that fits; else as few as overlap by half a patch or more, at
+    even distances, the first and the last at the slice's edges.
+    """
+    centred = patch_origin(size, patch_size, None)
+    axes = []
+    for length, patch, centre in zip(size, patch_size, centred, strict=True):
+        spare = length - patch
+        count = 1 if spare <= 0 else 1 + -(-spare // max(1, patch // 2))
+        axes.append([centre] if count == 1 else np.linspace(0, spare, count).round())
+    return np.array(list(itertools.product(*axes)), np.int64)
+
+
+def blend_tiles(tiles: np.ndarray, origins: np.ndarray, size: PatchSize) -> np.ndarray:
+    """Puts the tiles of a slice together, each pixel the weighted mean of those that show it.
+
+    The weights fall from a tile's centre by a Gaussian of an eighth of the patch, as in nnU-Net
+    (Isensee et al., Nature Methods 2021): predictions are worst at edges.
+
+    Args:
+      tiles: float [n, h, w, c].
+      origins: int [n, 2], of `tile_origins`.
+      size: (rows, cols) of the slice.
+
+    Returns:
+      [rows, cols, c] of the tiles' type.
+    """
+    patch_size = tiles.shape[1:3]
+    if len(tiles) == 1:
+        return cut_patch(tiles[0], -origins[0], size)
+    weights = _blend_weights(patch_size).astype(tiles.dtype)[..., None]
+    blended = np.zeros((*size, tiles.shape[3]), tiles.dtype)
+    total = np.zeros((*size, 1), tiles.dtype)
+    for tile, origin in zip(tiles, origins, strict=True):
+        first, last = np.maximum(origin, 0), np.minimum(origin + patch_size, size)
+        place = tuple(map(slice, first, last))
+        part = tuple(map(slice, first - origin, last - origin))
+        blended[place] += (weights * tile)[part]
+        total[place] += weights[part]
+    return blended / total
+
+
+def _blend_weights(patch_size: PatchSize) -> np.ndarray:
+    rows, cols = (np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in patch_size)
+    return rows[:, None] * cols

@@ -64,6 +64,7 @@ class CoordinateDataset:
             correspondences=correspondences,
             index=index,
             num_slices=len(volume),
+            spacing=np.ones(3, np.float32),
             label=(image % 8).astype(np.int32) if with_label else None,
         )
 
@@ -145,6 +146,7 @@ def test_a_slice_is_normalised_by_its_volume(phantom_dataset):
         np.testing.assert_array_equal(found.label, raw["label"][..., 0])
         assert found.mask.sum() == raw["num_keypoints"]
         assert (found.index, found.num_slices) == (raw["slice_index"], 12)
+        np.testing.assert_array_equal(found.spacing, raw["spacing"])
 
 
 def test_batches_of_the_prepared_dataset_have_the_agreed_fields(phantom_dataset):

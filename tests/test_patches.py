@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kafjax.patches import cut_patch, patch_origin
+from kafjax.patches import blend_tiles, cut_patch, cut_view, patch_origin, tile_origins
 
 
 @pytest.mark.parametrize("size", [(9, 14), (10, 13), (5, 6), (12, 4), (7, 8)])
@@ -34,3 +34,51 @@ def test_random_crops_reach_every_place_alike():
     origins = Counter(tuple(patch_origin((9, 5), (7, 8), rng)) for _ in range(3000))
     assert sorted(origins) == [(0, -1), (1, -1), (2, -1)]
     assert all(abs(count - 1000) < 150 for count in origins.values())
+
+
+@pytest.mark.parametrize("size", [(5, 6), (7, 8), (8, 9), (20, 8), (33, 50), (6, 31)])
+def test_tiles_cover_every_pixel_and_overlap_by_half(size):
+    patch_size = (7, 8)
+    origins = tile_origins(size, patch_size)
+    covered = np.zeros(size, int)
+    for row, col in origins:
+        covered[max(row, 0) : row + 7, max(col, 0) : col + 8] += 1
+    assert covered.min() == 1
+    for axis in range(2):
+        starts = np.unique(origins[:, axis])
+        if size[axis] <= patch_size[axis]:
+            assert list(starts) == [patch_origin(size, patch_size, None)[axis]]
+        else:
+            assert (starts[0], starts[-1] + patch_size[axis]) == (0, size[axis])
+            assert np.diff(starts).max() <= (patch_size[axis] + 1) // 2
+
+
+@pytest.mark.parametrize("size", [(5, 6), (7, 8), (12, 5), (30, 21)])
+def test_tiles_of_a_slice_blend_to_the_slice(size):
+    array = np.random.default_rng(0).random((*size, 3))
+    origins = tile_origins(size, (7, 8))
+    tiles = np.stack([cut_patch(array, origin, (7, 8)) for origin in origins])
+    np.testing.assert_allclose(blend_tiles(tiles, origins, size), array, rtol=1e-12)
+
+
+def test_a_tiles_centre_weighs_more_than_anothers_edge():
+    origins = tile_origins((8, 12), (8, 8))
+    assert origins.tolist() == [[0, 0], [0, 4]]
+    tiles = np.stack([np.zeros((8, 8, 1)), np.ones((8, 8, 1))])
+    (row,) = {tuple(row) for row in blend_tiles(tiles, origins, (8, 12))[..., 0].round(9).tolist()}
+    # Column 5 is 1.5 from the first tile's centre and 2.5 from the second's; sigma is 1.
+    expected = np.exp(-(2.5**2) / 2) / (np.exp(-(2.5**2) / 2) + np.exp(-(1.5**2) / 2))
+    assert row[5] == pytest.approx(expected)
+    assert row[:4] == (0, 0, 0, 0)
+    assert row[8:] == (1, 1, 1, 1)
+    assert list(row) == sorted(row)
+
+
+def test_keypoints_are_cut_with_their_patch():
+    image = np.arange(200.0).reshape(10, 20, 1)
+    keypoints, mask = np.array([[2, 3], [9, 19], [2, 4], [6, 11]]), np.array([1, 1, 0, 1], bool)
+    view = cut_view(image, keypoints, mask, np.array([2, 4]), (6, 8))
+    assert view["keypoint_mask"].tolist() == [False, False, False, True]
+    assert view["keypoints"].tolist() == [[0, 0], [0, 0], [0, 0], [4, 7]]
+    row, col = view["keypoints"][3]
+    assert view["image"][row, col, 0] == image[6, 11, 0]
