@@ -34,7 +34,6 @@ T = TypeVar("T")
 
 # How long, how often and where: a run may be resumed with other values of these.
 MAY_CHANGE = (
-    "num_epochs",
     "num_steps",
     "every.log",
     "every.checkpoint",

@@ -3,9 +3,13 @@
 Each process of a parallel test run makes its own, in its own temporary folder.
 """
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before JAX starts: tests compile much and compute little, and this halves the compiling.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,9 @@ import numpy as np
 
 from configs import phantom_pretrain
 
+# Set for every test by conftest.py.
+XLA_FLAGS = os.environ["XLA_FLAGS"]
+
 ROOT = Path(__file__).parents[1]
 OVERRIDES = {
     "batch_size": 8,
@@ -67,7 +70,7 @@ def start_command(
         cwd=ROOT,
         env={
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(dataset.parents[1] / "xla"),
             **environment,
         },

@@ -11,9 +11,17 @@ import optax
 import pytest
 
 from kafjax.pretrain import Pretraining
-from kafjax.step import AXIS_NAME, init_state, make_optimizer, make_schedule, make_update
-from kafjax.step import replicate, shard, unreplicate
-from tests.runs import ROOT, random_batch, tiny_config
+from kafjax.step import (
+    AXIS_NAME,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_update,
+    replicate,
+    shard,
+    unreplicate,
+)
+from tests.runs import ROOT, XLA_FLAGS, random_batch, tiny_config
 
 NUM_KEYPOINTS = 16
 
@@ -47,7 +55,7 @@ np.savez(sys.argv[1], np.array(losses), *leaves)
 def three_steps(devices: int, path: Path) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
         "JAX_ENABLE_X64": "1",
         "PYTHONPATH": str(ROOT),
     }
