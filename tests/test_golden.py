@@ -241,6 +241,24 @@ def test_padding_changes_no_running_statistic() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-10), plain, padded)
 
 
+@pytest.mark.parametrize("name", ["unet", "kaf_unet"])
+def test_bfloat16_stays_near_float32(name: str) -> None:
+    found, expected = (results(Case(name, dtype)) for dtype in ("bfloat16", "float32"))
+    np.testing.assert_allclose(found["logits_eval"], expected["logits_eval"], rtol=0, atol=5e-2)
+    # Batch statistics magnify even the rounding of the weights, so here 5e-2 of the largest logit.
+    largest = np.abs(expected["logits_train"]).max()
+    np.testing.assert_allclose(
+        found["logits_train"], expected["logits_train"], rtol=0, atol=5e-2 * largest
+    )
+
+
+@pytest.mark.parametrize("name", ["unet", "kaf_unet"])
+def test_bfloat16_keeps_gradients_and_statistics_in_float32(name: str) -> None:
+    result = results(Case(name, "bfloat16"))
+    kept = jax.tree.leaves((result["gradient"], result["after"], result["loss_train"]))
+    assert {leaf.dtype for leaf in kept} == {np.dtype("float32")}
+
+
 def test_float64_does_not_outlive_its_cases() -> None:
     results(Case("unet", "float64"))
     assert jnp.zeros(1).dtype == jnp.float32
