@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
+from jax.typing import ArrayLike
 
 Counts = TypeVar("Counts", np.ndarray, jax.Array)
 
 
 def count_pixels(
-    prediction: jax.Array, label: jax.Array, num_classes: int, *, valid: jax.Array | None = None
+    prediction: ArrayLike, label: ArrayLike, num_classes: int, *, valid: ArrayLike | None = None
 ) -> jax.Array:
     """Counts the pixels of each class, on the device.
 
@@ -37,11 +38,12 @@ def count_pixels(
       up to 2^31 pixels; add the results of several as Python or NumPy int64 numbers.
     """
     classes = jnp.arange(num_classes)
-    predicted, labelled = prediction[..., None] == classes, label[..., None] == classes
+    predicted = jnp.asarray(prediction)[..., None] == classes
+    labelled = jnp.asarray(label)[..., None] == classes
     if valid is not None:
-        real = valid.reshape(-1, *[1] * (predicted.ndim - 1))
+        real = jnp.asarray(valid).reshape(-1, *[1] * (predicted.ndim - 1))
         predicted, labelled = predicted & real, labelled & real
-    pixels = tuple(range(label.ndim))
+    pixels = tuple(range(labelled.ndim - 1))
     columns = (predicted & labelled, predicted, labelled)
     return jnp.stack([jnp.sum(c, axis=pixels, dtype=jnp.int32) for c in columns], axis=-1)
 

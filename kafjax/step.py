@@ -30,6 +30,13 @@ class Task(Protocol):
         """Pictures by name, uint8 [h, w, 3]."""
 
 
+class Predicting(Protocol):
+    """What prediction needs to know of a task."""
+
+    def predict(self, variables: Any, batch: Any) -> jax.Array:
+        """Logits [b, h, w, d] of a device's part of a batch."""
+
+
 class Counting(Protocol):
     """What validation needs to know of a task: numbers that add up over slices."""
 
@@ -110,6 +117,22 @@ def make_count(task: Counting) -> Callable[[TrainState, Any], jax.Array]:
         return jax.lax.psum(task.count(variables, batch), AXIS_NAME)
 
     return jax.pmap(count, axis_name=AXIS_NAME)
+
+
+def make_predict(task: Predicting, variables: Any) -> Callable[[Batch], np.ndarray]:
+    """Class probabilities float32 [b, h, w, d] of a process's batches, spread over its devices."""
+
+    def predict(variables: Any, batch: Any) -> jax.Array:
+        return jax.nn.softmax(task.predict(variables, batch).astype(jax.numpy.float32))
+
+    mapped = jax.pmap(predict, axis_name=AXIS_NAME)
+    resident = jax.pmap(lambda x: x)(replicate(variables))
+
+    def run(batch: Batch) -> np.ndarray:
+        probabilities = mapped(resident, shard(batch))
+        return np.asarray(probabilities).reshape(-1, *probabilities.shape[2:])
+
+    return run
 
 
 def replicate(tree: Any) -> Any:

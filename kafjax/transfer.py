@@ -5,16 +5,15 @@ them. Every network has its encoder under that name, whatever its head, so the e
 fits any other of the same architecture, running statistics included.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
 from kafjax.checkpoint import load_variables
+from kafjax.workdir import read_config
 
 Variables = dict[str, Any]
 
@@ -96,16 +95,7 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(configs/*_scratch.py begin without one)"
         )
-    path = Path(workdir) / "config.json"
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"config.init_from is {workdir}, which has no config.json; expected the workdir of a "
-            "pretraining run"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not a run's config ({error})") from None
+    there = read_config(workdir)
     differing = [
         f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
         for part, fields in FACTS.items()
@@ -153,6 +143,6 @@ def _list_modules(modules: Mapping[str, int]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _look_up(config: Any, part: str, field: str) -> Any:
-    fields = config.get(part, {}) if isinstance(config, dict) else {}
+def _look_up(config: Mapping[str, Any], part: str, field: str) -> Any:
+    fields = config.get(part)
     return fields.get(field, "absent") if isinstance(fields, dict) else "absent"

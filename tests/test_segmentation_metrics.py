@@ -85,7 +85,7 @@ def test_any_batches_give_the_same_dice(size: int) -> None:
 def test_a_class_that_nobody_has_is_nan_and_a_missed_one_zero() -> None:
     label = np.array([[0, 1, 1, 3]])
     counts = count_pixels(np.array([[0, 1, 0, 0]]), label, 4)
-    np.testing.assert_array_equal(pooled_dice(counts), [2 / 3, np.nan, 0.0])
+    np.testing.assert_array_equal(pooled_dice(np.asarray(counts)), [2 / 3, np.nan, 0.0])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -115,20 +115,11 @@ def test_other_networks_and_datasets_are_refused_with_all_facts(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, "has no config.json; expected the workdir of a pretraining run"),
-        ("{", "not a run's config"),
-        ("[]", "model.name: 'absent' there"),
-    ],
-)
-def test_folders_that_are_no_run_are_refused(
-    tmp_path: Path, text: str | None, expected: str
-) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=expected):
+def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json; expected the workdir of a run"):
+        check_facts_alike(tmp_path, tiny(phantom_finetune))
+    (tmp_path / "config.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"model\.name: 'absent' there"):
         check_facts_alike(tmp_path, tiny(phantom_finetune))
 
 
