@@ -33,7 +33,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     it came from. A `FloatingPointError` is status 1. A returned signal number is 128 + number.
     """
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
-        logging.set_verbosity(logging.WARNING)
+        logging.get_absl_handler().setLevel("WARNING")
     try:
         received = command(*args)
     except (ValueError, OSError) as error:

@@ -1,0 +1,43 @@
+"""Every config builds its network, task and optimiser."""
+
+import importlib
+
+import pytest
+
+from kafjax.describe import count_parameters
+from kafjax.step import make_optimizer
+from kafjax.train import TASKS
+from tests.runs import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def test_there_are_configs() -> None:
+    assert {"chd_pretrain", "phantom_pretrain"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert f"--config configs/{name}.py" in module.__doc__
+    TASKS[config.task].task(config)
+    make_optimizer(config.optimizer, 10)
+    assert sum(count_parameters(config.model).values()) > 1e5
+    assert all(size % 16 == 0 for size in config.data.patch_size)
+    assert config.to_json()
+
+
+def test_chd_pretraining_is_the_papers_run() -> None:
+    config = importlib.import_module("configs.chd_pretrain").get_config()
+    assert (config.batch_size, config.num_epochs) == (32, 51)
+    assert config.data.patch_size == (512, 512)
+    assert (config.model.filters, config.model.num_attention_layers) == (32, 16)
+    assert config.loss.weights.to_dict() == {"cnn": 1.0, "kaf": 1.0, "matching": 0.01}
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "momentum": 0.9,
+        "weight_decay": 1e-5,
+        "learning_rate": 0.002,
+        "final_learning_rate": 0.0,
+    }
