@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from data_prep import sift
 from data_prep.faults import DatasetError, Fault
-from data_prep.readers import Prepared, Reader, Source
+from data_prep.volumes import Prepared, Reader, Source
 from kafjax.records import masked_crc32c, write_index
 
 VERSION = "1.0.0"  # of the records' format; the name of a dataset's folder
@@ -79,6 +79,7 @@ class Plan:
             "radius": self.reader.radius,
             "reach": self.reach,
             "image_dtype": self.dtype,
+            **self.reader.facts,
             **dataclasses.asdict(self.options),
             "libraries": library_versions(),
         }
@@ -100,6 +101,8 @@ class Shard:
     keypoints_found: list[int]  # by slice, before the choice of K
     size: list[int]  # rows, columns
     labelled: bool
+    reach: int  # slices to the farthest neighbour, by the dataset's rule
+    case: str | None  # the volume's own name, where its id cannot be that
     sources: dict[str, str]  # SHA-256 by file name
     parameters: Metadata
 
@@ -147,6 +150,8 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
         keypoints_found=[found.num_found for found in keypoints],
         size=list(volume.image.shape[:2]),
         labelled=volume.label is not None,
+        reach=plan.reader.reach(volume.image.shape[2]),
+        case=source.case,
         sources=volume.sha256,
         parameters=plan.parameters,
     )
@@ -186,6 +191,8 @@ def _metadata(plan: Plan, shards: list[Shard]) -> Metadata:
             "num_slices": shard.num_slices,
             "size": shard.size,
             "labelled": shard.labelled,
+            "reach": shard.reach,
+            **({} if shard.case is None else {"case": shard.case}),
         }
         for shard in shards
     }

@@ -1,18 +1,21 @@
 """Reading NIfTI files with every byte checked, and turning volumes to (row, col, slice).
 
-Volumes are worked on as [row, col, slice]: rows run to the patient's back, columns to the left and
-slices to the head, so that a slice looks as on a radiologist's screen whatever order the file has.
+Volumes are worked on as [row, col, slice]. In axial slices rows run to the patient's back, columns
+to the left and slices to the head, so that a slice looks as on a radiologist's screen whatever
+order the file has; coronal and sagittal slices are upright likewise.
 NIfTI's axes are (x, y, z), in a typical axial scan columns, rows and slices. Axes are only permuted
 and flipped, by the nearest match to the affine, never resampled: `from_slices` is the exact way
 back. Affines map voxel indices to NIfTI's millimetres (x to the right, y to the front, z up).
 """
 
+import functools
 import gzip
 import hashlib
 import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -20,52 +23,109 @@ from nibabel import orientations
 
 from data_prep.faults import DatasetError, Fault
 
-_SLICES = orientations.axcodes2ornt(("P", "L", "S"))
+Plane = Literal["axial", "coronal", "sagittal"]
+
+# Where rows, columns and slices run to: posterior, left, superior, inferior, anterior.
+_DIRECTIONS: dict[Plane, np.ndarray] = {
+    "axial": orientations.axcodes2ornt(("P", "L", "S")),
+    "coronal": orientations.axcodes2ornt(("I", "L", "A")),
+    "sagittal": orientations.axcodes2ornt(("I", "P", "L")),
+}
+_PLANE_ACROSS: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by NIfTI's x, y, z
+# An axis this many times coarser than the next is the one across the slices.
+_COARSER = 2.0
 _FETCH_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True, eq=False)
 class Nifti:
-    """A 3-d file: values in the file's axis order, affine [4, 4], SHA-256 of the file's bytes."""
+    """A volume: values in the file's axis order, affine [4, 4], SHA-256 of the file's bytes."""
 
     array: np.ndarray  # integers as stored, or float32
     affine: np.ndarray
     sha256: str
 
 
-def read_nifti(path: Path) -> Nifti:
-    """Reads a `.nii` or `.nii.gz` of three dimensions.
+def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
+    """Reads a `.nii` or `.nii.gz` of three dimensions, or one frame (from 0) of a 4-d one.
 
     A compressed file is read to its end first, so that its checksum is verified: nibabel by itself
     accepts most damaged files. Integers stay integers; a scaled file whose values are all whole
     becomes int16 or int32, any other float32. Raises `DatasetError` with one fault.
     """
+    if frame is None:
+        return _read(path, 3)
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    whole = _read_frames(path, state.st_mtime_ns, state.st_size)
+    return Nifti(whole.array[..., frame], whole.affine, whole.sha256)
+
+
+def count_frames(path: Path) -> int:
+    """The number of frames in a 4-d file, by its header. Raises `DatasetError` with one fault."""
+    try:
+        shape: tuple[int, ...] = getattr(nib.load(path), "shape", ())
+    except Exception:  # nibabel's parsers raise whatever a bad header makes them
+        shape = ()
+    if len(shape) != 4 or 0 in shape:
+        return _read(path, 4).array.shape[3]  # which says what is wrong
+    return shape[3]
+
+
+def slice_plane(affine: np.ndarray) -> Plane:
+    """The plane in which a volume was scanned: across its axis that is far coarser than the others.
+
+    Axial where no axis is twice as coarse as the next, as in most CT.
+    """
+    sizes = nib.affines.voxel_sizes(affine)
+    coarsest = int(np.argmax(sizes))
+    if sizes[coarsest] < _COARSER * np.delete(sizes, coarsest).max():
+        return "axial"
+    return _PLANE_ACROSS[int(orientations.io_orientation(affine)[coarsest, 0])]
+
+
+def to_slices(
+    array: np.ndarray, affine: np.ndarray, plane: Plane = "axial"
+) -> tuple[np.ndarray, np.ndarray]:
+    """A view [row, col, slice] of a volume in its file's axis order, and the view's affine."""
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), _DIRECTIONS[plane])
+    turned_affine = affine @ orientations.inv_ornt_aff(turn, array.shape)
+    return orientations.apply_orientation(array, turn), turned_affine
+
+
+def from_slices(array: np.ndarray, affine: np.ndarray, plane: Plane = "axial") -> np.ndarray:
+    """The way back: [row, col, slice] to the axis order of the file whose affine is given."""
+    turn = orientations.ornt_transform(_DIRECTIONS[plane], orientations.io_orientation(affine))
+    return orientations.apply_orientation(array, turn)
+
+
+# A cine's frames are volumes of their own, most often read one after the other.
+@functools.lru_cache(maxsize=1)
+def _read_frames(path: Path, modified: int, size: int) -> Nifti:
+    return _read(path, 4)
+
+
+def _read(path: Path, num_dimensions: int) -> Nifti:
     stored = _read_bytes(path)
     content = _decompress(path, stored) if path.suffix == ".gz" else stored
     image = _parse(path, content)
-    if len(image.shape) != 3 or 0 in image.shape:
-        raise _error(
-            path,
-            f"{len(image.shape)}-d, shape {image.shape}",
-            "expected one 3-d volume; save each frame or channel as a file of its own",
+    if len(image.shape) != num_dimensions or 0 in image.shape:
+        expected = (
+            "expected one 3-d volume; save each frame or channel as a file of its own"
+            if num_dimensions == 3
+            else "expected a 4-d file of frames"
         )
+        raise _error(path, f"{len(image.shape)}-d, shape {image.shape}", expected)
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise _error(path, "its affine is singular or not finite", "correct the header")
     return Nifti(_values(path, image), affine, hashlib.sha256(stored).hexdigest())
 
 
-def to_slices(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A view [row, col, slice] of a volume in its file's axis order, and the view's affine."""
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), _SLICES)
-    turned_affine = affine @ orientations.inv_ornt_aff(turn, array.shape)
-    return orientations.apply_orientation(array, turn), turned_affine
-
-
-def from_slices(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The way back: [row, col, slice] to the axis order of the file whose affine is given."""
-    turn = orientations.ornt_transform(_SLICES, orientations.io_orientation(affine))
-    return orientations.apply_orientation(array, turn)
+def _unreadable(path: Path, error: OSError) -> DatasetError:
+    return _error(path, f"cannot be read ({error.strerror})", "check the file")
 
 
 def _error(path: Path, found: str, remedy: str) -> DatasetError:
@@ -76,7 +136,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         stored = path.read_bytes()
     except OSError as error:
-        raise _error(path, f"cannot be read ({error.strerror})", "check the file") from error
+        raise _unreadable(path, error) from error
     if not stored:
         raise _error(path, "is empty", _FETCH_AGAIN)
     return stored

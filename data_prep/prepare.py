@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data_prep import builder
 from data_prep.builder import Options, Plan, Shard
 from data_prep.faults import DatasetError, Fault
-from data_prep.readers import Facts, Reader, Source, duplicate_faults, inspect
+from data_prep.volumes import Facts, Reader, Source, duplicate_faults, inspect
 from data_prep.workers import run_jobs
 from kafjax.records import RecordError, load_index
 
@@ -117,6 +117,7 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
         "kind": reader.kind,
         "radius": reader.radius,
         "classes": list(reader.classes),
+        **reader.facts,
         **dataclasses.asdict(options),
     }
     differences = [
@@ -125,7 +126,8 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
         if found.get(key) != value
     ]
     there = {id: volume["sources"] for id, volume in found.get("volumes", {}).items()}
-    here = {source.id: {p.name: _sha256(p) for p in source.files} for source in sources}
+    sha256 = functools.cache(_sha256)  # a cine's frames share their file
+    here = {source.id: {p.name: sha256(p) for p in source.files} for source in sources}
     return differences + [
         f"{id}: its files {_change(there.get(id), here.get(id))}"
         for id in sorted(there.keys() | here.keys())
@@ -171,7 +173,8 @@ def _check(
                 facts[id] = result
     faults = [*faults, *duplicate_faults(sources, facts)]
     if faults:
-        raise DatasetError(sorted(faults, key=lambda fault: str(fault.path)))
+        # The frames of one damaged file have the same fault.
+        raise DatasetError(sorted(set(faults), key=lambda fault: (str(fault.path), fault.found)))
     return facts
 
 

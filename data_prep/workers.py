@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -42,7 +42,8 @@ def run_jobs(
         while waiting or any(worker.job for worker in crew):
             crew = [worker for worker in crew if worker.alive]
             while len(crew) < min(num_workers, len(waiting) + sum(bool(w.job) for w in crew)):
-                crew.append(_Worker(function))
+                with _interrupted_later():
+                    crew.append(_Worker(function))
             for worker in crew:
                 if waiting and worker.job is None:
                     worker.start(*waiting.pop())
@@ -60,10 +61,7 @@ class _Worker:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
-        # Ctrl-C is the parent's to handle: the child inherits the blocked signal.
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         theirs.close()  # or its end would not be noticed here
         self.job: str | None = None
         self.alive = True
@@ -88,6 +86,28 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self.connection.close()
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Puts Ctrl-C off, so that no process is left half started; processes started here ignore it.
+
+    They inherit the blocked signal: it is the parent's to handle. Blocking does not suffice for
+    the parent, where another thread, a library's, may take the signal.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # the one that is interrupted
+    came: list[int] = []
+    if in_main:
+        handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _how_it_died(exitcode: int | None) -> str:

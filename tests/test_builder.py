@@ -17,9 +17,11 @@ import tensorflow_datasets as tfds
 
 from data_prep import builder, prepare, sift
 from data_prep.builder import Options
+from data_prep.chd import ChdReader
 from data_prep.faults import DatasetError
 from data_prep.prepare import PreparationError, prepare_dataset
-from data_prep.readers import READERS, ChdReader, Source
+from data_prep.readers import READERS
+from data_prep.volumes import Source
 from kafjax.records import RecordReader, load_decoder
 
 ROOT = Path(__file__).parent.parent

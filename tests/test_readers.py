@@ -11,7 +11,8 @@ from nibabel import orientations
 
 from data_prep.faults import DatasetError
 from data_prep.nifti import from_slices, read_nifti, to_slices
-from data_prep.readers import READERS, Source, Volume, duplicate_faults, inspect
+from data_prep.readers import READERS
+from data_prep.volumes import Source, Volume, duplicate_faults, inspect
 
 CHD = READERS["chd"]
 AFFINE = np.array([[-0.7, 0, 0, 31], [0, -0.8, 0, 22], [0, 0, 2.5, -60], [0, 0, 0, 1.0]])

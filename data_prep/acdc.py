@@ -1,0 +1,201 @@
+"""The ACDC dataset's raw layout and rules: short-axis cine MRI of the heart.
+
+A patient has a folder with `Info.cfg`, which names the frames of end-diastole (`ED: 1`) and
+end-systole (`ES: 12`), a volume and its labels for each of the two, and the whole cine, 4-d. A
+volume is one frame; frames are counted from 1. Sources: Bernard et al. (IEEE TMI 2018); Yang et al.
+(NeurIPS 2023), appendix, for resampling, intensities and neighbours.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.faults import DatasetError, Fault
+from data_prep.intensity import with_moments
+from data_prep.nifti import Plane, count_frames, slice_plane
+from data_prep.resampling import resample_image, resample_label, resampled_affine, size_at
+from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume, is_nifti
+
+PIXEL = 1.25  # mm, edge of the resampled pixels
+_FOLDER = re.compile(r"patient(\d+)")
+_FILE = re.compile(r"patient(\d+)_(?:4d|frame(\d+)(_gt)?)\.nii(?:\.gz)?")
+_CINE = 0  # where a frame's number would be
+_EXPECTED = (
+    "patient001/ with Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz, ..."
+)
+
+# Paths of one patient by frame (or _CINE) and whether they are labels.
+_Files = dict[tuple[int, bool], list[Path]]
+
+
+@dataclass(frozen=True)
+class AcdcReader(Reader):
+    """Folders `patient001`, ... in RAW, or in `training` and `testing` there.
+
+    With `cine` the frames of the 4-d files are volumes without labels, beside the labelled ones.
+    """
+
+    cine: bool = False
+
+    kind = "acdc"
+    classes = ("background", "right_ventricle", "myocardium", "left_ventricle")
+    radius = 30
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The grid."""
+        return {"pixel_spacing": PIXEL}
+
+    def plane(self, affine: np.ndarray) -> Plane:
+        """Across the coarsest axis: short-axis slices are oblique, and their files vary."""
+        return slice_plane(affine)
+
+    def reach(self, num_slices: int) -> int:
+        """18 % of the slices, and at most two: they are up to 10 mm apart."""
+        return max(1, min(18 * num_slices // 100, 2))
+
+    def prepare(self, volume: Volume) -> Prepared:
+        """Resamples slices to 1.25 mm; the image as float32 with its own mean and deviation."""
+        return with_moments(resample(volume))
+
+    def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
+        """The frames of all patients, by number of patient and frame."""
+        if not raw_dir.is_dir():
+            return [], [Fault(raw_dir, "is not a folder", "give the folder of the patients")]
+        folders: dict[int, list[Path]] = defaultdict(list)
+        for parent in (raw_dir, raw_dir / "training", raw_dir / "testing"):
+            for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+                if path.is_dir() and (match := _FOLDER.fullmatch(path.name)):
+                    folders[int(match[1])].append(path)
+        faults: list[Fault] = []
+        if not folders:
+            faults.append(Fault(raw_dir, "holds no patient's folder", f"expected {_EXPECTED}"))
+        sources: list[Source] = []
+        for number, paths in sorted(folders.items()):
+            for extra in paths[1:]:
+                faults.append(
+                    Fault(extra, f"is a second folder of patient {number}", "keep one of them")
+                )
+            of_patient, more = self._find_patient(number, paths[0])
+            sources += of_patient
+            faults += more
+        return sources, faults
+
+    def _find_patient(self, number: int, folder: Path) -> tuple[list[Source], list[Fault]]:
+        files, faults = _sort_files(number, folder)
+        named, more = _read_info(folder / "Info.cfg")
+        faults += more
+        # Without Info.cfg the files' own faults are still to be found.
+        frames = named or sorted({frame for frame, _ in files if frame != _CINE})
+        sources, more = _labelled_frames(number, folder, frames, files)
+        faults += more
+        if self.cine:
+            cine, more = _cine_frames(number, folder, frames, files)
+            sources = sorted([*sources, *cine], key=lambda source: source.id)
+            faults += more
+        return sources, faults
+
+
+def resample(volume: Volume) -> Volume:
+    """The volume on a grid of 1.25 mm in plane (`data_prep.resampling`), float32.
+
+    Raises `DatasetError` for a spacing that leaves no slice, or one of absurd size.
+    """
+    rows, columns, _ = volume.image.shape
+    size = size_at((rows, columns), volume.spacing[:2], PIXEL)
+    if not 1 <= min(size) <= max(size) <= MAX_EDGE:
+        found = f"pixels of {volume.spacing[0]:g} x {volume.spacing[1]:g} mm"
+        fault = Fault(Path(next(iter(volume.sha256))), found, "correct the header's spacing")
+        raise DatasetError([fault])
+    return dataclasses.replace(
+        volume,
+        image=resample_image(volume.image, size),
+        label=None if volume.label is None else resample_label(volume.label, size),
+        spacing=(
+            volume.spacing[0] * rows / size[0],
+            volume.spacing[1] * columns / size[1],
+            volume.spacing[2],
+        ),
+        affine=resampled_affine(volume.affine, (rows, columns), size),
+    )
+
+
+def _name(number: int, frame: int) -> str:
+    return f"patient{number:03d}_frame{frame:02d}"
+
+
+def _sort_files(number: int, folder: Path) -> tuple[_Files, list[Fault]]:
+    """A patient's NIfTI files by what they are, one each, and those that are out of place."""
+    files: _Files = defaultdict(list)
+    faults = []
+    for path in sorted(p for p in folder.iterdir() if is_nifti(p)):
+        match = _FILE.fullmatch(path.name)
+        if match is None or int(match[1]) != number:
+            remedy = f"expected {_EXPECTED}; rename it, or move it away"
+            faults.append(Fault(path, "its name is not one of this patient's", remedy))
+        elif files[key := (int(match[2] or _CINE), bool(match[3]))]:
+            faults.append(Fault(path, f"is a second {files[key][0].name}", "keep one of them"))
+        else:
+            files[key].append(path)
+    return files, faults
+
+
+def _read_info(path: Path) -> tuple[list[int], list[Fault]]:
+    """The frames of end-diastole and end-systole; none if the file is faulty."""
+    remedy = "expected lines such as 'ED: 1' and 'ES: 12', the numbers of its frames"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return [], [Fault(path, f"cannot be read ({error.strerror})", remedy)]
+    fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    faults = [
+        Fault(
+            path, f"{phase} is {fields[phase]!r}" if phase in fields else f"has no {phase}", remedy
+        )
+        for phase in ("ED", "ES")
+        if not re.fullmatch(r"0*[1-9]\d*", fields.get(phase, ""), re.ASCII)
+    ]
+    return ([] if faults else sorted({int(fields["ED"]), int(fields["ES"])})), faults
+
+
+def _labelled_frames(
+    number: int, folder: Path, frames: list[int], files: _Files
+) -> tuple[list[Source], list[Fault]]:
+    """The frames that Info.cfg names; labels are there for all of them or for none."""
+    sources, faults = [], []
+    labelled = any(is_label for _, is_label in files)
+    for frame in frames:
+        name = _name(number, frame)
+        image, label = files.get((frame, False)), files.get((frame, True))
+        missing = [] if image else [f"{name}.nii.gz"]
+        missing += [f"{name}_gt.nii.gz"] if labelled and not label else []
+        for file in missing:
+            faults.append(Fault(folder, f"has no {file}", "add it, or correct Info.cfg"))
+        if image:
+            sources.append(Source(name, image[0], label[0] if label else None))
+    for (frame, _), paths in files.items():
+        if frame not in (*frames, _CINE):
+            found = f"is of another frame than Info.cfg's, {' and '.join(map(str, frames))}"
+            faults.append(Fault(paths[0], found, "correct Info.cfg, or move it away"))
+    return sources, faults
+
+
+def _cine_frames(
+    number: int, folder: Path, frames: list[int], files: _Files
+) -> tuple[list[Source], list[Fault]]:
+    """All frames of the cine but those that have files of their own."""
+    cine = files.get((_CINE, False))
+    if not cine:
+        missing = f"patient{number:03d}_4d.nii.gz"
+        return [], [Fault(folder, f"has no {missing}", "add it, or leave --cine out")]
+    try:
+        every = range(1, count_frames(cine[0]) + 1)
+    except DatasetError as error:
+        return [], list(error.faults)
+    others = [frame for frame in every if frame not in frames]
+    return [Source(_name(number, frame), cine[0], frame=frame - 1) for frame in others], []

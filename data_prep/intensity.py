@@ -1,0 +1,50 @@
+"""How a volume's intensities are prepared: clipped as CT is, or left as they are.
+
+Either way the volume comes with its mean and standard deviation, and is normalised when read.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_prep.faults import DatasetError, Fault
+from data_prep.volumes import Prepared, Volume
+
+Intensity = Literal["ct", "zscore"]
+
+
+def clip_percentiles(volume: Volume) -> Prepared:
+    """Clips to the volume's 1st and 99th percentile; integers are truncated to integers."""
+    low, high = np.percentile(volume.image, [1, 99]).tolist()
+    if volume.image.dtype.kind in "iu":
+        # The same as clipping and then truncating, without a float copy of the volume.
+        low, high = int(low), int(high)
+    clipped = np.clip(volume.image, low, high).astype(volume.image.dtype)
+    return with_moments(dataclasses.replace(volume, image=clipped))
+
+
+def with_moments(volume: Volume) -> Prepared:
+    """Adds mean and standard deviation of the image; `DatasetError` if it is constant."""
+    slices = np.moveaxis(volume.image, 2, 0)  # one by one, to save memory
+    mean = np.mean([s.mean(dtype=np.float64) for s in slices])
+    std = np.sqrt(np.mean([((s - mean) ** 2).mean() for s in slices]))
+    if std == 0:
+        raise DatasetError(
+            [
+                Fault(
+                    Path(next(iter(volume.sha256))),
+                    "is constant between its 1st and 99th percentile",
+                    "leave this volume out",
+                )
+            ]
+        )
+    return Prepared(volume, float(mean), float(std))
+
+
+INTENSITIES: dict[Intensity, Callable[[Volume], Prepared]] = {
+    "ct": clip_percentiles,
+    "zscore": with_moments,
+}

@@ -1,0 +1,63 @@
+"""Resampling of volumes in the plane of their slices; the spacing of slices stays.
+
+Volumes are [row, col, slice]. Pixels are areas: the outer edges of a slice stay where they are, so
+that pixel i of n new ones has its centre at (i + 1/2) h / n - 1/2 in pixels of h old ones (as
+`scipy.ndimage.zoom` with `grid_mode`, and torch's `align_corners=False`). The pixel edge is then
+h / n old ones exactly, and so only nearly what was asked for. Beyond the centres of the outermost
+pixels the image continues with their values.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage
+
+Size = tuple[int, int]
+
+
+def size_at(size: Size, spacing: tuple[float, float], pixel: float) -> Size:
+    """How many (rows, columns) of edge `pixel` come nearest to the extent of a slice, in mm."""
+    rows, columns = (round(n * mm / pixel) for n, mm in zip(size, spacing, strict=True))
+    return rows, columns
+
+
+def resample_image(volume: np.ndarray, size: Size) -> np.ndarray:
+    """Cubic spline interpolation of [h, w, slices] to `size` (rows, columns), float32."""
+    if volume.shape[:2] == size:
+        return volume.astype(np.float32)
+    return _by_slice(volume, lambda image: _zoom(image, size, order=3))
+
+
+def resample_label(volume: np.ndarray, size: Size) -> np.ndarray:
+    """Classes uint8 [h, w, slices] to `size`: one-hot, linear, then the largest.
+
+    Among equals the lowest class wins. Serves both ways: to the network's grid, and back.
+    """
+    if volume.shape[:2] == size:
+        return volume.astype(np.uint8)
+
+    def resample(label: np.ndarray) -> np.ndarray:
+        classes = np.unique(label)  # the others are 0 everywhere
+        shares = [_zoom(label == value, size, order=1) for value in classes]
+        return classes[np.argmax(shares, axis=0)].astype(np.uint8)
+
+    return _by_slice(volume, resample)
+
+
+def resampled_affine(affine: np.ndarray, before: Size, after: Size) -> np.ndarray:
+    """The affine [4, 4] of a volume [row, col, slice] after resampling from a size to another."""
+    scale = np.array([before[0] / after[0], before[1] / after[1], 1.0])
+    to_old = np.diag([*scale, 1.0])
+    to_old[:3, 3] = (scale - 1) / 2
+    return affine @ to_old
+
+
+def _by_slice(volume: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.stack([function(volume[:, :, k]) for k in range(volume.shape[2])], axis=-1)
+
+
+def _zoom(image: np.ndarray, size: Size, *, order: int) -> np.ndarray:
+    factors = [new / old for new, old in zip(size, image.shape, strict=True)]
+    return ndimage.zoom(
+        image.astype(np.float32), factors, order=order, mode="nearest", grid_mode=True
+    )

@@ -1,0 +1,237 @@
+"""Files on disk -> `Volume`s, and all that may be wrong with them; what each dataset's reader is.
+
+A `Reader` knows one dataset: which files make a volume, how raw labels become classes, how
+intensities and grid are prepared, how far apart neighbouring slices may be. Volumes are
+[row, col, slice] as `data_prep.nifti` turns them; spacing is in mm in that order.
+"""
+
+import abc
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from data_prep.faults import DatasetError, Fault
+from data_prep.nifti import Nifti, Plane, read_nifti, to_slices
+
+MAX_EDGE = np.iinfo(np.int16).max  # keypoints are stored as int16
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one volume; `id` names its split, so it is letters, digits and underscores."""
+
+    id: str
+    image: Path
+    label: Path | None = None
+    frame: int | None = None  # of a 4-d image, from 0
+    case: str | None = None  # the volume's own name, where `id` cannot be that
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are there, image first."""
+        return (self.image,) if self.label is None else (self.image, self.label)
+
+    @property
+    def image_name(self) -> str:
+        """The image as messages name it."""
+        return self.image.name + ("" if self.frame is None else f", frame {self.frame + 1}")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A volume as [row, col, slice], with the SHA-256 of the files it came from, by file name."""
+
+    id: str
+    image: np.ndarray
+    label: np.ndarray | None  # uint8, classes
+    spacing: tuple[float, float, float]  # mm, (row, col, slice)
+    affine: np.ndarray  # (row, col, slice) index to NIfTI's mm
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A volume with its dataset's rules applied; normalised is (image - mean) / std."""
+
+    volume: Volume
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the whole dataset must know of one prepared volume before any record is written."""
+
+    id: str
+    size: tuple[int, int]  # rows, columns
+    num_slices: int
+    dtype: str
+    labelled: bool
+    sha256: dict[str, str]
+    content: str  # hash of the prepared image's shape and values
+
+
+class Reader(abc.ABC):
+    """One dataset's layout and rules."""
+
+    kind: str
+    classes: tuple[str, ...]  # names, background first
+    radius: int  # pixels by Manhattan distance, see `sift.correspondences`
+
+    @abc.abstractmethod
+    def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
+        """The volumes of a folder in order, and what is wrong with its files' names."""
+
+    @abc.abstractmethod
+    def reach(self, num_slices: int) -> int:
+        """How many slices away a neighbour in a volume of `num_slices` may be, at least 1."""
+
+    @abc.abstractmethod
+    def prepare(self, volume: Volume) -> Prepared:
+        """Applies the rules of grid and intensity. Raises `DatasetError` for a constant image."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the dataset's metadata must say beside kind, classes, radius and reach."""
+        return {}
+
+    def plane(self, affine: np.ndarray) -> Plane:
+        """The plane that a file's slices lie in."""
+        return "axial"
+
+    def map_labels(self, raw: np.ndarray) -> np.ndarray:
+        """Raw labels, whole and not negative, to classes, uint8. Raises `ValueError`."""
+        if raw.max(initial=0) >= len(self.classes):
+            raise ValueError(
+                f"labels up to {raw.max():g}; expected whole numbers from 0 to "
+                f"{len(self.classes) - 1}"
+            )
+        return raw.astype(np.uint8)
+
+    def read(self, source: Source) -> Volume:
+        """Reads and checks one volume. Raises `DatasetError` with all its faults."""
+        files, faults = _read_all(source)
+        image, label = files.get(source.image), files.get(source.label or Path())
+        if image is not None:
+            faults += _image_faults(source, image)
+        classes = None
+        if label is not None and source.label is not None:
+            if image is not None:
+                faults += _partner_faults(source.image, image, source.label, label)
+            classes, label_faults = self._classes(source.label, label)
+            faults += label_faults
+        if faults or image is None:
+            raise DatasetError(faults)
+        sha256 = {path.name: file.sha256 for path, file in files.items()}
+        return _volume(source, image, classes, self.plane(image.affine), sha256)
+
+    def _classes(self, path: Path, label: Nifti) -> tuple[np.ndarray | None, list[Fault]]:
+        found = _label_problem(label.array)
+        if not found:
+            try:
+                return self.map_labels(label.array), []
+            except ValueError as error:
+                found = str(error)
+        return None, [Fault(path, found, "correct the labels")]
+
+
+def inspect(reader: Reader, source: Source) -> Facts:
+    """Reads and prepares one volume for what the dataset must know of it. Raises `DatasetError`."""
+    volume = reader.prepare(reader.read(source)).volume
+    rows, columns, num_slices = volume.image.shape
+    digest = hashlib.sha256(repr(volume.image.shape).encode())
+    digest.update(np.ascontiguousarray(volume.image).data)
+    return Facts(
+        id=volume.id,
+        size=(rows, columns),
+        num_slices=num_slices,
+        dtype=volume.image.dtype.name,
+        labelled=volume.label is not None,
+        sha256=volume.sha256,
+        content=digest.hexdigest(),
+    )
+
+
+def duplicate_faults(sources: Iterable[Source], facts: dict[str, Facts]) -> list[Fault]:
+    """A fault for every image whose values another, earlier volume already has."""
+    first: dict[str, Source] = {}
+    faults = []
+    for source in sources:
+        if source.id in facts:
+            original = first.setdefault(facts[source.id].content, source)
+            if original is not source:
+                where = "" if source.frame is None else f"frame {source.frame + 1} "
+                found = f"{where}has the same values as {original.image_name}"
+                faults.append(Fault(source.image, found, "move one of the two volumes away"))
+    return faults
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a file is named as NIfTI, and not hidden as some systems' own files are."""
+    return path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
+
+
+def _read_all(source: Source) -> tuple[dict[Path, Nifti], list[Fault]]:
+    files: dict[Path, Nifti] = {}
+    faults: list[Fault] = []
+    for path in source.files:
+        try:
+            files[path] = read_nifti(path, frame=source.frame if path == source.image else None)
+        except DatasetError as error:
+            faults += error.faults
+    return files, faults
+
+
+def _image_faults(source: Source, image: Nifti) -> list[Fault]:
+    path, values = source.image, image.array
+    where = "" if source.frame is None else f"frame {source.frame + 1}: "
+    if max(values.shape) > MAX_EDGE:
+        remedy = f"expected edges of at most {MAX_EDGE}"
+        return [Fault(path, f"{where}shape {values.shape}", remedy)]
+    if values.dtype.kind == "f" and (bad := int((~np.isfinite(values)).sum())):
+        found = f"{where}{bad} values are NaN or infinite"
+        return [Fault(path, found, "replace them or leave it out")]
+    if values.min() == values.max():
+        return [Fault(path, f"{where}every value is {values.flat[0]}", "leave this volume out")]
+    return []
+
+
+def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) -> list[Fault]:
+    remedy = f"resample it onto {image_path.name}'s grid"
+    if image.array.shape != label.array.shape:
+        found = f"shape {label.array.shape}, but the image has {image.array.shape}"
+        return [Fault(path, found, remedy)]
+    # The farthest that the two affines put one voxel apart, in voxels.
+    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
+    corners[:, :3] *= np.array(image.array.shape) - 1
+    apart = np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max()
+    if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
+        return [Fault(path, f"its affine differs from the image's by up to {apart:.3g} mm", remedy)]
+    return []
+
+
+def _label_problem(values: np.ndarray) -> str:
+    """What makes values unfit as labels, or nothing."""
+    if values.dtype.kind == "f" and not (values == np.rint(values)).all():
+        return "labels that are not whole numbers"
+    if values.min() < 0:
+        return f"negative labels, down to {values.min():g}"
+    return ""
+
+
+def _volume(
+    source: Source,
+    image: Nifti,
+    classes: np.ndarray | None,
+    plane: Plane,
+    sha256: dict[str, str],
+) -> Volume:
+    turned, affine = to_slices(image.array, image.affine, plane)
+    label = None if classes is None else to_slices(classes, image.affine, plane)[0]
+    row, column, between = map(float, nib.affines.voxel_sizes(affine))
+    return Volume(source.id, turned, label, (row, column, between), affine, sha256)
