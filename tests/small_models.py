@@ -27,7 +27,8 @@ def spread_keypoints(
 ) -> tuple[Any, Any, list[Any]]:
     """The first of always the same keypoints, `counts` of them a slice, among random padding.
 
-    Returns keypoints [b, num_places, 2], mask [b, num_places], and each slice's places in order.
+    `seed` decides the places and the padding. Returns keypoints [b, num_places, 2], their mask
+    [b, num_places], and each slice's places in order.
     """
     real = np.random.default_rng(0).integers(0, size, (len(counts), max(counts), 2))
     rng = np.random.default_rng(seed)
