@@ -5,7 +5,7 @@ fault; 1 anything else that stopped the preparation, which the same command then
 """
 
 import argparse
-import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,27 +13,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep import phantom, sift
+from data_prep import phantom
+from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
+from data_prep.flags import make_parser, refuse_stray
+from data_prep.nnunet import NnunetReader, open_nnunet
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
-
-_EPILOG = """\
-layouts:
-  chd      RAW/ct_1001_image.nii.gz, RAW/ct_1001_label.nii.gz, ...; numbers may have gaps
-  phantom  synthetic subjects in the chd layout, written to RAW first
-
-example:
-  python -m data_prep.main --dataset phantom --num_subjects 6 --size 128x128x24
-
-A command that was stopped is finished by running it again.
-"""
+from data_prep.volumes import Reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
+        refuse_stray(arguments)
         _run(arguments)
     except ValueError as error:
         return _report(error, 2)
@@ -65,19 +59,30 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     if arguments.num_workers < 0:
         raise ValueError(f"num_workers is {arguments.num_workers}; expected 0 or more")
-    raw_dir = _raw_dir(arguments)
+    name, raw_dir = _name(arguments), _raw_dir(arguments)
     if arguments.dataset == "phantom":
         _write_phantoms(raw_dir, arguments)
+    reader = _reader(arguments, raw_dir)
     summary = prepare_dataset(
-        READERS["chd" if arguments.dataset == "phantom" else arguments.dataset],
+        reader,
         raw_dir,
         arguments.data_dir,
-        name=arguments.dataset,
+        name=name,
         options=options,
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
     )
-    print(_describe(summary, arguments.dataset, options))
+    print(_describe(summary, name, reader, options))
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    default = "acdc_cine" if arguments.cine else arguments.dataset
+    name = default if arguments.name is None else arguments.name
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(
+            f"name is {name!r}; expected lower-case letters, digits and underscores, a letter first"
+        )
+    return name
 
 
 def _raw_dir(arguments: argparse.Namespace) -> Path:
@@ -86,6 +91,19 @@ def _raw_dir(arguments: argparse.Namespace) -> Path:
     if arguments.dataset == "phantom":
         return arguments.data_dir / "raw" / "phantom"
     raise ValueError(f"--raw_dir is missing: give the folder of the raw {arguments.dataset} files")
+
+
+def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
+    if arguments.dataset == NnunetReader.kind:
+        return open_nnunet(
+            raw_dir,
+            channel=arguments.channel,
+            intensity=arguments.intensity,
+            radius=arguments.radius,
+        )
+    if arguments.dataset == AcdcReader.kind:
+        return AcdcReader(cine=bool(arguments.cine))
+    return READERS["chd"]  # which phantoms are like
 
 
 def _write_phantoms(raw_dir: Path, arguments: argparse.Namespace) -> None:
@@ -101,7 +119,7 @@ def _write_phantoms(raw_dir: Path, arguments: argparse.Namespace) -> None:
         )
 
 
-def _describe(summary: Summary, dataset: str, options: Options) -> str:
+def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> str:
     counts = f"{summary.num_volumes} volumes, {summary.num_slices} slices"
     if summary.already_prepared:
         return f"Already prepared from these files: {counts}, in {summary.directory}"
@@ -109,83 +127,26 @@ def _describe(summary: Summary, dataset: str, options: Options) -> str:
     cut = np.mean(found > options.max_keypoints)
     return (
         f"Prepared {counts}, in {summary.directory}\n"
-        f"SIFT keypoints per slice: min {found.min()}, median {np.median(found):.0f}, "
+        + "".join(f"{fact}: {value}\n" for fact, value in reader.facts.items())
+        + f"SIFT keypoints per slice: min {found.min()}, median {np.median(found):.0f}, "
         f"max {found.max()}; {cut:.1%} of the slices had more than {options.max_keypoints}\n"
-        f"Next: python -m kafjax.main --config configs/{dataset}_pretrain.py"
+        f"Next: {_next_command(summary, name, reader, options)}"
     )
 
 
-def _num_cores() -> int:
-    # Where a job may use only some of the machine's cores, Linux alone can say which.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _size(text: str) -> tuple[int, ...]:
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected columns x rows x slices: 256x256x40")
-    return tuple(map(int, parts))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.main",
-        description="Turns raw volumes into records with keypoints and correspondences.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--dataset", required=True, choices=sorted([*READERS, "phantom"]), help="what RAW holds")
-    add(
-        "--raw_dir",
-        type=Path,
-        metavar="RAW",
-        help="folder of raw files (phantom: DATA/raw/phantom)",
-    )
-    add(
-        "--data_dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DATA",
-        help="prepared datasets go to DATA/<dataset>/<version> (default: %(default)s)",
-    )
-    add(
-        "--max_keypoints",
-        type=int,
-        default=Options.max_keypoints,
-        metavar="K",
-        help="places for keypoints in a slice; more are cut, fewer padded (default: %(default)s)",
-    )
-    add(
-        "--keypoint_selection",
-        choices=sift.SELECTIONS,
-        default=Options.keypoint_selection,
-        help="which keypoints stay where there are more than K (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=Options.seed,
-        help="of the choice of keypoints, and of phantoms (default: %(default)s)",
-    )
-    add(
-        "--num_workers",
-        type=int,
-        default=_num_cores(),
-        metavar="N",
-        help="processes, 0 for none but this; the result is the same (default: one per core)",
-    )
-    add("--overwrite", action="store_true", help="replace a dataset of other options or sources")
-    group = parser.add_argument_group("phantoms")
-    group.add_argument("--num_subjects", type=int, default=6, help="default: %(default)s")
-    group.add_argument(
-        "--size",
-        type=_size,
-        default=(256, 256, 40),
-        metavar="XxYxZ",
-        help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
-    )
-    return parser
+def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
+    """Pretraining on the dataset, by its own config or by the nearest one's."""
+    config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
+    command = f"python -m kafjax.main --config configs/{config}_pretrain.py"
+    if config == name:
+        return command
+    changes = {
+        "name": name,
+        "dir": summary.directory.parent.parent,
+        "max_keypoints": options.max_keypoints,
+        "radius": reader.radius,
+    }
+    return command + "".join(f" --config.data.{field}={to}" for field, to in changes.items())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,32 @@
-"""The datasets that can be prepared, by kind; another one is one more subclass of `Reader`."""
+"""The kinds of datasets that can be prepared; another one is one more subclass of `Reader`."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from data_prep.acdc import AcdcReader
 from data_prep.chd import ChdReader
+from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
 
+# Those whose rules are the same for every folder; nnU-Net's are in the folder's own description.
 READERS: dict[str, Reader] = {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
+KINDS = (*READERS, NnunetReader.kind)
+
+
+def reader_of(metadata: Mapping[str, Any]) -> Reader:
+    """The reader that prepared a dataset, by its metadata: for more volumes to be treated alike.
+
+    Raises `ValueError` for an unknown kind of dataset.
+    """
+    kind = metadata.get("kind")
+    if kind == NnunetReader.kind:
+        return NnunetReader(
+            classes=tuple(metadata["classes"]),
+            radius=metadata["radius"],
+            channel=metadata["channel"],
+            channel_name=metadata["channel_name"],
+            intensity=metadata["intensity"],
+        )
+    if kind not in READERS:
+        raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
+    return READERS[kind]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.main import main
+from tests.raw_layouts import write_acdc
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +58,20 @@ def test_chd_is_prepared_in_a_process_of_its_own(phantom_raw, tmp_path):
     assert "configs/chd_pretrain.py" in done.stdout
 
 
+def test_acdc_with_its_cine_stands_beside_acdc(tmp_path, capsys):
+    raw_dir = write_acdc(tmp_path / "raw", 1)
+    arguments = ["--dataset", "acdc", "--raw_dir", str(raw_dir), "--data_dir", str(tmp_path)]
+    arguments += ["--num_workers", "0", "--max_keypoints", "64"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"Prepared 2 volumes, 12 slices, in {tmp_path / 'acdc' / '1.0.0'}" in out
+    assert out.endswith("Next: python -m kafjax.main --config configs/acdc_pretrain.py\n")
+    assert main([*arguments, "--cine"]) == 0
+    out = capsys.readouterr().out
+    assert f"Prepared 5 volumes, 30 slices, in {tmp_path / 'acdc_cine' / '1.0.0'}" in out
+    assert "configs/acdc_pretrain.py --config.data.name=acdc_cine" in out
+
+
 def test_neither_jax_nor_tensorflow_is_imported(phantom_raw, tmp_path):
     script = (
         "import sys; from data_prep.main import main; status = main(sys.argv[1:]);"
@@ -89,6 +104,13 @@ def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, ca
         ("--dataset chd --raw_dir /nowhere", "/nowhere: is not a folder"),
         ("--dataset chd --raw_dir . --num_workers -1", "num_workers is -1"),
         ("--dataset chd --raw_dir . --max_keypoints 0", "max_keypoints is 0"),
+        ("--dataset acdc --raw_dir /nowhere", "/nowhere: is not a folder"),
+        ("--dataset nnunet --raw_dir /nowhere", "/nowhere: is not a folder"),
+        ("--dataset nnunet --raw_dir . --radius 0", "radius is 0"),
+        ("--dataset chd --raw_dir . --name My-data", "name is 'My-data'"),
+        ("--dataset chd --raw_dir . --cine", "--cine is for --dataset acdc, not chd"),
+        ("--dataset acdc --raw_dir . --radius 9", "--radius is for --dataset nnunet, not acdc"),
+        ("--dataset chd --raw_dir . --size 64x64x8", "--size is for --dataset phantom, not chd"),
         ("--dataset phantom --num_subjects 0", "num_subjects is 0"),
         ("--dataset phantom --size 600x600x10", "size is (600, 600, 10)"),
     ],
@@ -114,7 +136,9 @@ def test_help_shows_layouts_and_defaults(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for part in ("ct_1001_image.nii.gz", "--max_keypoints K", "(default: 512)", "example:"):
+    for part in ("ct_1001_image.nii.gz", "Info.cfg", "dataset.json", "--max_keypoints K"):
+        assert part in text
+    for part in ("(default: 512)", "examples:", "acdc:", "nnunet:", "phantom:"):
         assert part in text
 
 

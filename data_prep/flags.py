@@ -1,0 +1,161 @@
+"""The flags of `python -m data_prep.main`."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+from data_prep import sift
+from data_prep.builder import Options
+from data_prep.intensity import Intensity
+from data_prep.nnunet import DEFAULT_RADIUS
+from data_prep.readers import KINDS
+
+_EPILOG = """\
+layouts:
+  chd      RAW/ct_1001_image.nii.gz, RAW/ct_1001_label.nii.gz, ...; numbers may have gaps
+  acdc     RAW/patient001/Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz, ...,
+           also in RAW/training and RAW/testing; resampled to 1.25 mm in plane
+  nnunet   RAW/dataset.json, RAW/imagesTr/case_0000.nii.gz, RAW/labelsTr/case.nii.gz, ...;
+           volumes without labels, and those of RAW/imagesTs, serve for pretraining
+  phantom  synthetic subjects in the chd layout, written to RAW first
+
+examples:
+  python -m data_prep.main --dataset phantom --num_subjects 6 --size 128x128x24
+  python -m data_prep.main --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
+
+A command that was stopped is finished by running it again.
+"""
+
+# Flags that mean something for one dataset only, and their values there if they are not given.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "acdc": {"cine": False},
+    "nnunet": {"channel": None, "intensity": None, "radius": None},
+    "phantom": {"num_subjects": 6, "size": (256, 256, 40)},
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; what is right for one dataset only is left to `refuse_stray`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.main",
+        description="Turns raw volumes into records with keypoints and correspondences.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_places(parser)
+    _add_options(parser)
+    _add_dataset_flags(parser)
+    return parser
+
+
+def refuse_stray(arguments: argparse.Namespace) -> None:
+    """Fills in the defaults of the dataset's own flags; `ValueError` for those of another one."""
+    stray = []
+    for dataset, flags in _DEFAULTS.items():
+        for flag, default in flags.items():
+            given = getattr(arguments, flag) is not None
+            if given and dataset != arguments.dataset:
+                stray.append(f"--{flag} is for --dataset {dataset}, not {arguments.dataset}")
+            if not given:
+                setattr(arguments, flag, default)
+    if stray:
+        raise ValueError("\n".join(stray))
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
+    add(
+        "--raw_dir",
+        type=Path,
+        metavar="RAW",
+        help="folder of raw files (phantom: DATA/raw/phantom)",
+    )
+    add(
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DATA",
+        help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
+    )
+    add(
+        "--name",
+        help="of the prepared dataset (default: as --dataset, or acdc_cine with --cine)",
+    )
+    add("--overwrite", action="store_true", help="replace a dataset of other options or sources")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--max_keypoints",
+        type=int,
+        default=Options.max_keypoints,
+        metavar="K",
+        help="places for keypoints in a slice; more are cut, fewer padded (default: %(default)s)",
+    )
+    add(
+        "--keypoint_selection",
+        choices=sift.SELECTIONS,
+        default=Options.keypoint_selection,
+        help="which keypoints stay where there are more than K (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=Options.seed,
+        help="of the choice of keypoints, and of phantoms (default: %(default)s)",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        default=_num_cores(),
+        metavar="N",
+        help="processes, 0 for none but this; the result is the same (default: one per core)",
+    )
+
+
+def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
+    acdc = parser.add_argument_group("acdc")
+    acdc.add_argument(
+        "--cine",
+        action="store_true",
+        default=None,
+        help="also the other frames of patient001_4d.nii.gz, without labels",
+    )
+    nnunet = parser.add_argument_group("nnunet")
+    nnunet.add_argument("--channel", help="number or name in dataset.json (default: 0)")
+    nnunet.add_argument(
+        "--intensity",
+        choices=get_args(Intensity),
+        help="ct: clip to the 1st and 99th percentile of a volume; zscore: leave as it is "
+        "(default: ct if the channel is named CT, else zscore)",
+    )
+    nnunet.add_argument(
+        "--radius",
+        type=int,
+        metavar="PX",
+        help="keypoints of neighbouring slices correspond within PX pixels "
+        f"(default: {DEFAULT_RADIUS})",
+    )
+    phantoms = parser.add_argument_group("phantom")
+    phantoms.add_argument("--num_subjects", type=int, metavar="N", help="default: 6")
+    phantoms.add_argument(
+        "--size",
+        type=_size,
+        metavar="XxYxZ",
+        help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
+    )
+
+
+def _num_cores() -> int:
+    # Where a job may use only some of the machine's cores, Linux alone can say which.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(text: str) -> tuple[int, ...]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected columns x rows x slices: 256x256x40")
+    return tuple(map(int, parts))
