@@ -43,10 +43,12 @@ PRETRAINING_COUNTS = {
 }
 
 
-def inputs_of(head: str, size: tuple[int, int], k: int = 6) -> tuple[Any, ...]:
-    """Shapes of a batch of two images or pairs of `size`."""
-    views = (2,) if head == "pretraining" else ()
-    return (
+def shapes_of(config: Any, size: tuple[int, int], k: int = 6) -> tuple[Any, Any]:
+    """Shapes of the output and the variables for a batch of two images, or pairs, of `size`."""
+    views = (2,) if config.head == "pretraining" else ()
+    model = build_model(config)
+    return jax.eval_shape(
+        lambda *x: model.init_with_output(jax.random.key(0), *x, train=False),
         jax.ShapeDtypeStruct((2, *views, *size, 1), jnp.float32),
         jax.ShapeDtypeStruct((2, *views, k, 2), jnp.int32),
         jax.ShapeDtypeStruct((2, *views, k), jnp.bool_),
@@ -62,22 +64,16 @@ def count(variables: Any) -> int:
 def test_segmentation_networks_have_the_papers_parameters(
     name: str, fields: dict[str, Any], expected: int, size: tuple[int, int]
 ) -> None:
-    model = build_model(model_config(name, **PAPER, **fields))
-    inputs = inputs_of("segmentation", size)
-    variables = variable_shapes(model, *inputs)
+    logits, variables = shapes_of(model_config(name, **PAPER, **fields), size)
     assert count(variables) == expected
-    logits = jax.eval_shape(lambda v, *x: model.apply(v, *x, train=False), variables, *inputs)
     assert logits.shape == (2, *size, fields["num_classes"])
 
 
 @pytest.mark.parametrize("name", PRETRAINING_COUNTS)
 @pytest.mark.parametrize("size", [(64, 32), (48, 80)])
 def test_pretraining_networks_have_pinned_parameters(name: str, size: tuple[int, int]) -> None:
-    model = build_model(model_config(name, "pretraining", **PAPER, filters=32))
-    inputs = inputs_of("pretraining", size)
-    variables = variable_shapes(model, *inputs)
+    output, variables = shapes_of(model_config(name, "pretraining", **PAPER, filters=32), size)
     assert count(variables) == PRETRAINING_COUNTS[name]
-    output = jax.eval_shape(lambda v, *x: model.apply(v, *x, train=False), variables, *inputs)
     assert [x.shape for x in output.cnn] == [(2, 512)] * 2
     if name.startswith("kaf"):
         assert [x.shape for x in output.kaf] == [(2, 512)] * 2
