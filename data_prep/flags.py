@@ -22,6 +22,7 @@ layouts:
 
 examples:
   python -m data_prep.main --dataset phantom --num_subjects 6 --size 128x128x24
+  python -m data_prep.main --dataset acdc --raw_dir ACDC/database/training --check
   python -m data_prep.main --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
 
 A command that was stopped is finished by running it again.
@@ -59,6 +60,8 @@ def refuse_stray(arguments: argparse.Namespace) -> None:
                 stray.append(f"--{flag} is for --dataset {dataset}, not {arguments.dataset}")
             if not given:
                 setattr(arguments, flag, default)
+    if arguments.json is not None and not arguments.check:
+        stray.append("--json is for --check")
     if stray:
         raise ValueError("\n".join(stray))
 
@@ -84,6 +87,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         help="of the prepared dataset (default: as --dataset, or acdc_cine with --cine)",
     )
     add("--overwrite", action="store_true", help="replace a dataset of other options or sources")
+    add(
+        "--check",
+        action="store_true",
+        help="only read RAW: all its faults, what is in it, and which K and patch would suit it",
+    )
+    add("--json", type=Path, metavar="FILE", help="with --check: write its findings there too")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

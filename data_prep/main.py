@@ -1,10 +1,12 @@
 """`python -m data_prep.main`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 anything else that stopped the preparation, which the same command then continues.
+fault; 1 anything else that stopped the preparation, which the same command then continues. With
+`--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from tqdm import tqdm
 from data_prep import phantom
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
+from data_prep.check import as_json, as_text, survey_dataset
+from data_prep.faults import DatasetError
 from data_prep.flags import make_parser, refuse_stray
 from data_prep.nnunet import NnunetReader, open_nnunet
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
@@ -26,6 +30,7 @@ from data_prep.volumes import Reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     arguments = make_parser().parse_args(argv)
+    kept = "" if arguments.check else "; volumes already finished are kept"
     try:
         refuse_stray(arguments)
         _run(arguments)
@@ -33,15 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _report(f"{where}{error.strerror or error}; volumes already finished are kept", 1)
+        return _report(f"{where}{error.strerror or error}{kept}", 1)
     except PreparationError as error:
-        return _report(
-            f"{error}\nthe other volumes are kept: run the same command again, "
-            "with a smaller --num_workers if memory ran out",
-            1,
-        )
+        hint = "run the same command again, with a smaller --num_workers if memory ran out"
+        return _report(f"{error}\n{hint}{kept}", 1)
     except KeyboardInterrupt:
-        return _report("stopped; the same command goes on from here", 130)
+        return _report(f"stopped{'; the same command goes on from here' if kept else ''}", 130)
     return 0
 
 
@@ -60,9 +62,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.num_workers < 0:
         raise ValueError(f"num_workers is {arguments.num_workers}; expected 0 or more")
     name, raw_dir = _name(arguments), _raw_dir(arguments)
-    if arguments.dataset == "phantom":
+    if arguments.dataset == "phantom" and not arguments.check:
         _write_phantoms(raw_dir, arguments)
     reader = _reader(arguments, raw_dir)
+    if arguments.check:
+        _check(reader, raw_dir, arguments)
+        return
     summary = prepare_dataset(
         reader,
         raw_dir,
@@ -73,6 +78,16 @@ def _run(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     print(_describe(summary, name, reader, options))
+
+
+def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
+    """Prints what is in the raw folder. Raises `DatasetError` with its faults."""
+    survey, faults = survey_dataset(reader, raw_dir, num_workers=arguments.num_workers)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(as_json(survey, faults), indent=1) + "\n")
+    print(as_text(survey))
+    if faults:
+        raise DatasetError(faults)
 
 
 def _name(arguments: argparse.Namespace) -> str:

@@ -22,11 +22,10 @@ import numpy as np
 from data_prep.faults import Fault
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, slice_plane
-from data_prep.volumes import Prepared, Reader, Source, Volume, is_nifti
+from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, is_nifti
 
 ENDINGS = (".nii.gz", ".nii")
 DEFAULT_RADIUS = 20
-_MAX_CLASSES = 256  # labels are stored as uint8
 _FILE = "dataset.json"
 _EXPECTED = "imagesTr/<case>_0000.nii.gz"
 _CONVERT = "nnUNetv2_convert_MSD_dataset and nnUNetv2_convert_old_nnUNet_dataset write version 2"
@@ -237,7 +236,7 @@ def _choose_channel(
 def _classes(
     path: Path, description: dict[str, Any] | None, faults: list[Fault]
 ) -> tuple[str, ...]:
-    """Names of the classes in order; if they are not known, as many as can be."""
+    """Names of the classes in order; none, with a fault, where they cannot be known."""
     if description is not None:
         labels = description.get("labels")
         problem = _labels_problem(labels)
@@ -245,7 +244,7 @@ def _classes(
             return tuple(sorted(labels, key=labels.__getitem__))
         assert problem is not None
         faults.append(Fault(path, *problem))
-    return tuple(f"class_{i}" for i in range(_MAX_CLASSES))
+    return ()
 
 
 def _labels_problem(labels: Any) -> tuple[str, str] | None:
@@ -269,8 +268,8 @@ def _labels_problem(labels: Any) -> tuple[str, str] | None:
             f"labels are numbered {', '.join(map(str, sorted(numbers)))}",
             "expected 0 (the background), 1, 2, ... without gaps",
         )
-    if len(numbers) > _MAX_CLASSES:
-        return f"has {len(numbers)} labels", f"expected at most {_MAX_CLASSES}"
+    if len(numbers) > MAX_CLASSES:
+        return f"has {len(numbers)} labels", f"expected at most {MAX_CLASSES}"
     return None
 
 

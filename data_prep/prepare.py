@@ -14,10 +14,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +28,8 @@ from data_prep.faults import DatasetError, Fault
 from data_prep.volumes import Facts, Reader, Source, duplicate_faults, inspect
 from data_prep.workers import run_jobs
 from kafjax.records import RecordError, load_index
+
+T = TypeVar("T")
 
 
 class PreparationError(RuntimeError):
@@ -156,9 +158,25 @@ def _check(
     reader: Reader, sources: list[Source], faults: list[Fault], num_workers: int
 ) -> dict[str, Facts]:
     """Reads every volume once. Raises `DatasetError` with all faults of the dataset."""
-    facts: dict[str, Facts] = {}
+    inspect_volume = functools.partial(inspect, reader)
+    facts, more = read_through(inspect_volume, sources, num_workers=num_workers)
+    faults = sort_faults([*faults, *more, *duplicate_faults(sources, facts)])
+    if faults:
+        raise DatasetError(faults)
+    return facts
+
+
+def read_through(
+    function: Callable[[Source], T], sources: Iterable[Source], *, num_workers: int
+) -> tuple[dict[str, T], list[Fault]]:
+    """Applies a function to every volume: results by id, and the faults of those without.
+
+    The function raises `DatasetError` for faults. Raises `PreparationError` for any other failure.
+    """
+    found: dict[str, T] = {}
+    faults: list[Fault] = []
     jobs = {source.id: source for source in sources}
-    results = run_jobs(functools.partial(inspect, reader), jobs, num_workers=num_workers)
+    results = run_jobs(function, jobs, num_workers=num_workers)
     with (
         contextlib.closing(results),
         tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
@@ -166,16 +184,17 @@ def _check(
         for id, result in results:
             progress.update()
             if isinstance(result, DatasetError):
-                faults = [*faults, *result.faults]
+                faults += result.faults
             elif isinstance(result, Exception):
                 raise PreparationError(f"{jobs[id].image}: {result}") from result
             else:
-                facts[id] = result
-    faults = [*faults, *duplicate_faults(sources, facts)]
-    if faults:
-        # The frames of one damaged file have the same fault.
-        raise DatasetError(sorted(set(faults), key=lambda fault: (str(fault.path), fault.found)))
-    return facts
+                found[id] = result
+    return found, faults
+
+
+def sort_faults(faults: Iterable[Fault]) -> list[Fault]:
+    """By file, and each once: the frames of one damaged file have the same fault."""
+    return sorted(set(faults), key=lambda fault: (str(fault.path), fault.found))
 
 
 def _plan(name: str, reader: Reader, options: Options, facts: dict[str, Facts]) -> Plan:

@@ -19,6 +19,7 @@ from data_prep.faults import DatasetError, Fault
 from data_prep.nifti import Nifti, Plane, read_nifti, to_slices
 
 MAX_EDGE = np.iinfo(np.int16).max  # keypoints are stored as int16
+MAX_CLASSES = 256  # labels are stored as uint8
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Reader(abc.ABC):
     """One dataset's layout and rules."""
 
     kind: str
-    classes: tuple[str, ...]  # names, background first
+    classes: tuple[str, ...]  # names, background first; none if a fault hides them
     radius: int  # pixels by Manhattan distance, see `sift.correspondences`
 
     @abc.abstractmethod
@@ -106,10 +107,10 @@ class Reader(abc.ABC):
 
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
         """Raw labels, whole and not negative, to classes, uint8. Raises `ValueError`."""
-        if raw.max(initial=0) >= len(self.classes):
+        highest = (len(self.classes) or MAX_CLASSES) - 1
+        if raw.max(initial=0) > highest:
             raise ValueError(
-                f"labels up to {raw.max():g}; expected whole numbers from 0 to "
-                f"{len(self.classes) - 1}"
+                f"labels up to {raw.max():g}; expected whole numbers from 0 to {highest}"
             )
         return raw.astype(np.uint8)
 
@@ -142,7 +143,11 @@ class Reader(abc.ABC):
 
 def inspect(reader: Reader, source: Source) -> Facts:
     """Reads and prepares one volume for what the dataset must know of it. Raises `DatasetError`."""
-    volume = reader.prepare(reader.read(source)).volume
+    return facts_of(reader.prepare(reader.read(source)).volume)
+
+
+def facts_of(volume: Volume) -> Facts:
+    """What the dataset must know of a prepared volume."""
     rows, columns, num_slices = volume.image.shape
     digest = hashlib.sha256(repr(volume.image.shape).encode())
     digest.update(np.ascontiguousarray(volume.image).data)

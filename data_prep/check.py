@@ -1,0 +1,241 @@
+"""What is in a raw dataset, and what is wrong with it, found without preparing anything.
+
+Sizes, spacings, intensities and classes are those of whole volumes; keypoints are sought in some
+slices of each, evenly spaced. Sizes are in pixels and spacings in mm, both of the prepared grid, in
+(row, column, slice) order; intensities are those of the files.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.faults import Fault
+from data_prep.prepare import read_through, sort_faults
+from data_prep.sift import find_keypoints
+from data_prep.volumes import Facts, Reader, Source, duplicate_faults, facts_of
+
+SAMPLED_SLICES = 8  # of each volume, for keypoints
+PERCENTILES = (0, 1, 50, 99, 100)
+# Attention and matching take memory by the square of K.
+_MAX_SUGGESTED_KEYPOINTS = 1024
+_MAX_SUGGESTED_EDGE = 512  # the paper's; larger slices are cropped in training
+_AXES = ("rows", "columns", "slices")
+
+
+@dataclass(frozen=True)
+class VolumeSurvey:
+    """What one sound volume is like."""
+
+    facts: Facts
+    spacing: tuple[float, float, float]  # mm
+    dtype: str  # of the file's values
+    intensities: tuple[float, ...]  # at PERCENTILES
+    voxels: tuple[int, ...]  # by class; none without labels
+    class_slices: tuple[int, ...]  # slices that show the class
+    keypoints: tuple[int, ...]  # by sampled slice
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The sound volumes of a folder, by id."""
+
+    reader: Reader
+    raw_dir: Path
+    volumes: dict[str, VolumeSurvey]
+
+
+def survey_dataset(
+    reader: Reader, raw_dir: Path, *, num_workers: int
+) -> tuple[Survey, list[Fault]]:
+    """Reads every volume of a folder; all faults of the folder, in order of file."""
+    sources, faults = reader.find(raw_dir)
+    survey_one = functools.partial(survey_volume, reader)
+    volumes, more = read_through(survey_one, sources, num_workers=num_workers)
+    facts = {id: volume.facts for id, volume in volumes.items()}
+    faults = sort_faults([*faults, *more, *duplicate_faults(sources, facts)])
+    return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
+
+
+def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
+    """Reads one volume. Raises `DatasetError` with all its faults."""
+    raw = reader.read(source)
+    volume = reader.prepare(raw).volume
+    num_slices = volume.image.shape[2]
+    sampled = np.linspace(0, num_slices - 1, min(SAMPLED_SLICES, num_slices)).round().astype(int)
+    shown = _count_classes(volume.label, len(reader.classes))
+    return VolumeSurvey(
+        facts=facts_of(volume),
+        spacing=volume.spacing,
+        dtype=raw.image.dtype.name,
+        intensities=tuple(np.percentile(raw.image, PERCENTILES).tolist()),
+        voxels=tuple(np.sum(shown, axis=0).tolist()) if shown else (),
+        class_slices=tuple(np.count_nonzero(shown, axis=0).tolist()) if shown else (),
+        keypoints=tuple(_num_keypoints(volume.image[:, :, k]) for k in sampled),
+    )
+
+
+def _count_classes(label: np.ndarray | None, num_classes: int) -> list[np.ndarray]:
+    """Voxels of each class, by slice; nothing without labels, or if the classes are not known."""
+    slices = () if label is None or not num_classes else np.moveaxis(label, 2, 0)
+    return [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
+
+
+def _num_keypoints(image: np.ndarray) -> int:
+    return find_keypoints(image, max_keypoints=1, selection="strongest").num_found
+
+
+def suggest_max_keypoints(keypoints: Sequence[int]) -> int:
+    """Places enough for 99 % of slices with so many keypoints: a multiple of 64, at most 1024."""
+    enough = float(np.percentile(keypoints, 99, method="inverted_cdf"))
+    return min(max(64, 64 * math.ceil(enough / 64)), _MAX_SUGGESTED_KEYPOINTS)
+
+
+def suggest_patch(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The patch (rows, columns) that holds the largest slice: multiples of 32, at most 512."""
+    rows, columns = (32 * math.ceil(edge / 32) for edge in np.max(sizes, axis=0))
+    return min(rows, _MAX_SUGGESTED_EDGE), min(columns, _MAX_SUGGESTED_EDGE)
+
+
+def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
+    """Everything found, as plain values; `fingerprint` is None where no volume is sound."""
+    return {
+        "dataset": survey.reader.kind,
+        "raw_dir": str(survey.raw_dir),
+        "faults": [
+            {"file": str(fault.path), "found": fault.found, "remedy": fault.remedy}
+            for fault in faults
+        ],
+        "fingerprint": fingerprint(survey) if survey.volumes else None,
+        "volumes": {
+            id: {
+                "size": [*volume.facts.size, volume.facts.num_slices],
+                "spacing_mm": list(map(_round, volume.spacing)),
+                "dtype": volume.dtype,
+                "intensities": list(map(_round, volume.intensities)),
+                "voxels": list(volume.voxels),
+                "keypoints": list(volume.keypoints),
+            }
+            for id, volume in survey.volumes.items()
+        },
+    }
+
+
+def fingerprint(survey: Survey) -> dict[str, Any]:
+    """What the sound volumes are like together; needs at least one of them."""
+    volumes = list(survey.volumes.values())
+    sizes = [(*volume.facts.size, volume.facts.num_slices) for volume in volumes]
+    keypoints = [n for volume in volumes for n in volume.keypoints]
+    places = suggest_max_keypoints(keypoints)
+    patch = suggest_patch([volume.facts.size for volume in volumes])
+    inside = [all(np.array(volume.facts.size) <= patch) for volume in volumes]
+    return {
+        "num_volumes": len(volumes),
+        "num_labelled": sum(volume.facts.labelled for volume in volumes),
+        "num_slices": sum(volume.facts.num_slices for volume in volumes),
+        "size": _spreads(_AXES, sizes),
+        "spacing_mm": _spreads(_AXES, [volume.spacing for volume in volumes]),
+        "dtypes": sorted({volume.dtype for volume in volumes}),
+        "intensity": _spreads(
+            [f"percentile_{p}" for p in PERCENTILES], [volume.intensities for volume in volumes]
+        ),
+        "classes": _classes(survey),
+        "keypoints_per_slice": {"sampled_slices": len(keypoints), **_spread(keypoints)},
+        "suggestion": {
+            "max_keypoints": places,
+            "slices_within": _round(sum(n <= places for n in keypoints) / len(keypoints)),
+            "patch_size": list(patch),
+            "volumes_within": sum(inside),
+        },
+    }
+
+
+def _classes(survey: Survey) -> list[dict[str, Any]]:
+    """For each class how many volumes, slices and voxels show it; empty without labels."""
+    labelled = [volume for volume in survey.volumes.values() if volume.voxels]
+    if not labelled:
+        return []
+    voxels = np.array([volume.voxels for volume in labelled])
+    slices = np.array([volume.class_slices for volume in labelled])
+    return [
+        {
+            "name": name,
+            "volumes": int(np.count_nonzero(voxels[:, i])),
+            "slices": int(slices[:, i].sum()),
+            "voxels": int(voxels[:, i].sum()),
+            "share": _round(voxels[:, i].sum() / voxels.sum()),
+        }
+        for i, name in enumerate(survey.reader.classes)
+    ]
+
+
+def _spreads(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    columns = zip(*rows, strict=True)
+    return {name: _spread(column) for name, column in zip(names, columns, strict=True)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "min": _round(min(values)),
+        "median": _round(float(np.median(values))),
+        "max": _round(max(values)),
+    }
+
+
+def _round(value: float) -> float:
+    """Six digits, as many as float32 has; whole numbers stay whole."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def as_text(survey: Survey) -> str:
+    """The fingerprint as a table, and what it suggests."""
+    if not survey.volumes:
+        return f"{survey.raw_dir}: no sound volume"
+    found = fingerprint(survey)
+    sampled, suggestion = found["keypoints_per_slice"], found["suggestion"]
+    lines = [
+        f"{survey.raw_dir}: {found['num_volumes']} sound volumes, {found['num_labelled']} of them "
+        f"labelled, {found['num_slices']} slices, {', '.join(found['dtypes'])}",
+        *[f"{fact}: {value}" for fact, value in survey.reader.facts.items()],
+        "",
+        _line("", "min", "median", "max"),
+        *[_spread_line(axis, found["size"][axis]) for axis in _AXES],
+        *[_spread_line(f"mm between {axis}", found["spacing_mm"][axis]) for axis in _AXES],
+        *[
+            _spread_line(f"intensity, percentile {p}", of)
+            for p, of in zip(PERCENTILES, found["intensity"].values(), strict=True)
+        ],
+        _spread_line("keypoints in a slice", sampled),
+        *_class_lines(found["classes"], found["num_labelled"]),
+        "",
+        f"Keypoints were sought in {sampled['sampled_slices']} slices, at most {SAMPLED_SLICES} of "
+        "a volume. Suggested:",
+        f"  --max_keypoints {suggestion['max_keypoints']}: enough for "
+        f"{suggestion['slices_within']:.1%} of them",
+        f"  --config.data.patch_size='{tuple(suggestion['patch_size'])}' in training: holds the "
+        f"slices of {suggestion['volumes_within']} of {found['num_volumes']} volumes whole",
+    ]
+    return "\n".join(lines)
+
+
+def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
+    if not classes:
+        return ["", "No labels of known classes."]
+    lines = ["", _line("class", "volumes", "slices", "voxels")]
+    for i, of in enumerate(classes):
+        never = "" if of["volumes"] else f"  in none of {num_labelled}"
+        share = f"{of['share']:.2%}"
+        lines.append(_line(f"{i} {of['name']}", of["volumes"], of["slices"], share) + never)
+    return lines
+
+
+def _spread_line(name: str, spread: dict[str, float]) -> str:
+    return _line(name, *(f"{spread[key]:g}" for key in ("min", "median", "max")))
+
+
+def _line(name: str, *values: object) -> str:
+    return f"{name:<28}" + "".join(f"{value!s:>10}" for value in values)
