@@ -1,11 +1,12 @@
 """Few-label segmentation of synthetic hearts in minutes on two CPU cores.
 
-    python -m data_prep.main --dataset phantom --num_subjects 5 --size 64x64x24 --max_keypoints 64
-    python -m kafjax.main --config configs/phantom_pretrain.py
+    python -m data_prep.main --dataset phantom --num_subjects 6 --size 64x64x24 --max_keypoints 64
+    python -m kafjax.main --config configs/phantom_pretrain.py --config.num_steps=120
     python -m kafjax.main --config configs/phantom_finetune.py \
         --config.init_from=runs/phantom_pretrain --config.data.num_labeled=2
 
-A fold needs its subject: prepare five or more. Wall time and score: not yet measured.
+Each of five folds needs its subject. 240 steps take 4 minutes on two cores. Measured once (fold 0,
+seed 0, pretraining stopped at 120 steps): mean Dice 0.80, and 0.65 by `phantom_scratch.py`.
 """
 
 import ml_collections
@@ -20,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(pretraining.data)
     for field in ("filters", "num_attention_layers"):
         config.model[field] = pretraining.model[field]
-    # A two-hundredth of the paper's steps, so a larger rate.
-    config.optimizer.update({"learning_rate": 1e-3, "final_learning_rate": 1e-4})
+    # A hundredth of the paper's steps: at its rate, and still at 1e-3, hardly a class is found.
+    config.optimizer.update({"learning_rate": 5e-3, "final_learning_rate": 5e-4})
     config.num_epochs = 60
     config.every.update({"log": 20, "checkpoint": 120, "picture": 120, "validation_epochs": 10})
     return config

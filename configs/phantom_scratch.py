@@ -2,7 +2,7 @@
 
     python -m kafjax.main --config configs/phantom_scratch.py --config.data.num_labeled=2
 
-on the phantoms that `phantom_finetune.py` tells to prepare. Wall time and score: not yet measured.
+on the phantoms that `phantom_finetune.py` tells to prepare; wall time and score are there too.
 """
 
 import ml_collections
