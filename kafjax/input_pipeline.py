@@ -26,12 +26,6 @@ from kafjax.records import RecordReader, find_dataset, load_decoder, open_builde
 
 Batch = dict[str, np.ndarray]
 
-# Farthest neighbour of a slice, by dataset kind and number of slices: 5 % of them in CHD; 18 %, but
-# at most two slices, in ACDC, whose slices are far apart.
-_NEIGHBOUR_REACH: Mapping[str, Callable[[int], int]] = {
-    "chd": lambda num_slices: max(1, num_slices // 20),
-    "acdc": lambda num_slices: max(1, min(18 * num_slices // 100, 2)),
-}
 _ENDLESS = 2**40  # steps
 
 
@@ -180,11 +174,11 @@ def steps_per_epoch(
     return num_slices // batch_size
 
 
-def neighbour_reach(kind: str, num_slices: int) -> int:
-    """Largest distance, in slices, of a slice's neighbour, for a dataset kind (`chd`, `acdc`)."""
-    if kind not in _NEIGHBOUR_REACH:
-        raise ValueError(f"dataset kind {kind!r}; expected one of {sorted(_NEIGHBOUR_REACH)}")
-    return _NEIGHBOUR_REACH[kind](num_slices)
+def neighbour_reach(dataset: SliceDataset, record: int) -> int:
+    """Largest distance, in slices, of a slice's neighbour: a fact of its volume's preparation."""
+    volume = next(name for name, records in dataset.volumes.items() if record in records)
+    reach: int = dataset.metadata["volumes"][volume]["reach"]
+    return reach
 
 
 def draw_neighbour(rng: np.random.Generator, index: int, num_slices: int, reach: int) -> int:
@@ -209,7 +203,7 @@ def make_pair(
     """
     rng = np.random.default_rng((seed, sample))
     anchor = dataset.read(record)
-    reach = neighbour_reach(dataset.metadata["kind"], anchor.num_slices)
+    reach = neighbour_reach(dataset, record)
     offset = draw_neighbour(rng, anchor.index, anchor.num_slices, reach) - anchor.index
     neighbour = dataset.read(record + offset) if offset else anchor
     views = [
@@ -259,10 +253,8 @@ def pretraining_batches(
     """Endless batches of pairs, each slice of the volumes the anchor of one pair per epoch.
 
     The fields are those of `make_pair` with a leading b = batch_size / process_count. An epoch's
-    last incomplete batch is dropped. Raises `ValueError` where the slices do not fill one batch or
-    a neighbour may lie beyond the dataset's reach.
+    last incomplete batch is dropped. Raises `ValueError` where the slices do not fill one batch.
     """
-    _check_reach(dataset, select_volumes(dataset, volumes))
     make = partial(make_pair, dataset, patch_size=options.patch_size, seed=options.seed)
     return _training_batches(dataset, options, make, volumes, start_step)
 
@@ -349,16 +341,6 @@ def _own_batches(
 def _records(dataset: SliceDataset, volumes: Sequence[str] | None) -> list[int]:
     """Global record numbers of the volumes' slices, in order of volume and slice."""
     return [i for name in select_volumes(dataset, volumes) for i in dataset.volumes[name]]
-
-
-def _check_reach(dataset: SliceDataset, volumes: Sequence[str]) -> None:
-    kind, reach = dataset.metadata["kind"], dataset.metadata["reach"]
-    needed = max(neighbour_reach(kind, len(dataset.volumes[name])) for name in volumes)
-    if needed > reach:
-        raise ValueError(
-            f"{dataset.directory} holds correspondences up to {reach} slices apart; its volumes "
-            f"need {needed}; prepare it with a larger reach"
-        )
 
 
 def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:

@@ -139,9 +139,11 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
     ]
     if not prepared:
         raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
+        known = name in ("chd", "acdc", "phantom")
+        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
         raise ValueError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main --dataset {name} {raw}--data_dir {data_dir}"
+            f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
         )
     return max(prepared)[1]
 
