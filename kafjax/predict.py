@@ -148,24 +148,28 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
     """
     reader = predictor.reader
     volume = reader.read(job.source)
+    rows, columns, num_slices = volume.image.shape
+    labels = np.empty((rows, columns, num_slices), np.uint8)
+    kept = None
+    if job.probabilities is not None:  # by far the larger
+        kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
         desc=title,
-        total=volume.image.shape[2],
+        total=num_slices,
         unit="slice",
         disable=None,
     )
-    labels, kept = [], []
-    for probabilities in slices:
-        labels.append(_classes(probabilities))
-        if job.probabilities is not None:  # by far the larger
-            kept.append(probabilities)
+    for i, probabilities in enumerate(slices):
+        labels[:, :, i] = _classes(probabilities)
+        if kept is not None:
+            kept[:, :, i] = probabilities
     like: Any = nib.load(job.source.image)
     plane = reader.plane(like.affine)
     # Labels last: where they are, all is there.
-    if job.probabilities is not None:
-        write_like(job.probabilities, from_slices(np.stack(kept, 2), like.affine, plane), like)
-    write_like(job.labels, from_slices(np.stack(labels, 2), like.affine, plane), like)
+    if job.probabilities is not None and kept is not None:
+        write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
+    write_like(job.labels, from_slices(labels, like.affine, plane), like)
 
 
 def predict_files(

@@ -77,14 +77,17 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
     """
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
-    content = type(like)(array, like.affine, header).to_bytes()
-    if path.suffix == ".gz":
-        # Without the time, so that the same labels give the same bytes.
-        content = gzip.compress(content, _DEFLATE_LEVEL, mtime=0)
+    image = type(like)(array, like.affine, header)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            if path.suffix == ".gz":
+                # Without name and time, so that the same labels give the same bytes.
+                with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
+                    image.to_stream(stream)
+            else:
+                image.to_stream(file)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
