@@ -157,8 +157,9 @@ def oblique() -> np.ndarray:
 def test_labels_turn_with_the_scan(kind: str, tilt: np.ndarray, tmp_path: Path) -> None:
     predictor = predictor_of(Corner(), kind=kind)
     values = np.random.default_rng(1).integers(-900, 900, (7, 9, 4)).astype(np.int16)
-    # Slices 8 mm apart: ACDC's plane is the one across them, whatever axis of the file that is.
-    original = nib.Nifti1Image(values, tilt @ np.diag([-1.5, -1.7, 8.0, 1.0]))
+    # ACDC's plane is the one across the coarsest axis: here its slices are sagittal.
+    spacing = (1.5, 1.7, 8.0) if kind == "chd" else (8.0, 1.7, 1.5)
+    original = nib.Nifti1Image(values, tilt @ np.diag([-spacing[0], -spacing[1], spacing[2], 1]))
     wanted = None
     for number, turn in enumerate(orientations_of_axes()):
         turned = original.as_reoriented(turn)
@@ -178,6 +179,9 @@ def test_labels_turn_with_the_scan(kind: str, tilt: np.ndarray, tmp_path: Path) 
             if kind == "chd":
                 np.testing.assert_array_equal(wanted.dataobj[:, :2], 2)
                 np.testing.assert_array_equal(wanted.dataobj[:2, 2:], 3)
+            else:  # and in sagittal slices down, against z, and to the back
+                np.testing.assert_array_equal(wanted.dataobj[:, :, -1], 2)
+                np.testing.assert_array_equal(wanted.dataobj[:, 0, :-2], 3)
         expected = np.asanyarray(wanted.as_reoriented(turn).dataobj)
         np.testing.assert_array_equal(np.asanyarray(found.dataobj), expected)
     assert number == 47
