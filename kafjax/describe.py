@@ -3,11 +3,9 @@
 from typing import Any
 
 import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kafjax.models import build_model
+from kafjax.models import build_model, example_inputs, variable_shapes
 
 # In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
 # dustbin score; the appendix's table 1 counts them (method.md section 5).
@@ -16,12 +14,7 @@ _RELEASE_UNUSED_PER_KAF = 256 * 256 + 256 + 1
 
 def count_parameters(config: Any) -> dict[str, int]:
     """Parameters by module path, two names deep, of the network that `config.model` describes."""
-    views = (2,) if config.head == "pretraining" else ()
-    image = jnp.zeros((1, *views, 16, 16, 1))
-    keypoints = jnp.zeros((1, *views, 1, 2), jnp.int32)
-    mask = jnp.ones((1, *views, 1), bool)
-    init = build_model(config).init
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), image, keypoints, mask, train=False))
+    shapes = variable_shapes(build_model(config), *example_inputs(config.head))
     counts: dict[str, int] = {}
     for path, leaf in flax.traverse_util.flatten_dict(shapes["params"]).items():
         module = "/".join(path[:-1][:3] if "kaf" in path else path[:-1][:2])

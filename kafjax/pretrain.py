@@ -14,7 +14,7 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
-from kafjax.models import PretrainingOutput, build_model, init_variables
+from kafjax.models import PretrainingOutput, build_model, example_inputs, init_variables
 
 Metrics = dict[str, jax.Array]
 
@@ -44,14 +44,7 @@ class Pretraining:
 
     def init(self) -> dict[str, Any]:
         """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        # Parameters' shapes depend neither on the image's size nor on the number of keypoints.
-        return init_variables(
-            self._model,
-            self._config.seed,
-            jnp.zeros((1, 2, 16, 16, 1)),
-            jnp.zeros((1, 2, 1, 2), jnp.int32),
-            jnp.ones((1, 2, 1), bool),
-        )
+        return init_variables(self._model, self._config.seed, *example_inputs("pretraining"))
 
     def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Transforms both views of every sample, by keys that only seed and sample decide."""

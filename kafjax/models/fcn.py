@@ -17,46 +17,19 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.layers import Conv, ConvBlock, max_pool
-from kafjax.models.unet import NUM_LEVELS, Encoding, WidenedBlock, check_size
+from kafjax.models.unet import Encoder, Encoding
 
 
-class FCNEncoder(nn.Module):
-    """Four widened blocks and a fifth plain one, each followed by pooling.
+class FCNEncoder(Encoder):
+    """The FCN's encoder: its centre is a fifth block, not widened, and its pooling.
 
-    The encoding's centre is the fifth block's pooled output, at 1/32 of the image's size (rounded
-    up where 32 does not divide it).
+    The centre is at 1/32 of the image's size, rounded up where 32 does not divide it.
     """
 
-    filters: int
-    widening: str = "none"
-    num_attention_layers: int = 16
-    axis_name: str | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
-    ) -> Encoding:
-        """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
-        check_size(image)
-        common = {"axis_name": self.axis_name, "dtype": self.dtype}
-        x, levels, points = image.astype(self.dtype), [], []
-        for level in range(NUM_LEVELS):
-            block = WidenedBlock(
-                self.filters * 2**level,
-                self.widening,
-                level,
-                self.num_attention_layers,
-                **common,
-                name=f"level_{level}",
-            )
-            x, level_points = block(x, keypoints, mask, train=train)
-            levels.append(x)
-            points += [] if level_points is None else [level_points]
-            x = max_pool(x)
-        x = ConvBlock(self.filters * 16, **common, name="level_4")(x, train=train)
-        x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
-        return Encoding(tuple(levels), x, tuple(points))
+    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, h / 16, w / 16, c] to [b, h / 32, w / 32, 16 f]."""
+        block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, name="level_4")
+        return nn.max_pool(block(x, train=train), (2, 2), (2, 2), padding="SAME")
 
 
 class FCNDecoder(nn.Module):

@@ -70,8 +70,8 @@ class WidenedBlock(nn.Module):
         return x, None
 
 
-class UNetEncoder(nn.Module):
-    """Four widened blocks with pooling, and the centre.
+class Encoder(nn.Module):
+    """Four widened blocks, each followed by pooling, and what a backbone puts at their end.
 
     Attributes:
       filters: f, the channels of the first block.
@@ -105,10 +105,22 @@ class UNetEncoder(nn.Module):
             levels.append(x)
             points += [] if level_points is None else [level_points]
             x = max_pool(x)
+        return Encoding(tuple(levels), self.deepest(x, train=train), tuple(points))
+
+    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """The encoding's centre, of the fourth block's pooled features."""
+        raise NotImplementedError  # each backbone has its own
+
+
+class UNetEncoder(Encoder):
+    """The UNet's encoder: its centre is two convolutions without normalisation."""
+
+    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [b, h / 16, w / 16, c] to the same size."""
         features = self.filters * 16 * (1 if self.widening == "none" else 2)
         for i in (1, 2):
             x = nn.relu(Conv(features, dtype=self.dtype, name=f"center_{i}")(x))
-        return Encoding(tuple(levels), x, tuple(points))
+        return x
 
 
 class UNetDecoder(nn.Module):
