@@ -16,7 +16,7 @@ def run_on_four_devices(script: str) -> str:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],

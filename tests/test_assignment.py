@@ -9,7 +9,6 @@ import pytest
 from scipy.special import logsumexp
 
 from kafjax.assignment import log_optimal_transport, matching_loss
-from tests.compiling import quick_jit
 from tests.release_weights import GOLDEN
 
 
@@ -63,7 +62,7 @@ def real_part(table: Any, mask_1: np.ndarray, mask_2: np.ndarray) -> np.ndarray:
 def test_transport_is_the_releases() -> None:
     with np.load(GOLDEN / "losses.npz") as golden, jax.enable_x64(True):
         scores = jnp.asarray(golden["ot_scores"], jnp.float64)
-        found = quick_jit(log_optimal_transport)(scores, *ones(2, 7, 5), jnp.ones(()))
+        found = jax.jit(log_optimal_transport)(scores, *ones(2, 7, 5), jnp.ones(()))
         np.testing.assert_allclose(found, golden["ot_log_assignment"], rtol=1e-10, atol=1e-10)
 
 
@@ -78,7 +77,7 @@ SIZES = [(9, 11), (4, 7), (7, 2), (1, 1), (1, 11)]
 def test_masked_transport_equals_a_loop_over_the_unpadded_problem() -> None:
     scores, masks = padded_problem(SIZES)
     with jax.enable_x64(True):
-        solve = quick_jit(log_optimal_transport, static_argnames="num_iterations")
+        solve = jax.jit(log_optimal_transport, static_argnames="num_iterations")
         found = solve(jnp.asarray(scores), *masks, jnp.asarray(0.7), num_iterations=20)
     for b in range(len(SIZES)):
         mask_1, mask_2 = masks[0][b], masks[1][b]
@@ -104,7 +103,7 @@ def test_masked_gradients_equal_those_of_the_unpadded_problem() -> None:
     with jax.enable_x64(True):
         small = jnp.asarray(scores[0][mask_1][:, mask_2][None])
         dustbin = jnp.asarray(0.7)
-        differentiate = [quick_jit(jax.grad(f, argnums=(0, 1))) for f in (padded_loss, loss)]
+        differentiate = [jax.jit(jax.grad(f, argnums=(0, 1))) for f in (padded_loss, loss)]
         in_padding, of_padded = differentiate[0](jnp.asarray(scores), dustbin)
         unpadded, of_unpadded = differentiate[1](small, dustbin)
         # One finite difference ties both to the loop above.
@@ -120,7 +119,7 @@ def test_masked_gradients_equal_those_of_the_unpadded_problem() -> None:
 
 def test_rows_and_columns_sum_to_their_mass() -> None:
     scores, masks = padded_problem(SIZES)
-    solve = quick_jit(log_optimal_transport, static_argnames="num_iterations")
+    solve = jax.jit(log_optimal_transport, static_argnames="num_iterations")
     found = solve(jnp.asarray(scores), *masks, jnp.ones(()), num_iterations=200)
     for b, (m, n) in enumerate(SIZES):
         mass = np.exp(real_part(found[b], masks[0][b], masks[1][b]))
@@ -137,7 +136,7 @@ def test_a_slice_without_keypoints_sends_the_others_to_the_dustbin(m: int, n: in
         table = log_optimal_transport(scores, mask_1, mask_2, dustbin, num_iterations=5)
         return matching_loss(table, nothing, mask_1, mask_2)[0], table
 
-    differentiate = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    differentiate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, table), gradients = differentiate(jnp.asarray(scores), jnp.ones(()))
     np.testing.assert_allclose(value, 0, atol=1e-6)
     assert all(np.isfinite(g).all() for g in gradients)
@@ -200,7 +199,7 @@ def test_padding_changes_neither_the_loss_nor_its_gradient() -> None:
         return matching_loss(table, matches, mask_1, mask_2)[0]
 
     with jax.enable_x64(True):
-        differentiate = quick_jit(jax.value_and_grad(loss))
+        differentiate = jax.jit(jax.value_and_grad(loss))
         padded = differentiate(jnp.asarray(scores), correspondence, *masks)
         small = jnp.asarray(scores[0][mask_1][:, mask_2][None])
         expected = differentiate(small, renumbered, *ones(1, 6, 5))
@@ -219,6 +218,6 @@ def test_transport_and_loss_batch_like_single_pairs() -> None:
         return matching_loss(table, matches, mask_1, mask_2)
 
     inputs = (jnp.asarray(scores), *map(jnp.asarray, masks), jnp.asarray(correspondence))
-    together = quick_jit(loss)(*inputs)
-    single = quick_jit(jax.vmap(lambda *one: loss(*(x[None] for x in one))[0]))(*inputs)
+    together = jax.jit(loss)(*inputs)
+    single = jax.jit(jax.vmap(lambda *one: loss(*(x[None] for x in one))[0]))(*inputs)
     np.testing.assert_allclose(together, single, rtol=1e-5)

@@ -16,7 +16,6 @@ from kafjax.models.attention import (
     masked_attention,
     normalize_keypoints,
 )
-from tests.compiling import quick_jit
 
 C = 8  # channels; the networks' 256 change nothing
 
@@ -208,7 +207,7 @@ def test_padding_changes_neither_outputs_nor_gradients_nor_statistics() -> None:
         y, updated = stack.apply(variables, x, mask, train=True, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(y), where=mask[..., None]), (y, updated["batch_stats"])
 
-    run = quick_jit(jax.grad(loss, has_aux=True))
+    run = jax.jit(jax.grad(loss, has_aux=True))
     gradient, (y, after) = run(jnp.asarray(few), jnp.asarray(mask))
     many_gradient, (many_y, many_after) = run(jnp.asarray(many), jnp.asarray(many_mask))
     np.testing.assert_allclose(many_y[:, places], y, rtol=1e-4, atol=1e-5)

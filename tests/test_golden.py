@@ -16,7 +16,6 @@ from kafjax.assignment import matching_loss
 from kafjax.losses import cross_entropy, positive_pairs, supervised_contrastive_loss
 from kafjax.models import build_model
 from kafjax.torch_import import import_state_dict
-from tests.compiling import quick_jit
 from tests.release_weights import (
     by_release_names,
     draw_state_dict,
@@ -94,7 +93,7 @@ def _segmentation(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
         evaluated = model.apply(variables, image, keypoints, mask, train=False)
         return evaluated, jax.value_and_grad(loss, has_aux=True)(params)
 
-    evaluated, ((value, (logits, stats)), gradient) = quick_jit(run)(variables["params"])
+    evaluated, ((value, (logits, stats)), gradient) = jax.jit(run)(variables["params"])
     return {
         "logits_eval": np.moveaxis(np.asarray(evaluated), -1, 1),
         "logits_train": np.moveaxis(np.asarray(logits), -1, 1),
@@ -136,7 +135,7 @@ def _pretraining(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
         total = sum(w * term for w, term in zip(weights, terms, strict=True))
         return total, (output, terms, updated["batch_stats"])
 
-    (total, (output, terms, stats)), gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))(
+    (total, (output, terms, stats)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         variables["params"]
     )
     names = ("loss_global_cnn", "loss_global_kaf", "loss_local")
@@ -259,7 +258,7 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
         trained, updated = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
         return evaluated, trained, updated
 
-    evaluated, trained, updated = quick_jit(run)(variables)
+    evaluated, trained, updated = jax.jit(run)(variables)
     assert evaluated.dtype == trained.dtype == jnp.bfloat16
     kept = jax.tree.leaves((variables, updated))
     assert {leaf.dtype for leaf in kept} == {np.dtype("float32")}

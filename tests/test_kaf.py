@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kafjax.models.kaf import KAF, KeypointConv, gather_at_keypoints, last_at_pixel
-from tests.compiling import quick_jit
 
 SHAPE = (6, 5)
 FEATURES = 7
@@ -176,7 +175,7 @@ def test_padding_is_invisible_and_slices_may_have_no_keypoint() -> None:
             )
             return jnp.sum(y * weights), (y, features, updated["batch_stats"])
 
-        run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         for seed in (1, 2):
             inputs = kaf_inputs(64, seed=seed)
             (value, (y, features, after)), gradients = run(variables["params"], *inputs)

@@ -11,7 +11,6 @@ from kafjax.assignment import matching_loss
 from kafjax.losses import positive_pairs, supervised_contrastive_loss
 from kafjax.models import build_model, example_inputs, init_variables
 from kafjax.models.pretraining import CNNHead, KAFHead, Matcher
-from tests.compiling import quick_jit
 from tests.small_models import model_config, spread_keypoints
 
 SIZE = (16, 32)
@@ -58,7 +57,7 @@ def test_the_matcher_treats_both_slices_alike() -> None:
     matcher = Matcher(num_iterations=100)
     inputs = ((points, other_points), (keypoints, others), (mask, other_mask))
     variables = jax.jit(lambda: matcher.init(jax.random.key(0), *inputs, SIZE, train=False))()
-    match = quick_jit(lambda *sides: matcher.apply(variables, *sides, SIZE, train=False))
+    match = jax.jit(lambda *sides: matcher.apply(variables, *sides, SIZE, train=False))
     forward, backward = match(*inputs), match(*((b, a) for a, b in inputs))
     real = np.append(mask, [[True]] * 2, axis=1)[:, :, None]
     real = real & np.append(other_mask, [[True]] * 2, axis=1)[:, None, :]
@@ -114,7 +113,7 @@ def trained() -> dict[str, Any]:
             )
             return sum(terms), (output.cnn, output.kaf, terms, updated["batch_stats"])
 
-        step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         runs = []
         for seeds in ((0, 1), (2, 3)):
             sides = [

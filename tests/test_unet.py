@@ -11,7 +11,6 @@ import pytest
 from kafjax.losses import cross_entropy
 from kafjax.models import build_model, example_inputs, init_variables
 from kafjax.models.unet import UNetEncoder
-from tests.compiling import quick_jit
 from tests.small_models import model_config, spread_keypoints
 
 INPUTS = example_inputs("segmentation")
@@ -41,7 +40,7 @@ def test_the_copy_of_c2_is_a_copy() -> None:
     encoder = UNetEncoder(4, "copy")
     image = np.random.default_rng(0).standard_normal((1, 16, 32, 1))
     inputs = (image, jnp.zeros((1, 1, 2), jnp.int32), jnp.zeros((1, 1), bool))
-    encoding: Any = quick_jit(
+    encoding: Any = jax.jit(
         lambda: encoder.init_with_output(jax.random.key(0), *inputs, train=False)[0]
     )()
     for level in encoding.levels:
@@ -53,7 +52,7 @@ def test_the_copy_of_c2_is_a_copy() -> None:
 def test_networks_without_kaf_ignore_keypoints(name: str) -> None:
     model, variables = model_and_variables(name)
     image = np.random.default_rng(0).standard_normal((1, 32, 16, 1))
-    apply = quick_jit(lambda *points: model.apply(variables, image, *points, train=False))
+    apply = jax.jit(lambda *points: model.apply(variables, image, *points, train=False))
     logits = [apply(*spread_keypoints([count], 7, (32, 16), seed=count)[:2]) for count in (7, 2)]
     np.testing.assert_array_equal(*logits)
 
@@ -92,7 +91,7 @@ def trained() -> dict[str, Any]:
             )
             return cross_entropy(logits, jnp.asarray(label)), (logits, updated["batch_stats"])
 
-        step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
         def run(counts: list[int], seed: int) -> Any:
             keypoints, mask, _ = spread_keypoints(counts, 64, SIZE, seed=seed)
