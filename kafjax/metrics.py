@@ -100,10 +100,13 @@ class MetricWriter:
         for name, value in {**metrics, **{f"time/{n}": v for n, v in time.items()}}.items():
             self._board.add_scalar(name, value, step)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self._bar.disable:
-            print(f"step {step}/{self._bar.total}: {text}", flush=True)
-        else:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
+            return
+        if (pace := time.get("seconds_per_step")) is not None:
+            left = tqdm.tqdm.format_interval((self._bar.total - step) * pace)
+            text += f", {pace:.3g} s/step, {left} left"
+        print(f"step {step}/{self._bar.total}: {text}", flush=True)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 [h, w, 3], to TensorBoard."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
@@ -60,3 +61,10 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
         writer.write(1, {"loss": 1.0}, {})
         writer.picture(1, "pair", np.zeros((2, 2, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_without_a_terminal_tell_rate_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, range(1, 3), 0)
+    assert "step 2/10: loss 0.5, 0.5 s/step, 00:04 left" in capsys.readouterr().out
