@@ -29,6 +29,7 @@ from kafjax.input_pipeline import (
     steps_per_epoch,
 )
 from kafjax.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricMeans, MetricWriter, read_metrics
+from kafjax.preparation import write_preparation
 from kafjax.pretrain import Pretraining
 from kafjax.segment import Segmentation
 from kafjax.splits import Split, split_volumes
@@ -125,6 +126,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         best_mode=run.kind.best_mode,
         config=fields,
     ) as checkpointer:
+        if jax.process_index() == 0:
+            write_preparation(workdir, dataset.metadata)
         received = run.run(checkpointer)
     if received is None and jax.process_index() == 0:
         _summarize(Path(workdir), run.kind.best_metric)

@@ -166,6 +166,15 @@ def test_a_data_folder_that_cannot_be_made_is_one_line(phantom_raw, tmp_path, ca
     assert "Not a directory" in line
 
 
+@pytest.fixture
+def interruptible():
+    """Lets processes started here feel Ctrl-C where the test run itself was told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_one_line_and_can_be_continued(phantom_raw, tmp_path):
     arguments = ("--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path)
     command = [sys.executable, "-m", "data_prep.main", *map(str, arguments), "--num_workers", "1"]

@@ -84,6 +84,7 @@ def check_outputs(workdir: Path) -> None:
     assert row["correspondences"] > 1
     assert set(row["time"]) == {"seconds_per_step", "samples_per_second", "input_wait_share"}
     assert "encoder" in checkpoint.load_variables(workdir)["params"]
+    assert (workdir / "preparation.json").exists()
     events = list((workdir / "tensorboard").glob("events*"))
     assert events
     data = b"".join(path.read_bytes() for path in events)
