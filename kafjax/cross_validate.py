@@ -243,15 +243,15 @@ def write_tables(root: Path, runs: Sequence[Run], results: Mapping[Run, Results]
 
 
 def parse_numbers(text: str) -> list[int]:
-    """The numbers of '2,6,10' or '0-2,4', each once; `ValueError` for any other text."""
-    numbers: dict[int, None] = {}
+    """The numbers of '2,6,10' or '0-2,4' in order, each once; `ValueError` for other text."""
+    numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
             raise ValueError(f"found {text!r}, expected numbers as in 2,6,10 or 0-4")
-        numbers |= dict.fromkeys(found)
-    return list(numbers)
+        numbers.update(found)
+    return sorted(numbers)
 
 
 class _Stopped(BaseException):
