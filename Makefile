@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	    --config.data.dir=$(DEMO)/data --workdir $(DEMO)/pretrain
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
