@@ -1,4 +1,4 @@
-"""Few-label segmentation of ACDC from a pretrained encoder (appendix, table 3; method.md 7).
+"""Few-label segmentation of ACDC from a pretrained encoder (appendix, table 3; docs/method.md 7).
 
     python -m kafjax.main --config configs/acdc_finetune.py --config.init_from=runs/acdc_pretrain \
         --config.data.fold=0 --config.data.num_labeled=2 --workdir runs/acdc_fold0_M2

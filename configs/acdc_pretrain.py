@@ -1,4 +1,4 @@
-"""Pretraining of KAF-UNet on ACDC: the paper's run (appendix, table 3; method.md section 7).
+"""Pretraining of KAF-UNet on ACDC: the paper's run (appendix, table 3; docs/method.md 7).
 
     python -m kafjax.main --config configs/acdc_pretrain.py
 

@@ -1,4 +1,4 @@
-"""Few-label segmentation of CHD from a pretrained encoder (appendix, table 3; method.md section 7).
+"""Few-label segmentation of CHD from a pretrained encoder (appendix, table 3; docs/method.md 7).
 
     python -m kafjax.main --config configs/chd_finetune.py --config.init_from=runs/chd_pretrain \
         --config.data.fold=0 --config.data.num_labeled=2 --workdir runs/chd_fold0_M2

@@ -2,7 +2,7 @@
 
 Scores are [b, m, n] between the keypoints of two slices; masks [b, m] and [b, n] say which are
 real. The augmented problem has one row and one column more, the dustbins, at the last index: a
-keypoint without counterpart goes there. (Sarlin et al., CVPR 2020, section 3.2; method.md 6.)
+keypoint without counterpart goes there. (Sarlin et al., CVPR 2020, section 3.2; docs/method.md 6.)
 """
 
 import jax
@@ -76,7 +76,7 @@ def matching_loss(
     matched_weight: float = 0.45,
     unmatched_weight: float = 1.0,
 ) -> jax.Array:
-    """The local loss of each pair of slices (method.md section 6).
+    """The local loss of each pair of slices (docs/method.md section 6).
 
     `-log P` clamped to [0, 100]: 0.45 times its mean over corresponding keypoints, plus 1.0 times
     its mean over the unmatched of both slices at their dustbin. A pair without one kind has 0 for

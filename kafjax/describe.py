@@ -8,7 +8,7 @@ import numpy as np
 from kafjax.models import build_model, example_inputs, variable_shapes
 
 # In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
-# dustbin score; the appendix's table 1 counts them (method.md section 5).
+# dustbin score; the appendix's table 1 counts them (docs/method.md section 5).
 _RELEASE_UNUSED_PER_KAF = 256 * 256 + 256 + 1
 
 

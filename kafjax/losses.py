@@ -54,7 +54,7 @@ def supervised_contrastive_loss(
     temperature: float = 0.1,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Supervised contrastive loss over several views of a batch (method.md section 6).
+    """Supervised contrastive loss over several views of a batch (docs/method.md section 6).
 
     For anchor i with positives P(i) among all other views of all samples,
     `-1 / |P(i)| * sum_p log(exp(s_ip / T) / sum_{a != i} exp(s_ia / T))` with cosine similarities

@@ -1,8 +1,8 @@
 """The pretraining task: pairs of slices, augmentation, two global losses and a local one.
 
-Method.md sections 3, 5 and 6. A batch is what `kafjax.input_pipeline.pretraining_batches` gives;
-`b` is a device's share of it. Imports no reader: the training step can be used on any batch of that
-form.
+docs/method.md sections 3, 5 and 6. A batch is what `kafjax.input_pipeline.pretraining_batches`
+gives; `b` is a device's share of it. Imports no reader: the training step can be used on any batch
+of that form.
 """
 
 import functools

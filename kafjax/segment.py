@@ -1,6 +1,6 @@
 """The segmentation task: labelled slices, cross-entropy, and Dice over all pixels.
 
-Method.md sections 6 to 8. A batch is what `kafjax.input_pipeline.segmentation_batches` or
+docs/method.md sections 6 to 8. A batch is what `kafjax.input_pipeline.segmentation_batches` or
 `evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as `kafjax.pretrain`.
 """
 

@@ -3,11 +3,11 @@
 Labels and predictions are integer class numbers, 0 the background; results are for the classes
 1..d-1, in order. Volumes are arrays of any number of axes, with a spacing in mm for each.
 
-Pooled Dice is the paper's (method.md section 8): pixels are counted over all slices of all volumes
-first. Counts are integers and simply add, so that batches, devices and their order do not matter.
-The other metrics are of one volume at a time (Maier-Hein et al., Metrics Reloaded, Nature Methods
-2024). Of a class that neither has, they say NaN; where only one of the two has it, the distance is
-the volume's diagonal.
+Pooled Dice is the paper's (docs/method.md section 8): pixels are counted over all slices of all
+volumes first. Counts are integers and simply add, so that batches, devices and their order do not
+matter. The other metrics are of one volume at a time (Maier-Hein et al., Metrics Reloaded, Nature
+Methods 2024). Of a class that neither has, they say NaN; where only one of the two has it, the
+distance is the volume's diagonal.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 A subject is one volume in CHD (`ct_1001`) and one patient in ACDC, with several volumes
 (`patient001_frame01`, `patient001_frame12`), all of which go to the same side of a split. Subjects
-are ordered by number, and folds and choices depend on nothing but that order (method.md section 1).
+are ordered by number, and folds and choices depend on nothing but that order (docs/method.md
+section 1).
 """
 
 import random

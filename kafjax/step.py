@@ -58,13 +58,13 @@ class TrainState:
 
 
 def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
-    """Cosine from `learning_rate` to `final_learning_rate` over `num_steps` (method.md 7)."""
+    """Cosine from `learning_rate` to `final_learning_rate` over `num_steps` (docs/method.md 7)."""
     alpha = config.final_learning_rate / config.learning_rate
     return optax.cosine_decay_schedule(config.learning_rate, num_steps, alpha)
 
 
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-    """SGD or Adam with L2 regularisation in the gradient, as method.md section 7.
+    """SGD or Adam with L2 regularisation in the gradient, as docs/method.md section 7.
 
     Raises:
       ValueError: `config.name` is neither 'sgd' nor 'adam'.

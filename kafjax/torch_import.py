@@ -5,8 +5,8 @@ file into an Orbax checkpoint that every other command takes:
 
     python -m kafjax.torch_import --input latest.pth --config configs/chd_finetune.py --output DIR
 
-The release's names are those of method.md section 10. Its networks also hold weights that nothing
-uses (`DEAD_WEIGHTS`); they are dropped and named.
+The release's names are those of docs/method.md section 9. Its networks also hold weights that
+nothing uses (`DEAD_WEIGHTS`); they are dropped and named.
 """
 
 import hashlib

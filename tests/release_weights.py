@@ -1,4 +1,4 @@
-"""What the golden values are made of: the release's weights, named and drawn as method.md 10 says.
+"""The release's weights that gave the golden values, drawn as docs/method.md 9 says.
 
 Also the golden files themselves, and gradients' norms by the release's names.
 """

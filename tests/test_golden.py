@@ -1,4 +1,4 @@
-"""The networks and losses against the values that the authors' release gave (method.md 10).
+"""The networks and losses against the values that the authors' release gave (docs/method.md 9).
 
 Each case compiles once; the tests look at its parts. Padded cases move the keypoints to places
 among padding, their order kept.

@@ -23,7 +23,7 @@ from tests.small_models import model_config
 PAPER: dict[str, Any] = {"num_attention_layers": 16, "embedding": 512, "num_matcher_layers": 4}
 CHD: dict[str, Any] = {"filters": 32, "num_classes": 8}
 ACDC: dict[str, Any] = {"filters": 48, "num_classes": 4}
-# Method.md section 5; FCN's and pretraining's are our own, pinned.
+# docs/method.md section 5; FCN's and pretraining's are our own, pinned.
 SEGMENTATION_COUNTS = [
     ("unet", CHD, 7_763_584),
     ("unet", ACDC, 17_462_016),

@@ -1,6 +1,6 @@
 """Attention among keypoints. Features are [b, k, 256]; masks [b, k] say which keypoints are real.
 
-After Sarlin et al., CVPR 2020, section 3.1, with the numbers of method.md section 4. No padded
+After Sarlin et al., CVPR 2020, section 3.1, with the numbers of docs/method.md section 4. No padded
 keypoint is attended to or enters a statistic; what comes out at padding is finite and must not be
 used. The features that layers add to stay float32 where layers compute in bfloat16.
 """
@@ -69,7 +69,7 @@ class KeypointMLP(nn.Module):
 
 
 class PositionalEncoder(nn.Module):
-    """Positional code of keypoints: an MLP of their normalised positions (method.md 4.2).
+    """Positional code of keypoints: an MLP of their normalised positions (docs/method.md 4.2).
 
     Computes in float32 or wider: bfloat16 would round positions to more than a pixel.
     """
@@ -91,7 +91,7 @@ class PositionalEncoder(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """One residual layer of multi-head attention and MLP (method.md 4.3).
+    """One residual layer of multi-head attention and MLP (docs/method.md 4.3).
 
     Queries come from `x`; keys and values from `source`, which is `x` itself for self-attention.
     """

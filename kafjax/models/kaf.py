@@ -1,4 +1,4 @@
-"""The keypoint-augmented fusion (KAF) layer: method.md section 4.
+"""The keypoint-augmented fusion (KAF) layer: docs/method.md section 4.
 
 Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks
 [b, k] say which are real. Where several real keypoints share a pixel, the last in order fills it.
@@ -38,7 +38,7 @@ def scatter_values(features: jax.Array, winner: jax.Array, mask: jax.Array) -> j
     """What each keypoint adds to the map: its features if it wins its pixel, else 0.
 
     In the backward pass every real keypoint receives its pixel's gradient, losers included, as the
-    release trains (method.md 4.4).
+    release trains (docs/method.md 4.4).
     """
     loser = features - jax.lax.stop_gradient(features)
     values = jnp.where(winner[..., None], features, loser)

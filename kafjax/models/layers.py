@@ -2,7 +2,7 @@
 
 Every module takes `dtype`, the type it computes in; parameters, running statistics and sums over
 batches stay at least float32. Convolutions start He-normal with zero biases, linear maps uniform in
-+-1/sqrt(fan in) as in the authors' release (method.md section 5).
++-1/sqrt(fan in) as in the authors' release (docs/method.md section 5).
 """
 
 import math
@@ -174,7 +174,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Block(c) of method.md section 5: twice [3x3 convolution, batch norm, leaky ReLU]."""
+    """Block(c) of docs/method.md section 5: twice [3x3 convolution, batch norm, leaky ReLU]."""
 
     features: int
     axis_name: str | None = None

@@ -1,7 +1,7 @@
 """The pretraining network: an encoder, two global heads and the keypoint matcher.
 
 The two views of a pair go through the same weights one after the other, so that batch statistics
-are each view's own and running statistics take the first view, then the second (method.md 5).
+are each view's own and running statistics take the first view, then the second (docs/method.md 5).
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""UNet, UNet (c2) and KAF-UNet: method.md section 5 and the appendix's table 1.
+"""UNet, UNet (c2) and KAF-UNet: docs/method.md section 5 and the appendix's table 1.
 
 One encoder, whose blocks' output is widened in one of three ways: not at all, by a copy of itself,
 or by a KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
