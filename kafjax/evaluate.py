@@ -3,7 +3,8 @@
     python -m kafjax.evaluate --workdir runs/chd_fold0_M2 [--split validation]
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
-pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). Every pixel of
+pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also
+has the seconds that each volume took, and what they were measured on. Every pixel of
 every slice counts once. Where slices are larger than the patch, which the paper crops, they are
 predicted in tiles (`kafjax.inference`); where they are smaller, the padding does not count.
 """
@@ -13,13 +14,15 @@ import io
 import json
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
+from kafjax.environment import describe_environment
 from kafjax.inference import Predictor, load_predictor
 from kafjax.input_pipeline import Slice, SliceDataset, check_facts, labelled_volumes, open_dataset
 from kafjax.segmentation_metrics import count_pixels, pooled_dice, volume_metrics
@@ -32,24 +35,33 @@ _METRICS = ("dice", "hd95", "assd")
 Results = dict[str, Any]
 
 
-def evaluate(
-    predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ...]
-) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+class Evaluation(NamedTuple):
+    """What `evaluate` finds.
+
+    Attributes:
+      counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
+      metrics: for each volume and foreground class, by name, its `ClassMetrics`.
+      seconds: for each volume, of reading, prediction and comparison; the first compiles as well.
+    """
+
+    counts: np.ndarray
+    metrics: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def evaluate(predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ...]) -> Evaluation:
     """Predicts volumes and compares them with their labels.
 
     Args:
       predictor: of the run.
       dataset: where the volumes are.
-      volumes: names of labelled volumes.
-
-    Returns:
-      Pixel counts int64 [d, 3] over all volumes (`kafjax.segmentation_metrics.count_pixels`), and
-      for each volume and foreground class, by name, its `ClassMetrics`.
+      volumes: names of labelled volumes, in the order in which they are predicted.
     """
     classes = dataset.classes
     counts = np.zeros((len(classes), 3), np.int64)
-    metrics = {}
+    metrics, seconds = {}, {}
     for name in tqdm.tqdm(volumes, unit="volume", disable=None):
+        begin = time.perf_counter()
         slices = _read_volume(dataset, name)
         views = [(s.image, s.keypoints, s.mask) for s in slices]
         found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
@@ -63,7 +75,8 @@ def evaluate(
             spacing=[float(mm) for mm in slices[0].spacing],
         )
         metrics[name] = dict(zip(classes[1:], of_volume, strict=True))
-    return counts, metrics
+        seconds[name] = time.perf_counter() - begin
+    return Evaluation(counts, metrics, seconds)
 
 
 def evaluate_run(
@@ -105,14 +118,19 @@ def evaluate_run(
         ),
         split,
     )
-    counts, metrics = evaluate(predictor, dataset, volumes)
+    counts, metrics, seconds = evaluate(predictor, dataset, volumes)
     facts = {
         "step": step,
         "split": split,
         "fold": config.data.fold,
         "num_labeled": config.data.num_labeled,
     }
-    results = {**facts, **summarize(counts, metrics, dataset.classes[1:])}
+    results = {
+        **facts,
+        **summarize(counts, metrics, dataset.classes[1:]),
+        "seconds": seconds,
+        "environment": describe_environment(),
+    }
     stem = "evaluation" if split == "validation" else f"evaluation_{split}"
     write_results(results, Path(workdir) / stem)
     print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes\n")

@@ -48,7 +48,9 @@ class Shifted:
 def test_volumes_are_compared_whole_in_mm(phantom_dataset: Path) -> None:
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     names = tuple(dataset.volumes)[2:]
-    counts, metrics = evaluate(Shifted(dataset), dataset, names)
+    counts, metrics, seconds = evaluate(Shifted(dataset), dataset, names)
+    assert list(seconds) == list(names)
+    assert all(found > 0 for found in seconds.values())
     both = np.zeros(8)
     for name in names:
         slices = [dataset.read(record, with_label=True) for record in dataset.volumes[name]]
@@ -204,6 +206,8 @@ def test_evaluation_is_the_same_for_any_batches_and_agrees_with_validation(finet
     assert stored == found[1]
     assert stored["step"] == best_step(finetuned)
     assert len(stored["by_volume"]) == 2
+    assert stored["seconds"].keys() == stored["by_volume"].keys()
+    assert stored["environment"]["jax"] == jax.__version__
     assert found[0]["pooled_dice"] == pytest.approx(found[1]["pooled_dice"], abs=1e-4)
     # Slices fill the patch, so that validation sees what evaluation sees.
     score = saved_metrics(finetuned)[stored["step"]]["validation_dice"]
