@@ -1,0 +1,1 @@
+"""Speed and memory against peers, one module for each question; `python -m benchmarks.main`."""

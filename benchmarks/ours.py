@@ -1,0 +1,130 @@
+"""Our side: the product's own training step and prediction of a case."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.case import Case, inputs
+from benchmarks.workers import Side
+from kafjax import step
+from kafjax.models import build_model, example_inputs, init_variables
+from kafjax.segment import Segmentation
+
+
+def model_config(case: Case, head: str = "segmentation") -> Any:
+    """`config.model` of a case, without ml_collections, which not every machine has."""
+    fields = {
+        "name": case.network,
+        "head": head,
+        "filters": case.filters,
+        "num_attention_layers": case.num_attention_layers,
+        "num_classes": case.num_classes,
+        "embedding": 512,
+        "num_matcher_layers": 4,
+        "num_sinkhorn_iterations": 100,
+        "dtype": case.dtype,
+    }
+    return SimpleNamespace(**fields, **({} if case.remat is None else {"remat": case.remat}))
+
+
+def run_config(case: Case) -> Any:
+    """The config of a fine-tuning run without augmentation."""
+    return SimpleNamespace(
+        seed=0,
+        augment=None,
+        sync_batch_norm=True,
+        num_microbatches=case.num_microbatches,
+        model=model_config(case),
+        optimizer=SimpleNamespace(name="adam", weight_decay=1e-5),
+    )
+
+
+class TrainingStep:
+    """The product's training step, compiled for a case. Its state is on the device.
+
+    Attributes:
+      facts: seconds of `init` and of `compile`; `temporaries`, bytes that the compiled step needs
+        beside its arguments and results.
+    """
+
+    def __init__(self, case: Case):
+        config = run_config(case)
+        task = Segmentation(config, axis_name=step.AXIS_NAME)
+        optimizer = step.make_optimizer(config.optimizer)
+        with stopwatch() as init_seconds:
+            state = step.init_state(task, optimizer)
+        self._state = jax.pmap(lambda x: x)(step.replicate(state))
+        n = jax.local_device_count()
+        self._rest = (
+            jax.pmap(lambda x: x)(step.shard(inputs(case))),
+            np.full(n, 5e-5, np.float32),
+            np.zeros(n, np.int32),
+        )
+        update = step.make_update(task, optimizer)
+        with stopwatch() as compile_seconds:
+            self._compiled = update.lower(self._state, *self._rest).compile()
+        self.facts = {
+            "init": init_seconds(),
+            "compile": compile_seconds(),
+            "temporaries": float(self._compiled.memory_analysis().temp_size_in_bytes),
+        }
+
+    def __call__(self) -> float:
+        """Takes one step and waits for it; its loss."""
+        self._state, metrics = self._compiled(self._state, *self._rest)
+        jax.block_until_ready(self._state)
+        return float(metrics["loss"][0])
+
+
+def forward(case: Case) -> Callable[[], Any]:
+    """Prediction by running statistics, compiled for a case."""
+    model = build_model(model_config(case))
+    variables = jax.device_put(init_variables(model, 0, *example_inputs("segmentation")))
+    batch = inputs(case)
+    fields = ("image", "keypoints", "keypoint_mask")
+    arrays = jax.device_put(tuple(batch[name] for name in fields))
+
+    def predict(variables: Any, *arrays: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, *arrays, train=False)
+        return logits
+
+    compiled = jax.jit(predict).lower(variables, *arrays).compile()
+    return lambda: jax.block_until_ready(compiled(variables, *arrays))
+
+
+def make_side(case: Case) -> Side:
+    """Our side of a comparison of `step` and `forward`."""
+    train = TrainingStep(case)
+    facts = dict(train.facts)
+    with stopwatch() as seconds:
+        predict = forward(case)
+    facts["compile_forward"] = seconds()
+    calls = {"step": train, "forward": predict, "device_peak": device_peak}
+    return Side(calls, facts)
+
+
+def make_step_side(case: Case) -> Side:
+    """Our side of a comparison of `step` alone."""
+    train = TrainingStep(case)
+    return Side({"step": train, "device_peak": device_peak}, train.facts)
+
+
+def device_peak() -> float:
+    """Most bytes of device memory ever in use, or NaN where the device does not tell."""
+    statistics = jax.local_devices()[0].memory_stats()
+    return float((statistics or {}).get("peak_bytes_in_use", jnp.nan))
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Seconds from entering to leaving."""
+    begin = time.perf_counter()
+    end: list[float] = []
+    yield lambda: end[0]
+    end.append(time.perf_counter() - begin)

@@ -1,0 +1,93 @@
+"""How fast are training and prediction on this machine, against the same network in PyTorch?
+
+Each side starts fresh, without a compilation cache, and is called turn about; with the C library's
+malloc as it is, and with huge pages. The plain network is compared with MONAI's of the same widths
+too, where that is installed.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from benchmarks.case import Case
+from benchmarks.flags import make_parser, network_flags, run, settings
+from benchmarks.report import Result, Table, gigabytes, ratio, seconds, version
+from benchmarks.workers import HUGE_PAGES, NO_CACHE, take_turns, workers
+
+CALLS = ("step", "forward")
+MALLOCS: dict[str, dict[str, str]] = {"default": {}, "huge pages": HUGE_PAGES}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = make_parser(__doc__)
+    network_flags(flags)
+    flags.add_argument("--networks", default="kaf_unet,unet", help="which to compare")
+    flags.add_argument("--turns", type=int, default=5)
+    return flags
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Compares every network."""
+    tables, numbers = [], {}
+    for network in arguments.networks.split(","):
+        case = Case(
+            network=network,
+            size=arguments.size,
+            num_keypoints=arguments.num_keypoints,
+            batch_size=arguments.batch_size,
+            filters=arguments.filters,
+        )
+        compared = {name: compare(case, arguments.turns, env) for name, env in MALLOCS.items()}
+        numbers[network] = compared
+        tables.append(_table(case, compared))
+    title = "Training step and forward pass on CPU"
+    return Result("step", title, tables, numbers, settings(arguments))
+
+
+def compare(case: Case, turns: int, malloc: dict[str, str]) -> dict[str, Any]:
+    """Facts, seconds of each turn and peak memory of every side."""
+    # Names only: this process, which measures, imports neither JAX nor PyTorch.
+    makers: dict[str, tuple[Any, ...]] = {"kafjax": ("benchmarks.ours:make_side", case)}
+    if version("torch"):
+        makers["PyTorch"] = ("benchmarks.peer_side:make_side", case)
+        if case.network == "unet" and version("monai"):
+            makers["MONAI"] = ("benchmarks.peer_side:make_monai_side", case)
+    with workers(makers, NO_CACHE | malloc) as sides:
+        timed = take_turns(sides, CALLS, turns)
+        return {
+            name: {"facts": side.facts, "seconds": timed[name], "peak": side.peak_memory()}
+            for name, side in sides.items()
+        }
+
+
+def _table(case: Case, compared: dict[str, Any]) -> Table:
+    names = list(compared["default"])
+    columns = ["", "kafjax"]
+    for name in names[1:]:
+        columns += [name, f"{name} / kafjax"]
+    rows = []
+    for malloc, sides in compared.items():
+        for call in CALLS:
+            values = [statistics.median(sides[name]["seconds"][call]) for name in names]
+            rows.append(_row(f"{call}, {malloc} malloc", values, seconds))
+        rows.append(_row(f"peak memory, {malloc} malloc", [sides[n]["peak"] for n in names], gigabytes))
+    ours = compared["default"]["kafjax"]["facts"]
+    inits = [compared["default"][name]["facts"]["init"] for name in names]
+    rows.append(_row("init", inits, seconds))
+    compile_seconds = [seconds(ours["compile"]), *[""] * (len(columns) - 2)]
+    rows.append(["compile of the step, no cache", *compile_seconds])
+    missing = [n for n in ("torch", "monai") if not version(n) and (n, case.network) != ("monai", "kaf_unet")]
+    notes = [f"Not installed, so not compared: {', '.join(missing)}."] if missing else []
+    return Table(str(case), columns, rows, notes)
+
+
+def _row(label: str, values: list[float], write: Any) -> list[str]:
+    cells = [label, write(values[0])]
+    for value in values[1:]:
+        cells += [write(value), ratio(value / values[0])]
+    return cells
+
+
+if __name__ == "__main__":
+    run(parser(), measure)
