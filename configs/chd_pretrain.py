@@ -16,6 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
             "task": "pretrain",
             "seed": 0,
             "batch_size": 32,  # pairs, over all devices
+            # Parts of a device's batch, one in memory at a time; batch norm sees a part at a time.
+            "num_microbatches": 1,
             "num_epochs": 51,
             # Stops earlier than num_epochs, whose learning rate schedule stays.
             "num_steps": config_dict.placeholder(int),

@@ -198,8 +198,8 @@ def make_pair(
 
     Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, k, 2], `keypoint_mask` bool [2, k],
     `correspondence` int32 [k] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
-    anchor's, in (0, 1]), `record` int32 [2] and `sample` uint32. A slice that is its own neighbour
-    corresponds with itself keypoint by keypoint.
+    anchor's, in (0, 1]), `record` int32 [2], `sample` and `seed` uint32. A slice that is its own
+    neighbour corresponds with itself keypoint by keypoint.
     """
     rng = np.random.default_rng((seed, sample))
     anchor = dataset.read(record)
@@ -220,6 +220,7 @@ def make_pair(
         "position": np.array((anchor.index + 1) / anchor.num_slices, np.float32),
         "record": np.array([record, record + offset], np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
+        "seed": np.array(seed % 2**32, np.uint32),
     }
 
 
@@ -229,7 +230,7 @@ def make_labelled(
     """One labelled slice, cropped at random for (seed, sample), or centrally where seed is None.
 
     Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [k, 2],
-    `keypoint_mask` bool [k], `record` int32 and `sample` uint32.
+    `keypoint_mask` bool [k], `record` int32, `sample` and `seed` uint32.
     """
     rng = None if seed is None else np.random.default_rng((seed, sample))
     labelled = dataset.read(record, with_label=True)
@@ -240,6 +241,7 @@ def make_labelled(
         "label": cut_patch(labelled.label, origin, patch_size),
         "record": np.array(record, np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
+        "seed": np.array((seed or 0) % 2**32, np.uint32),
     }
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
-from kafjax.models import PretrainingOutput, build_model, example_inputs, init_variables
+from kafjax.models import PretrainingOutput, example_inputs, init_variables
+from kafjax.task import apply_training, make_model, make_transform, sample_keys
 
 Metrics = dict[str, jax.Array]
 
@@ -33,13 +34,8 @@ class Pretraining:
     def __init__(self, config: Any, *, axis_name: str | None = None):
         self._config = config
         self._axis_name = axis_name
-        self._transform = functools.partial(
-            augment.augment_pair,
-            mode=config.augment.keypoints,
-            config=augment.AugmentConfig(**config.augment.transform),
-        )
-        norm_axis = axis_name if config.sync_batch_norm else None
-        self._model = build_model(config.model, axis_name=norm_axis)
+        self._transform = make_transform(augment.augment_pair, config)
+        self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
 
     def init(self) -> dict[str, Any]:
@@ -48,13 +44,11 @@ class Pretraining:
 
     def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Transforms both views of every sample, by keys that only seed and sample decide."""
-        root = jax.random.key(self._config.seed)
-        keys = jax.vmap(lambda sample: jax.random.fold_in(root, sample))(batch["sample"])
         fields = ("image", "keypoints", "keypoint_mask")
         image, keypoints, mask = (batch[field] for field in fields)
         view_1, view_2 = ((image[:, i], keypoints[:, i], mask[:, i]) for i in range(2))
         view_1, view_2, correspondence = jax.vmap(self._transform)(
-            keys, view_1, view_2, batch["correspondence"]
+            sample_keys(batch), view_1, view_2, batch["correspondence"]
         )
         pairs = zip(fields, view_1, view_2, strict=True)
         stacked = {field: jnp.stack(pair, axis=1) for field, *pair in pairs}
@@ -66,13 +60,12 @@ class Pretraining:
         """The total loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)
         mask = batch["keypoint_mask"]
-        output, updated = self._model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch["image"],
-            batch["keypoints"],
-            mask,
-            train=True,
-            mutable=["batch_stats"],
+        output, batch_stats = apply_training(
+            self._model,
+            params,
+            batch_stats,
+            (batch["image"], batch["keypoints"], mask),
+            num_microbatches=self._config.num_microbatches,
         )
         terms = self._terms(output, batch)
         weights = self._config.loss.weights
@@ -83,7 +76,7 @@ class Pretraining:
             "keypoints": jnp.mean(jnp.sum(mask, axis=-1)),
             "correspondences": jnp.mean(jnp.sum(batch["correspondence"] >= 0, axis=-1)),
         }
-        return total, (metrics, updated["batch_stats"])
+        return total, (metrics, batch_stats)
 
     def _terms(self, output: PretrainingOutput, batch: dict[str, jax.Array]) -> Metrics:
         """The unweighted losses; those with weight 0, or without their head, are left out."""
@@ -113,7 +106,7 @@ class Pretraining:
 
     def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch's first pair as training sees it: name -> uint8 [h, w, 3]."""
-        from kafjax.figures import draw_pair  # matplotlib is needed for nothing else here
+        from kafjax.drawing import draw_pair  # matplotlib is needed for nothing else here
 
         first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
         view = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}

@@ -4,7 +4,6 @@ docs/method.md sections 6 to 8. A batch is what `kafjax.input_pipeline.segmentat
 `evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as `kafjax.pretrain`.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment, losses
-from kafjax.models import build_model, example_inputs, init_variables
+from kafjax.models import example_inputs, init_variables
 from kafjax.segmentation_metrics import count_pixels, pooled_dice
+from kafjax.task import apply_training, make_model, make_transform, sample_keys
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -36,13 +36,8 @@ class Segmentation:
         self._num_classes = config.model.num_classes
         self._transform = None
         if config.augment is not None:
-            self._transform = functools.partial(
-                augment.augment_view,
-                mode=config.augment.keypoints,
-                config=augment.AugmentConfig(**config.augment.transform),
-            )
-        norm_axis = axis_name if config.sync_batch_norm else None
-        self._model = build_model(config.model, axis_name=norm_axis)
+            self._transform = make_transform(augment.augment_view, config)
+        self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
 
     def init(self) -> dict[str, Any]:
@@ -53,15 +48,15 @@ class Segmentation:
         """Transforms every slice with its label, by keys that only seed and sample decide."""
         if self._transform is None:
             return batch
-        root = jax.random.key(self._config.seed)
-        keys = jax.vmap(lambda sample: jax.random.fold_in(root, sample))(batch["sample"])
 
         def one(key: jax.Array, image: Any, keypoints: Any, mask: Any, label: Any) -> Any:
             assert self._transform is not None
             return self._transform(key, image, keypoints, mask, label=label[..., None])
 
         fields = ("image", "keypoints", "keypoint_mask", "label")
-        image, keypoints, mask, label = jax.vmap(one)(keys, *(batch[field] for field in fields))
+        image, keypoints, mask, label = jax.vmap(one)(
+            sample_keys(batch), *(batch[field] for field in fields)
+        )
         moved = dict(zip(fields, (image, keypoints, mask, label[..., 0]), strict=True))
         return {**batch, **moved}
 
@@ -74,13 +69,12 @@ class Segmentation:
         its predictions have, and 1 where there are none.
         """
         batch = self.augment(batch)
-        logits, updated = self._model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch["image"],
-            batch["keypoints"],
-            batch["keypoint_mask"],
-            train=True,
-            mutable=["batch_stats"],
+        logits, batch_stats = apply_training(
+            self._model,
+            params,
+            batch_stats,
+            (batch["image"], batch["keypoints"], batch["keypoint_mask"]),
+            num_microbatches=self._config.num_microbatches,
         )
         total = losses.cross_entropy(logits, batch["label"])
         counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
@@ -92,7 +86,7 @@ class Segmentation:
             "dice": dice,
             "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
         }
-        return total, (metrics, updated["batch_stats"])
+        return total, (metrics, batch_stats)
 
     def predict(self, variables: Any, batch: Batch) -> jax.Array:
         """Logits [b, h, w, d] of slices as they are, by the running statistics."""

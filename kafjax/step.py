@@ -63,20 +63,22 @@ def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(config.learning_rate, num_steps, alpha)
 
 
-def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Any) -> optax.GradientTransformation:
     """SGD or Adam with L2 regularisation in the gradient, as docs/method.md section 7.
+
+    Its updates are those of a learning rate of 1: the step multiplies them by the schedule's, which
+    is an argument, so that runs of other lengths share one compiled step.
 
     Raises:
       ValueError: `config.name` is neither 'sgd' nor 'adam'.
     """
-    schedule = make_schedule(config, num_steps)
     if config.name == "sgd":
-        rule = optax.sgd(schedule, momentum=config.momentum)
+        rule = optax.trace(config.momentum)
     elif config.name == "adam":
-        rule = optax.adam(schedule)
+        rule = optax.scale_by_adam()
     else:
         raise ValueError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule, optax.scale(-1.0))
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
@@ -91,17 +93,20 @@ def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainStat
 def make_update(
     task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The mapped training step: (state, batch, stop) -> (state, metrics).
+    """The mapped training step: (state, batch, learning_rate, stop) -> (state, metrics).
 
     Every argument has a leading axis of local devices. `stop` is how many signals a process has
     had; the metrics' `stop` is the greatest of all processes', so that all stop at the same step.
     """
 
-    def update(state: TrainState, batch: Any, stop: jax.Array) -> tuple[TrainState, Any]:
+    def update(
+        state: TrainState, batch: Any, learning_rate: jax.Array, stop: jax.Array
+    ) -> tuple[TrainState, Any]:
         gradient = jax.value_and_grad(task.loss, has_aux=True)
         (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
         grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = optax.tree.scale(learning_rate, updates)
         params = optax.apply_updates(state.params, updates)
         metrics["stop"] = jax.lax.pmax(stop, AXIS_NAME)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics

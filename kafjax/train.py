@@ -107,11 +107,12 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
       ValueError: the config, the dataset and the workdir do not fit each other.
       FloatingPointError: the loss is not finite; the message names the step and the slices.
     """
-    devices = jax.device_count()
-    if config.batch_size % devices:
+    devices, parts = jax.device_count(), config.num_microbatches
+    if config.batch_size % (devices * parts):
+        times = f" times num_microbatches {parts}" if parts > 1 else ""
         raise ValueError(
             f"config.batch_size is {config.batch_size}, "
-            f"expected a multiple of the {devices} devices"
+            f"expected a multiple of the {devices} devices{times}"
         )
     fields = config.to_dict()
     check_config(workdir, fields)
@@ -197,7 +198,7 @@ class _Run:
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
         self._schedule = make_schedule(config.optimizer, schedule_steps)
-        self._optimizer = make_optimizer(config.optimizer, schedule_steps)
+        self._optimizer = make_optimizer(config.optimizer)
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._last_loss = float("nan")
 
@@ -258,8 +259,9 @@ class _Run:
             with self._clock.waiting():
                 batch = next(batches)
             self._show(step, batch)
-            stop = np.full(jax.local_device_count(), signals.received, np.int32)
-            state, metrics = update(state, shard(batch), stop)
+            rate = np.float32(self._schedule(step - 1))
+            scalars = replicate((rate, np.int32(signals.received)))
+            state, metrics = update(state, shard(batch), *scalars)
             self._in_flight.append(_InFlight(step, metrics, batch["record"]))
             # One step stays in flight, so that the device never waits for the host.
             received = self._settle(keep=1)

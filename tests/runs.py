@@ -52,6 +52,7 @@ def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[
         "position": rng.random(b).astype(np.float32),
         "record": rng.integers(0, 9, (b, 2)).astype(np.int32),
         "sample": np.arange(b, dtype=np.uint32) + seed * b,
+        "seed": np.zeros(b, np.uint32),
     }
 
 

@@ -164,6 +164,7 @@ def test_batches_of_the_prepared_dataset_have_the_agreed_fields(phantom_dataset)
         "position": ("float32", (4,)),
         "record": ("int32", (4, 2)),
         "sample": ("uint32", (4,)),
+        "seed": ("uint32", (4,)),
     }
     (batch,) = take(segmentation_batches(dataset, options(patch_size=(64, 48))), 1)
     fields = {field: (value.dtype.name, value.shape) for field, value in batch.items()}
@@ -174,6 +175,7 @@ def test_batches_of_the_prepared_dataset_have_the_agreed_fields(phantom_dataset)
         "label": ("int32", (4, 64, 48)),
         "record": ("int32", (4,)),
         "sample": ("uint32", (4,)),
+        "seed": ("uint32", (4,)),
     }
     assert fields == labelled
     (batch,) = take(evaluation_batches(dataset, options(patch_size=(64, 48))), 1)

@@ -40,6 +40,7 @@ def random_batch(batch_size: int = 4, *, seed: int = 0) -> dict[str, Any]:
         "keypoint_mask": rng.random((batch_size, 8)) < 0.7,
         "record": np.arange(batch_size, dtype=np.int32),
         "sample": np.arange(batch_size, dtype=np.uint32) + 100 * seed,
+        "seed": np.zeros(batch_size, np.uint32),
     }
 
 

@@ -27,8 +27,8 @@ def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
     def make_update(task: Any, optimizer: Any) -> Callable[..., Any]:
         del task, optimizer
 
-        def update(state: Any, batch: Any, stop: np.ndarray) -> Any:
-            del batch
+        def update(state: Any, batch: Any, learning_rate: np.ndarray, stop: np.ndarray) -> Any:
+            del batch, learning_rate
             state = jax.tree.map(jax.numpy.asarray, state)
             step = state.step + 1
             values = jax.numpy.full(stop.shape, loss(int(step[0])))
@@ -101,6 +101,9 @@ def test_batch_that_devices_do_not_divide_is_refused(
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     with pytest.raises(ValueError, match="batch_size is 8, expected a multiple of the 3 devices"):
         train(tiny_config(phantom_dataset), tmp_path)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="of the 4 devices times num_microbatches 3"):
+        train(tiny_config(phantom_dataset, num_microbatches=3), tmp_path)
 
 
 @pytest.mark.usefixtures("cheap")
