@@ -1,0 +1,31 @@
+"""The command `python -m kafjax.report`; see the package."""
+
+from absl import app, flags
+
+from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+from kafjax.report.page import NUM_SAMPLES, report
+
+_WORKDIR = flags.DEFINE_list(
+    "workdir", None, "Workdirs of runs or cross-validations: A B C, or A,B,C.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", "report.html", "The page's file.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: where the runs had their datasets.")
+_SAMPLES = flags.DEFINE_integer(
+    "samples", NUM_SAMPLES, "Slices of each dataset that the runs segment for the page; 0: none."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches to `report`; what stands after a workdir is another one."""
+    enable_compilation_cache()
+    workdirs = [*_WORKDIR.value, *argv[1:]]
+    run_command(
+        lambda: report(
+            workdirs, _OUTPUT.value, data_dir=_DATA_DIR.value, num_samples=_SAMPLES.value
+        )
+    )
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_gnu_getopt()  # flags may follow workdirs
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,164 @@
+"""What a report reads of workdirs: runs, as far as their files are there and whole.
+
+A folder of `kafjax.cross_validate` stands for its runs.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kafjax.environment import FILE as ENVIRONMENT_FILE
+from kafjax.evaluate import SPLITS
+from kafjax.metrics import METRICS_FILE, read_metrics
+from kafjax.preparation import FILE as PREPARATION_FILE
+from kafjax.workdir import read_config
+
+Fields = dict[str, Any]
+
+CROSS_VALIDATION = "cross_validation.json"
+
+
+class Run(NamedTuple):
+    """What a workdir holds, as far as it can be read.
+
+    Attributes:
+      name: short, different from that of other runs.
+      number: its place on the page, from 0, which sets its colour.
+      workdir: where it is.
+      config: fields of the config.
+      metrics: lines of metrics.jsonl.
+      evaluations: by split, what evaluation wrote.
+      preparation: how the dataset was prepared; empty where it is not noted.
+      environment: of the last start; empty where it is not noted.
+      faults: a line for each file that is there and cannot be read.
+    """
+
+    name: str
+    number: int
+    workdir: Path
+    config: Fields
+    metrics: list[Fields]
+    evaluations: dict[str, Fields]
+    preparation: Fields
+    environment: Fields
+    faults: list[str]
+
+    @property
+    def task(self) -> str:
+        """As the config has it."""
+        return str(self.config.get("task"))
+
+
+def read_runs(workdirs: Sequence[Path]) -> list[Run]:
+    """Reads workdirs, in order; `ValueError` with all folders that hold no run."""
+    configs, faults = [], []
+    for workdir in workdirs:
+        try:
+            configs.append(read_config(workdir))
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    names = _short_names(workdirs)
+    return [
+        _read_run(name, number, workdir, config)
+        for number, (name, workdir, config) in enumerate(zip(names, workdirs, configs, strict=True))
+    ]
+
+
+def flatten(config: Mapping[str, Any]) -> Fields:
+    """The fields of a config by dotted name, in order of name."""
+    found: Fields = {}
+    for name, value in sorted(config.items()):
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def mean_dice(evaluation: Fields) -> dict[str, float]:
+    """The mean Dice over classes of each volume of an evaluation that has any."""
+    values = {
+        volume: [found["dice"] for found in classes.values() if found["dice"] is not None]
+        for volume, classes in evaluation["by_volume"].items()
+    }
+    return {volume: sum(dice) / len(dice) for volume, dice in values.items() if dice}
+
+
+def expand(workdirs: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, Fields]]]:
+    """Puts the runs of cross-validations in their place.
+
+    Returns:
+      Workdirs, each once, and for each cross-validation its folder and its table.
+
+    Raises:
+      ValueError: a table is damaged.
+    """
+    places, tables = [], []
+    for workdir in workdirs:
+        path = workdir / CROSS_VALIDATION
+        if (workdir / "config.json").exists() or not path.exists():
+            places.append(workdir)
+            continue
+        document, faults = _read_json(path, ("folds", "rows", "missing"))
+        if faults:
+            raise ValueError(faults[0])
+        tables.append((workdir, document))
+        places += sorted((p.parent for p in workdir.glob("*/config.json")), key=_by_numbers)
+    return list(dict.fromkeys(places)), tables
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Orders M2 before M10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
+
+
+def _short_names(workdirs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [workdir.absolute().parts for workdir in workdirs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(workdir) for workdir in workdirs]
+
+
+def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
+    evaluations, faults = {}, []
+    for split in SPLITS:
+        stem = "evaluation" if split == "validation" else f"evaluation_{split}"
+        fields = ("pooled_dice", "by_class", "by_volume")
+        found, wrong = _read_json(workdir / f"{stem}.json", fields)
+        if found:
+            evaluations[split] = found
+        faults += wrong
+    try:
+        metrics = read_metrics(workdir)
+    except ValueError as error:
+        metrics = []
+        faults.append(f"{workdir / METRICS_FILE}: damaged ({error})")
+    preparation, wrong = _read_json(workdir / PREPARATION_FILE)
+    environment, wrong_too = _read_json(workdir / ENVIRONMENT_FILE)
+    faults += wrong + wrong_too
+    return Run(
+        name, number, workdir, config, metrics, evaluations, preparation, environment, faults
+    )
+
+
+def _read_json(path: Path, needed: Sequence[str] = ()) -> tuple[Fields, list[str]]:
+    """A file's fields, none where there is no file, and what is wrong with it."""
+    if not path.exists():
+        return {}, []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return {}, [f"{path}: damaged ({error})"]
+    if not isinstance(found, dict):
+        return {}, [f"{path}: damaged (no fields)"]
+    if missing := [name for name in needed if name not in found]:
+        return {}, [f"{path}: damaged (no {', '.join(missing)})"]
+    return found, []

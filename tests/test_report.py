@@ -1,0 +1,360 @@
+"""The report's page: what it tells of workdirs, well-formed and escaped, loading nothing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import phantom_pretrain, phantom_scratch
+from kafjax.evaluate import summarize, write_results
+from kafjax.input_pipeline import open_dataset
+from kafjax.metrics import MetricWriter
+from kafjax.preparation import write_preparation
+from kafjax.report import pictures, report
+from kafjax.report.html import Curve, chart, element, page, table
+from kafjax.report.pictures import Prediction, Sample, choose_volumes
+from kafjax.report.runs import expand, flatten, mean_dice, read_runs
+from kafjax.segmentation_metrics import ClassMetrics
+
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "img", "br"}
+HOSTILE = "<script>alert(1)</script>&\"'"
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects texts, attributes and table rows."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def write_run(workdir: Path, config: Any, **changes: Any) -> Path:
+    """A workdir as a run leaves it, without checkpoints."""
+    workdir.mkdir(parents=True)
+    config.update_from_flattened_dict(changes)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    with MetricWriter(workdir, start_step=0, num_steps=4) as writer:
+        for step in (2, 4):
+            metrics = {"loss": 4.0 / step, "keypoints": 30.0 + step, "epoch": step / 4}
+            writer.write(step, metrics, {"seconds_per_step": 50.0})
+            if config.task == "segment":
+                scores = {"validation_dice": 0.1 * step, "validation_dice_1": float("nan")}
+                writer.write(step, scores, {"validation_seconds": 1.0})
+        writer.picture(2, "old", np.zeros((4, 4, 3), np.uint8))
+        writer.picture(2, "pair", np.zeros((4, 4, 3), np.uint8))
+        writer.picture(4, "pair", np.full((4, 4, 3), 7, np.uint8))
+    return workdir
+
+
+def write_evaluation(workdir: Path, dice: dict[str, float], *, timed: bool = True) -> None:
+    """An evaluation with the classes heart and lung, the latter in no volume."""
+    nothing = ClassMetrics(float("nan"), float("nan"), float("nan"), empty=True, missed=False)
+    metrics = {
+        volume: {
+            "heart": ClassMetrics(d, 10 * (1 - d), 1 - d, empty=False, missed=d == 0),
+            "lung": nothing,
+        }
+        for volume, d in dice.items()
+    }
+    counts = np.array([[9, 9, 9], [3, 5, 7], [0, 0, 0]])
+    found = summarize(counts, metrics, ("heart", "lung"))
+    if timed:
+        seconds = {volume: 1.5 + i for i, volume in enumerate(dice)}
+        found |= {"seconds": seconds, "environment": {"jax": "9.8.7"}}
+    write_results({"step": 4, **found}, workdir / "evaluation")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A pretraining run and two segmentations, one of them not evaluated, without their dataset."""
+    nowhere = {"data.dir": str(tmp_path / "nowhere")}
+    pre = write_run(tmp_path / "pre", phantom_pretrain.get_config(), **nowhere)
+    fine = write_run(tmp_path / "fine", phantom_scratch.get_config(), seed=3, **nowhere)
+    bare = write_run(tmp_path / "bare", phantom_scratch.get_config(), seed=4, **nowhere)
+    write_preparation(fine, {"classes": ["background", "heart", "lung"], "libraries": {"x": "1"}})
+    write_evaluation(fine, {"ct_1": 0.75, "ct_2": 0.0})
+    return [pre, fine, bare]
+
+
+def make(tmp_path: Path, workdirs: list[Path], **options: Any) -> Page:
+    report(workdirs, tmp_path / "report.html", **options)
+    assert not (tmp_path / "report.html.partial").exists()
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
+    tmp_path: Path, runs: list[Path]
+) -> None:
+    found = make(tmp_path, runs)
+    text = " ".join(found.texts)
+    # Task, network, start, steps, epochs, time (4 steps of 50 s), loss, validation, evaluation.
+    shown = ["segment", "kaf_unet", "-", "4", "1.0", "3:20 min", "1.0000", "0.4000 (step 4)"]
+    assert [row[1:10] for row in found.rows if row[0] == "fine"] == [[*shown, "0.5000"]]
+    assert [row for row in found.rows if row[0] == "heart"] == [
+        ["heart", "0.5000"],
+        ["heart", "0.375 ± 0.375", "6.2 ± 3.8", "0.62 ± 0.38", "2", "0", "1"],
+    ]
+    assert [r[1:] for r in found.rows if r[0] == "seed"] == [["0", "3", "4"]]
+    assert [r[1:] for r in found.rows if r[0] == "loss.method"] == [["pcl", "-", "-"]]
+    assert [r for r in found.rows if r[0] == "ct_2"][-2:] == [
+        ["ct_2", "fine", "validation", "0.000", "heart (0.000)", "10.0", "heart"],
+        ["ct_2", "fine", "validation", "2.50", "no"],
+    ]
+    assert "Not evaluated yet (python -m kafjax.evaluate): bare." in text
+    assert "phantom: the dataset is not at hand" in text
+    assert "The environment of training is not noted for: pre, fine, bare." in text
+    assert "9.8.7" in text
+    assert "fine: old, step 2" in text
+    assert "fine: pair, step 4" in text
+    assert "fine: pair, step 2" not in text
+
+
+def test_page_is_whole_accessible_and_loads_nothing(tmp_path: Path, runs: list[Path]) -> None:
+    found = make(tmp_path, runs)
+    first = (tmp_path / "report.html").read_bytes()
+    make(tmp_path, runs)
+    assert (tmp_path / "report.html").read_bytes() == first
+    names = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(names) == len(set(names)) == 8
+    assert [a["href"] for a in found.all("a")] == [f"#{name}" for name in names]
+    assert all(a["src"].startswith("data:image/png;base64,") for a in found.all("img"))
+    assert all(a["alt"] for a in found.all("img"))
+    assert all(a["scope"] in ("row", "col") for a in found.all("th"))
+    assert len(found.all("caption")) == len(found.all("table")) >= 6
+    assert all("aria-label" in a or "aria-hidden" in a for a in found.all("svg"))
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.tags}
+    assert b"url(" not in first
+    assert b"http:" not in first
+    assert b"https:" not in first
+    (policy,) = (a["content"] for a in found.all("meta") if "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_texts_of_files_are_escaped(tmp_path: Path) -> None:
+    name = f"run{HOSTILE.replace('/', '')}"
+    config = phantom_scratch.get_config()
+    config.update_from_flattened_dict({"data.name": HOSTILE, "data.dir": str(tmp_path / "no")})
+    workdir = write_run(tmp_path / name, config)
+    write_evaluation(workdir, {HOSTILE: 0.5})
+    found = make(tmp_path, [workdir])
+    assert not found.all("script")
+    assert any(HOSTILE in row[0] for row in found.rows)
+    assert any(row[0] == name for row in found.rows)
+
+
+def test_damaged_files_are_named_on_the_page(tmp_path: Path, runs: list[Path]) -> None:
+    fine = runs[1]
+    (fine / "evaluation.json").write_text('{"pooled_dice": {}}')
+    (fine / "metrics.jsonl").write_text("{\n")
+    (fine / "preparation.json").write_text("7")
+    board = next((fine / "tensorboard").iterdir())
+    board.write_bytes(bytes([2, *[0] * 11, 255, 255, *[0] * 4]))
+    text = " ".join(make(tmp_path, runs).texts)
+    assert "evaluation.json: damaged (no by_class, by_volume)" in text
+    assert "metrics.jsonl: damaged (" in text
+    assert "preparation.json: damaged (no fields)" in text
+    assert f"{board.name}: damaged (" in text
+
+
+def test_folders_without_a_run_are_one_line(tmp_path: Path, runs: list[Path]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: has no config.json; .*; .*away: has no") as found:
+        report([tmp_path / "empty", *runs, tmp_path / "away"], tmp_path / "report.html")
+    assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="samples is -1, expected 0 or more"):
+        report(runs, tmp_path / "report.html", num_samples=-1)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_cross_validation_stands_for_its_runs(tmp_path: Path) -> None:
+    for name in ("fold0_M10_seed0", "fold0_M2_seed0"):
+        write_run(tmp_path / "cv" / name, phantom_scratch.get_config())
+    rows = [{"num_labeled": 2, "folds": [0.25, None], "mean": None, "std": None}]
+    document = {"folds": [0, 2], "rows": rows, "missing": ["fold2_M2_seed0"], "runs": []}
+    (tmp_path / "cv" / "cross_validation.json").write_text(json.dumps(document))
+    places, tables = expand([tmp_path / "cv", tmp_path / "cv" / "fold0_M2_seed0"])
+    assert [place.name for place in places] == ["fold0_M2_seed0", "fold0_M10_seed0"]
+    assert tables == [(tmp_path / "cv", document)]
+    found = make(tmp_path, [tmp_path / "cv"], num_samples=0)
+    assert ["labelled volumes M", "fold 1", "fold 3", "mean", "standard deviation"] in found.rows
+    assert ["2", "0.2500", "-", "-", "-"] in found.rows
+    assert "missing: fold2_M2_seed0" in " ".join(found.texts)
+
+
+def test_runs_have_the_shortest_names_that_differ(tmp_path: Path) -> None:
+    for name in ("a/run", "b/run", "c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    found = read_runs([tmp_path / name for name in ("a/run", "b/run")])
+    assert [run.name for run in found] == ["a/run", "b/run"]
+    assert [run.name for run in read_runs([tmp_path / "c", tmp_path / "a/run"])] == ["c", "run"]
+
+
+def test_fields_are_flat_and_means_leave_out_what_is_empty(tmp_path: Path) -> None:
+    assert flatten({"b": {"y": 1, "x": {"z": None}}, "a": [2]}) == {
+        "a": [2],
+        "b.x.z": None,
+        "b.y": 1,
+    }
+    write_evaluation(tmp_path, {"ct_1": 0.75, "ct_2": 0.0})
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert mean_dice(stored) == {"ct_1": 0.75, "ct_2": 0.0}
+
+
+def test_worst_volumes_of_all_runs_come_first() -> None:
+    scores = [{"a": 0.9, "b": 0.2, "c": 0.5}, {"d": 0.1, "b": 0.3}, {}]
+    assert choose_volumes(scores, most=9) == ["b", "d", "a"]
+    assert choose_volumes(scores, most=2) == ["b", "d"]
+
+
+def test_curves_are_to_scale_and_leave_out_what_is_not_finite() -> None:
+    nan = float("nan")
+    curves = [
+        Curve("one", 0, [0, 5, 10], [0.0, 1.0, 2.0]),
+        Curve("two", 9, [0, 5, 10], [2.0, nan, 0.0]),
+    ]
+    drawing = chart("loss", curves).find("svg")
+    assert drawing is not None
+    one, two = (
+        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+        for line in drawing.iter("polyline")
+    )
+    assert len(two) == 2
+    assert one[1] == pytest.approx(np.mean([one[0], one[2]], axis=0), abs=0.1)
+    assert one[0] == (two[0][0], two[1][1])  # the same step; the same value, 0
+    assert one[0][1] > one[2][1]  # more is higher
+    grid = {text.text: float(text.attrib["y"]) - 4 for text in drawing.iter("text")}
+    assert grid["2"] == pytest.approx(one[2][1], abs=0.1)
+    assert "two from 2 at step 0 to 0 at step 10" in drawing.attrib["aria-label"]
+    styles = [line.attrib["stroke-dasharray"] for line in drawing.iter("polyline")]
+    assert styles[0] != styles[1]
+    assert chart("loss", [Curve("none", 0, [1], [nan])]).find("svg") is None
+
+
+def test_long_curves_are_means_of_neighbours() -> None:
+    values = np.random.default_rng(0).random(1200)
+    drawing = chart("loss", [Curve("long", 0, list(range(1200)), values.tolist())])
+    (line,) = drawing.iter("polyline")
+    assert len(line.attrib["points"].split()) == 300
+    first, last = values[:4].mean(), values[-4:].mean()
+    (label,) = (svg.attrib["aria-label"] for svg in drawing.iter("svg"))
+    assert f"long from {first:.4g} at step 1.5 to {last:.4g} at step 1197.5" in label
+
+
+def test_samples_are_image_reference_and_predictions(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = phantom_scratch.get_config()
+    workdir = write_run(tmp_path / "run", config, **{"data.dir": str(tmp_path / "gone")})
+    dataset = open_dataset(phantom_dataset.parents[1], "phantom")
+    worst, middle, best = list(dataset.volumes)[:3]
+    write_evaluation(workdir, {worst: 0.1, middle: 0.5, best: 0.9})
+    asked: list[Sample] = []
+
+    def predict(_: Any, samples: list[Sample], *, num_classes: int, step: int) -> Any:
+        assert (num_classes, step) == (8, 4)
+        asked.extend(samples)
+        return [Prediction(sample.label, 0.625) for sample in samples]
+
+    monkeypatch.setattr(pictures, "predict_samples", predict)
+    found = make(tmp_path, [workdir], data_dir=phantom_dataset.parents[1])
+    assert [sample.volume for sample in asked] == [worst, best]
+    for sample in asked:
+        records = dataset.volumes[sample.volume]
+        sizes = [np.sum(dataset.read(r, with_label=True).label != 0) for r in records]
+        assert np.sum(sample.label != 0) == max(sizes)
+        place = f"{sample.volume}, slice {sample.place + 1} of 12"
+        kinds = ("image", "reference labels", "prediction of run: Dice 0.625")
+        sources = [
+            a["src"] for kind in kinds for a in found.all("img") if a["alt"] == f"{place}: {kind}"
+        ]
+        assert len(sources) == 3
+        assert sources[0] != sources[1] == sources[2]
+
+
+def test_page_elements_keep_the_order_of_texts() -> None:
+    made = page("t", element("p", "a", element("b", "c"), "d", "e"), table("x", ["h"], [[None]]))
+    assert re.search(r"<p>a<b>c</b>de</p>", made)
+    assert '<th scope="row">-</th>' in made
+
+
+def run_command(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "kafjax.report", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+def test_command_takes_several_workdirs_and_a_mistake_is_one_line(
+    tmp_path: Path, runs: list[Path]
+) -> None:
+    pre, fine, bare = map(str, runs)
+    output = tmp_path / "out.html"
+    status, text = run_command("--workdir", pre, fine, bare, "--output", str(output))
+    assert status == 0, text
+    assert f"{output}: 3 runs" in text
+    assert {"pre", "fine", "bare"} <= {row[0] for row in Page(output.read_text()).rows}
+    status, text = run_command("--workdir", str(tmp_path))
+    assert status == 2
+    assert text.splitlines()[-1].startswith(f"error: {tmp_path}: has no config.json")
+    assert "Traceback" not in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_browser_shows_the_page_without_a_word_in_its_console(
+    tmp_path: Path, runs: list[Path]
+) -> None:
+    make(tmp_path, runs)
+    done = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--v=0"),
+            *("--enable-logging=stderr", "--window-size=390,2000", "--virtual-time-budget=1000"),
+            *(f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={tmp_path / 'page.png'}"),
+            (tmp_path / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert os.path.getsize(tmp_path / "page.png") > 10_000
