@@ -8,11 +8,12 @@
                                         M, a column for each fold (Fold 1 is fold 0), mean and
                                         standard deviation over folds
 
-as the appendix's table 3; with several seeds a cell is their mean, and the JSON has each. A run
-that has trained to its end and is evaluated is not run again, and one that was stopped goes on.
-One process runs all, one after the other; what was compiled once is taken from JAX's persistent
-compilation cache (`kafjax.commands.enable_compilation_cache`), also when started again. Folds can
-be given to several machines; `--collect` then makes the table of what is there and runs nothing.
+as the appendix's table 3; with several seeds a cell is their mean, and the JSON has each, and
+`{seed}` in `--config.init_from` stands for each run's own. A run that has trained to its end and is
+evaluated is not run again, and one that was stopped goes on. One process runs all, one after the
+other; what was compiled once is taken from JAX's persistent compilation cache
+(`kafjax.commands.enable_compilation_cache`), also when started again. Folds can be given to several
+machines; `--collect` then makes the table of what is there and runs nothing.
 """
 
 import contextlib
@@ -147,9 +148,11 @@ def plan_runs(
 
 
 def run_config(config: Any, run: Run) -> Any:
-    """A copy of the config with the run's M, fold and seed."""
+    """A copy of the config with the run's M, fold and seed, also for `{seed}` in `init_from`."""
     own = copy.deepcopy(config)
     own.data.num_labeled, own.data.fold, own.seed = run
+    if own.get("init_from"):
+        own.init_from = own.init_from.replace("{seed}", str(run.seed))
     return own
 
 
@@ -218,9 +221,13 @@ def write_tables(root: Path, runs: Sequence[Run], results: Mapping[Run, Results]
     rows = tabulate(runs, {run: found["pooled_dice"]["mean"] for run, found in results.items()})
     missing = [run.name for run in runs if run not in results]
     markdown = format_markdown(folds, rows)
+    if chance := [found["chance"] for found in results.values() if found["chance"] is not None]:
+        markdown += (
+            f"\nChance, pixels drawn with the frequencies of classes: {np.mean(chance):.3f}\n"
+        )
     if missing:
         markdown += f"\nMissing, {len(missing)} of {len(runs)} runs: {', '.join(missing)}\n"
-    fields = ("step", "pooled_dice", "by_class")
+    fields = ("step", "pooled_dice", "chance", "by_class")
     document = {
         "folds": folds,
         "rows": [row._asdict() for row in rows],

@@ -143,6 +143,9 @@ def summarize(
 ) -> Results:
     """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
 
+    `chance` is the mean Dice to expect of drawing each pixel's class with the labels' frequencies,
+    which is, for a class, its frequency.
+
     Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
     those where neither labels nor prediction have the class, `missed` those where one has it.
     Numbers that there are not are None.
@@ -163,6 +166,7 @@ def summarize(
             "mean": _number(found.mean()) if len(found) else None,
             **{name: _number(value) for name, value in zip(classes, dice, strict=True)},
         },
+        "chance": _number(_chance(counts)),
         "by_class": by_class,
         "by_volume": {
             volume: {
@@ -172,6 +176,12 @@ def summarize(
             for volume, of_volume in metrics.items()
         },
     }
+
+
+def _chance(counts: np.ndarray) -> float:
+    labelled = counts[:, 2]
+    there = labelled[1:][labelled[1:] > 0]
+    return float(there.mean() / labelled.sum()) if len(there) else math.nan
 
 
 def write_results(results: Results, stem: Path) -> None:
@@ -211,6 +221,7 @@ def format_table(results: Results) -> str:
             + f"  {found['volumes']:>7}  {found['empty']:>5}  {found['missed']:>6}"
         )
     lines.append(f"{'mean':<{width}}  {_text(pooled['mean'], 4):>11}")
+    lines.append(f"{'chance':<{width}}  {_text(results['chance'], 4):>11}")
     return "\n".join(lines)
 
 

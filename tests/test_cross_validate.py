@@ -15,7 +15,7 @@ import ml_collections
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import phantom_pretrain, phantom_scratch
+from configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax import cross_validate as module
 from kafjax import train as train_module
 from kafjax.checkpoint import saved_metrics
@@ -144,7 +144,8 @@ class Runs:
         self.evaluated(workdir.name)
         config = json.loads((workdir / "config.json").read_text())
         dice = 0.5 + config["data"]["fold"] / 10 + config["seed"] / 100
-        found = {"step": 2, "pooled_dice": {"mean": dice}, "by_class": {}}
+        chance = 0.1 + config["seed"] / 100
+        found = {"step": 2, "pooled_dice": {"mean": dice}, "chance": chance, "by_class": {}}
         (workdir / "evaluation.json").write_text(json.dumps(found))
 
     def take(self) -> list[str]:
@@ -185,6 +186,7 @@ def test_collects_what_is_there_and_names_the_rest(
     assert fake.take() == []
     printed = capsys.readouterr().out
     assert "| 2 |  | 0.6350 |  |" in printed
+    assert "frequencies of classes: 0.135" in printed
     assert "Missing, 2 of 4 runs: fold0_M2_seed0, fold0_M2_seed7" in printed
     assert (tmp_path / "cross_validation.md").read_text().strip() == printed.strip()
     found = json.loads((tmp_path / "cross_validation.json").read_text())
@@ -292,6 +294,14 @@ def test_real_runs_compile_once_stop_go_on_and_make_a_table(
             assert cell == pytest.approx(sum(seeds) / 2)
     assert config.data.fold == 0
     assert run_config(config, runs[-1]).data.fold == 1
+
+
+def test_seed_in_init_from_is_each_runs_own() -> None:
+    config = phantom_finetune.get_config()
+    config.init_from = "runs/pretrain{seed}"
+    own = run_config(config, Run(num_labeled=2, fold=3, seed=7))
+    assert (own.init_from, own.seed, own.data.fold) == ("runs/pretrain7", 7, 3)
+    assert config.init_from == "runs/pretrain{seed}"
 
 
 def command(*arguments: str) -> tuple[int, str]:

@@ -83,6 +83,7 @@ COUNTS = np.array([[90, 95, 95], [3, 5, 7], [0, 0, 0]])
 def test_summary_leaves_out_and_counts_what_is_empty_or_missed() -> None:
     results = summarize(COUNTS, METRICS, ("heart", "lung"))
     assert results["pooled_dice"] == {"mean": 0.5, "heart": 0.5, "lung": None}
+    assert results["chance"] == 7 / 102  # lungs are in no label
     heart = results["by_class"]["heart"]
     assert (heart["volumes"], heart["empty"], heart["missed"]) == (2, 0, 1)
     assert heart["hd95"] == {"mean": 6.0, "std": 2.0}
@@ -107,13 +108,14 @@ def test_results_are_written_as_json_and_csv_and_a_table(tmp_path: Path) -> None
         ("ct_2", "lung", ""),
     ]
     assert (rows[5]["hd95"], rows[5]["missed"], rows[6]["empty"]) == ("8.0", "1", "1")
-    header, heart, lung, mean = format_table(results).splitlines()
-    assert len(header) == len(heart) == len(lung)
-    lines = [" ".join(line.split()) for line in (heart, lung, mean)]
+    header, *lines = format_table(results).splitlines()
+    assert len(header) == len(lines[0]) == len(lines[1])
+    lines = [" ".join(line.split()) for line in lines]
     assert lines == [
         "heart 0.5000 0.250 ± 0.250 6.0 ± 2.0 5.00 ± 3.00 2 0 1",
         "lung - - ± - - ± - - ± - 0 2 0",
         "mean 0.5000",
+        "chance 0.0686",
     ]
 
 
