@@ -23,7 +23,7 @@ from tests.small_models import model_config
 PAPER: dict[str, Any] = {"num_attention_layers": 16, "embedding": 512, "num_matcher_layers": 4}
 CHD: dict[str, Any] = {"filters": 32, "num_classes": 8}
 ACDC: dict[str, Any] = {"filters": 48, "num_classes": 4}
-# docs/method.md section 5; FCN's and pretraining's are our own, pinned.
+# docs/method.md section 5; FCN's, Swin-UNet's and pretraining's are our own, pinned.
 SEGMENTATION_COUNTS = [
     ("unet", CHD, 7_763_584),
     ("unet", ACDC, 17_462_016),
@@ -33,6 +33,7 @@ SEGMENTATION_COUNTS = [
     ("kaf_unet", ACDC, 106_546_624),
     ("fcn", CHD, 4_722_808),
     ("kaf_fcn", CHD, 49_848_536),
+    ("swin_unet", CHD, 41_550_906),
 ]
 PRETRAINING_COUNTS = {
     "unet": 4_976_480,
@@ -40,6 +41,7 @@ PRETRAINING_COUNTS = {
     "kaf_unet": 63_330_977,
     "fcn": 4_978_528,
     "kaf_fcn": 53_370_273,
+    "swin_unet": 35_125_082,
 }
 
 

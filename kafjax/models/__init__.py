@@ -6,6 +6,8 @@ logits [b, h, w, d]; models without keypoints ignore them. The pretraining netwo
 with a view axis of 2 after b and gives a `PretrainingOutput`. h and w must be divisible by 16.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
 from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
 from kafjax.models.pretraining import PretrainingNetwork, PretrainingOutput
+from kafjax.models.swin import SwinEncoder, SwinUNetDecoder
 from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
 
 __all__ = [
@@ -34,17 +37,17 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 
 class _Backbone(NamedTuple):
-    encoder: type[nn.Module]
-    decoder: type[nn.Module]
-    widening: str
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
 
 
 MODELS = {
-    "unet": _Backbone(UNetEncoder, UNetDecoder, "none"),
-    "unet_c2": _Backbone(UNetEncoder, UNetDecoder, "copy"),
-    "kaf_unet": _Backbone(UNetEncoder, UNetDecoder, "kaf"),
-    "fcn": _Backbone(FCNEncoder, FCNDecoder, "none"),
-    "kaf_fcn": _Backbone(FCNEncoder, FCNDecoder, "kaf"),
+    "unet": _Backbone(UNetEncoder, UNetDecoder),
+    "unet_c2": _Backbone(partial(UNetEncoder, widening="copy"), UNetDecoder),
+    "kaf_unet": _Backbone(partial(UNetEncoder, widening="kaf"), UNetDecoder),
+    "fcn": _Backbone(FCNEncoder, FCNDecoder),
+    "kaf_fcn": _Backbone(partial(FCNEncoder, widening="kaf"), FCNDecoder),
+    "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
 }
 
 
@@ -67,9 +70,10 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
 
     Args:
       config: with the fields `name` (one of `MODELS`), `head` ('segmentation' or 'pretraining'),
-        `filters`, `num_attention_layers`, `dtype` (of the computation; parameters and statistics
-        are at least float32); for segmentation `num_classes`; for pretraining `embedding`,
-        `num_matcher_layers` and `num_sinkhorn_iterations`.
+        `filters`, `num_attention_layers` (of each KAF layer; of the whole Swin Transformer),
+        `dtype` (of the computation; parameters and statistics are at least float32); for
+        segmentation `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
+        `num_sinkhorn_iterations`.
       axis_name: the mapped axis whose devices share batch statistics.
 
     Raises:
@@ -87,7 +91,7 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
     if axis_name is not None:
         common["axis_name"] = axis_name
     encoder = backbone.encoder(
-        config.filters, backbone.widening, config.num_attention_layers, **common
+        config.filters, num_attention_layers=config.num_attention_layers, **common
     )
     if config.head == "pretraining":
         return PretrainingNetwork(

@@ -2,7 +2,7 @@
 
 Compiling the hundreds of random draws of `model.init` takes longer than a short run's training, and
 their last digits differ between platforms. NumPy's generators have neither fault. The distributions
-are those that the modules give to Flax (`kafjax.models.layers`).
+are those that the modules give to Flax (`kafjax.models.layers`, `kafjax.models.swin`).
 """
 
 import math
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax.models.layers import he_stddev, linear_bound
+from kafjax.models.swin import SMALL_STDDEV
 
 
 def init_variables(
@@ -37,12 +38,13 @@ def init_variables(
 
     Returns:
       {'params', 'batch_stats'} of NumPy arrays; the same for a seed on every platform.
+      'batch_stats' is empty for a network without batch norm.
     """
     leaves = flax.traverse_util.flatten_dict(
         variable_shapes(model, image, keypoints, keypoint_mask), sep="/"
     )
     variables = {path: _draw(seed, path, leaves) for path in leaves}
-    return flax.traverse_util.unflatten_dict(variables, sep="/")
+    return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(variables, sep="/")}
 
 
 def variable_shapes(
@@ -80,6 +82,8 @@ def _draw(seed: int, path: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> n
         kernel = leaves[path.removesuffix(name) + "kernel"]
         bound = dtype.type(linear_bound(kernel.shape[-2]))
         return (2 * generator.random(shape, dtype) - 1) * bound
+    if name == "position_bias" or (module == "small" and name == "kernel"):
+        return generator.standard_normal(shape, dtype) * dtype.type(SMALL_STDDEV)
     if name == "kernel":
         counts_outputs = module.startswith("up_")
         fan_in = 4 * shape[-1] if counts_outputs else math.prod(shape[:-1])
