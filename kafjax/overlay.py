@@ -7,9 +7,15 @@ Images are [h, w] of any range, labels [h, w] of class numbers with 0 the backgr
 import numpy as np
 
 # Okabe and Ito's palette, whose colours readers with any colour vision tell apart, with white for
-# their black. Class 1 has the first; after the last they begin again.
+# their black. Class 1 has the first; after the last they begin again, darker, and once more.
 _PALETTE = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7", "FFFFFF")
-CLASS_COLOURS = np.array([list(bytes.fromhex(colour)) for colour in _PALETTE], np.uint8)
+_BRIGHT = np.array([list(bytes.fromhex(colour)) for colour in _PALETTE], np.uint8)
+CLASS_COLOURS = np.concatenate([_BRIGHT, _BRIGHT // 2, _BRIGHT // 4])
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """Colours uint8 [d, 3] of class numbers; the background's is black, and nowhere drawn."""
+    return np.vstack([np.zeros((1, 3), np.uint8), np.resize(CLASS_COLOURS, (num_classes - 1, 3))])
 
 
 def grey(image: np.ndarray) -> np.ndarray:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from kafjax.input_pipeline import BatchOptions, SliceDataset, evaluation_batches
+from kafjax.segmentation_metrics import pooled_dice
 from kafjax.step import Counting, TrainState, make_count, shard, unreplicate
+
+
+def slice_dice(counts: np.ndarray) -> float:
+    """Mean Dice over the foreground classes of counts int [d, 3]; NaN where there is none."""
+    dice = pooled_dice(np.asarray(counts))
+    found = ~np.isnan(dice)
+    return float(dice[found].mean()) if found.any() else float("nan")
 
 
 class Validation:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kafjax.overlay import CLASS_COLOURS, draw_labels, draw_sample, grey
+from kafjax.overlay import CLASS_COLOURS, class_colours, draw_labels, draw_sample, grey
 
 
 def test_grey_runs_between_percentiles() -> None:
@@ -21,9 +21,16 @@ def test_classes_have_their_colours_and_the_background_none() -> None:
     assert not picture[0, 0].any()
     np.testing.assert_array_equal(picture[0, 1], CLASS_COLOURS[0])
     np.testing.assert_array_equal(picture[1, 3], CLASS_COLOURS[6])
-    np.testing.assert_array_equal(picture[2, 1], CLASS_COLOURS[0])
+    np.testing.assert_array_equal(picture[2, 1], CLASS_COLOURS[0] // 2)
     half = draw_labels(np.zeros((3, 4)), label)
     np.testing.assert_array_equal(half[0, 1], np.round(CLASS_COLOURS[0] / 2))
+
+
+def test_colours_of_many_classes_differ() -> None:
+    colours = class_colours(25)
+    assert len(np.unique(colours, axis=0)) == 25
+    np.testing.assert_array_equal(colours[1:9], CLASS_COLOURS[:8])
+    assert class_colours(1).shape == (1, 3)
 
 
 def test_real_keypoints_are_dots_on_the_left() -> None:

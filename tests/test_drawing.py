@@ -1,10 +1,10 @@
-"""kafjax.figures: the pixels it draws."""
+"""kafjax.drawing: the pixels it draws."""
 
 import matplotlib.colors
 import numpy as np
 import pytest
 
-from kafjax import figures
+from kafjax import drawing
 
 
 def colour(name):
@@ -22,12 +22,12 @@ def random_pair(num_keypoints=12):
 
 def left_pixel(row, col, zoom):
     """Where the middle of a pixel of the left view is in the picture."""
-    return figures.TEXT_HEIGHT + row * zoom + zoom // 2, col * zoom + zoom // 2
+    return drawing.TEXT_HEIGHT + row * zoom + zoom // 2, col * zoom + zoom // 2
 
 
 def right_pixel(row, col, zoom, width):
     drawn_row, drawn_col = left_pixel(row, col, zoom)
-    return drawn_row, drawn_col + width * zoom + figures.GAP
+    return drawn_row, drawn_col + width * zoom + drawing.GAP
 
 
 @pytest.mark.parametrize(("height", "zoom"), [(128, 3), (400, 1)])
@@ -40,13 +40,13 @@ def test_keypoints_lines_and_grey_levels_are_where_they_belong(height, zoom):
     mask_2 = np.array([False, True, True])
     # 0 -> 1 is drawn; 1 -> 0 and 3 -> 2 each have a masked end.
     correspondence = np.array([1, 0, -1, 2])
-    picture = figures.draw_pair(
+    picture = drawing.draw_pair(
         image, image, keypoints_1, mask_1, keypoints_2, mask_2, correspondence
     )
-    shape = (height * zoom + 2 * figures.TEXT_HEIGHT, 2 * width * zoom + figures.GAP, 3)
+    shape = (height * zoom + 2 * drawing.TEXT_HEIGHT, 2 * width * zoom + drawing.GAP, 3)
     assert picture.shape == shape
     assert picture.dtype == np.uint8
-    matched, unmatched = colour(figures.MATCHED_COLOUR), colour(figures.UNMATCHED_COLOUR)
+    matched, unmatched = colour(drawing.MATCHED_COLOUR), colour(drawing.UNMATCHED_COLOUR)
     for place, expected in [
         (left_pixel(20, 30, zoom), matched),
         (right_pixel(20, 70, zoom, width), matched),
@@ -58,13 +58,13 @@ def test_keypoints_lines_and_grey_levels_are_where_they_belong(height, zoom):
     for masked in (left_pixel(50, 50, zoom), right_pixel(90, 80, zoom, width)):
         assert np.ptp(picture[masked]) == 0
     # The only line is horizontal, and crosses the white gap in row 20.
-    gap = picture[:, width * zoom + figures.GAP // 2].astype(int)
+    gap = picture[:, width * zoom + drawing.GAP // 2].astype(int)
     green = np.flatnonzero(gap[:, 1] - gap[:, 0] > 60)
     drawn_row = left_pixel(20, 0, zoom)[0]
     assert len(green) > 0
     assert np.abs(green - drawn_row).max() <= 1
     # Grey rises from black to white, both views alike.
-    bottom = picture[figures.TEXT_HEIGHT + height * zoom - 2]
+    bottom = picture[drawing.TEXT_HEIGHT + height * zoom - 2]
     left, right = bottom[: width * zoom], bottom[-width * zoom :]
     np.testing.assert_array_equal(left, right)
     assert (np.diff(left[:, 0].astype(int)) >= 0).all()
@@ -75,17 +75,17 @@ def test_keypoints_lines_and_grey_levels_are_where_they_belong(height, zoom):
 def test_same_input_same_picture_and_inputs_untouched():
     arguments = random_pair()
     copies = [np.copy(argument) for argument in arguments]
-    first = figures.draw_pair(*arguments, title="step 100")
-    np.testing.assert_array_equal(first, figures.draw_pair(*arguments, title="step 100"))
+    first = drawing.draw_pair(*arguments, title="step 100")
+    np.testing.assert_array_equal(first, drawing.draw_pair(*arguments, title="step 100"))
     for argument, copy in zip(arguments, copies, strict=True):
         np.testing.assert_array_equal(argument, copy)
 
 
 def test_title_and_caption_stand_outside_the_views():
     arguments = random_pair()
-    plain, titled = figures.draw_pair(*arguments), figures.draw_pair(*arguments, title="step 100")
+    plain, titled = drawing.draw_pair(*arguments), drawing.draw_pair(*arguments, title="step 100")
     assert plain.shape == titled.shape
-    strip = figures.TEXT_HEIGHT
+    strip = drawing.TEXT_HEIGHT
     assert (plain[:strip] == 255).all()
     assert (titled[:strip] < 128).any()
     np.testing.assert_array_equal(plain[strip:], titled[strip:])
@@ -98,21 +98,21 @@ def test_no_keypoints(num_places):
     places = np.zeros((num_places, 2), np.int32)
     mask = np.zeros(num_places, bool)
     unmatched = np.full(num_places, -1)
-    picture = figures.draw_pair(image, image, places, mask, places, mask, unmatched)
+    picture = drawing.draw_pair(image, image, places, mask, places, mask, unmatched)
     assert (picture == picture[..., :1]).all()
 
 
 def test_constant_image():
     *_, keypoints_1, mask_1, keypoints_2, mask_2, correspondence = random_pair()
     image = np.zeros((128, 96, 1), np.float32)
-    picture = figures.draw_pair(
+    picture = drawing.draw_pair(
         image, image, keypoints_1, mask_1, keypoints_2, mask_2, correspondence
     )
-    assert (picture[figures.TEXT_HEIGHT + 2, :90] == 0).all()
+    assert (picture[drawing.TEXT_HEIGHT + 2, :90] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 1), (128, 96, 3), (128,)])
 def test_images_of_unsuitable_shape(shape):
     image_1, _, *rest = random_pair()
     with pytest.raises(ValueError, match=r"shapes .*, expected the same \[h, w\] or \[h, w, 1\]"):
-        figures.draw_pair(image_1, np.zeros(shape), *rest)
+        drawing.draw_pair(image_1, np.zeros(shape), *rest)

@@ -1,0 +1,121 @@
+"""What a figure shows: a dataset, volumes and slices, and pairs of slices as training makes them.
+
+Slices are counted from 0; keypoints are (row, col) in pixels. Mistakes are `ValueError`s that tell
+what there is.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kafjax.augment import AugmentConfig, augment_pair
+from kafjax.drawing import Pair
+from kafjax.input_pipeline import (
+    Batch,
+    SliceDataset,
+    check_facts,
+    draw_neighbour,
+    make_pair,
+    neighbour_reach,
+    open_dataset,
+    select_volumes,
+)
+from kafjax.patches import PatchSize
+from kafjax.task import sample_keys
+
+
+def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
+    """Opens DATA_DIR/NAME, or without a name the only prepared dataset of the folder."""
+    if name is not None:
+        return open_dataset(data_dir, name)
+    names = sorted({path.parts[-3] for path in data_dir.glob("*/*/dataset_info.json")})
+    if len(names) != 1:
+        found = f"has the datasets {', '.join(names)}" if names else "has no prepared dataset"
+        raise ValueError(f"{data_dir}: {found}; expected one, or its name as --dataset")
+    return open_dataset(data_dir, names[0])
+
+
+def check_run_dataset(workdir: str | os.PathLike[str], config: Any, dataset: SliceDataset) -> None:
+    """Raises `ValueError` where a run is on another dataset, or on one prepared differently."""
+    name = dataset.directory.parent.name
+    if config.data.name != name:
+        raise ValueError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
+    check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
+
+
+def find_record(dataset: SliceDataset, volume: str, index: int) -> int:
+    """The record number of a volume's slice."""
+    select_volumes(dataset, [volume])
+    records = dataset.volumes[volume]
+    if not 0 <= index < len(records):
+        raise ValueError(f"{volume} has the slices 0 to {len(records) - 1}; found --slice {index}")
+    return records[index]
+
+
+def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None) -> int:
+    """The offset of a slice's neighbour: as given, or else the next slice, or the one before."""
+    records = next(r for r in dataset.volumes.values() if record in r)
+    reach = neighbour_reach(dataset, record)
+    near = (1, -1, *range(-reach, reach + 1))
+    possible = [o for o in near if o and abs(o) <= reach and record + o in records]
+    if not possible:
+        raise ValueError(f"{dataset.describe_record(record)} has no neighbour in its volume")
+    if offset is not None and offset not in possible:
+        raise ValueError(
+            f"{dataset.describe_record(record)} has no neighbour at offset {offset}; expected "
+            f"{', '.join(map(str, sorted(set(possible))))}"
+        )
+    return possible[0] if offset is None else offset
+
+
+def make_chosen_pair(
+    dataset: SliceDataset, record: int, offset: int, *, patch_size: PatchSize, seed: int
+) -> Batch:
+    """The first pretraining sample of a seed that pairs a slice with its neighbour at an offset.
+
+    Fields as `kafjax.input_pipeline.make_pair`, which makes it.
+    """
+    records = next(r for r in dataset.volumes.values() if record in r)
+    reach, index = neighbour_reach(dataset, record), record - records.start
+    sample = next(
+        number
+        for number in itertools.count()
+        if draw_neighbour(np.random.default_rng((seed, number)), index, len(records), reach)
+        == index + offset
+    )
+    return make_pair(dataset, sample, record, patch_size=patch_size, seed=seed)
+
+
+def augment_sample(sample: Batch, *, mode: str, config: AugmentConfig) -> Batch:
+    """A pretraining sample after augmentation, by the key that training would give it."""
+    key = sample_keys({name: jnp.asarray(sample[name])[None] for name in ("seed", "sample")})[0]
+    fields = ("image", "keypoints", "keypoint_mask")
+    views = [tuple(sample[field][i] for field in fields) for i in range(2)]
+    augment = jax.jit(augment_pair, static_argnames=("mode", "config"))
+    *moved, correspondence = augment(
+        key, *views, sample["correspondence"], mode=mode, config=config
+    )
+    stacked = {field: np.stack(both) for field, *both in zip(fields, *moved, strict=True)}
+    return {**sample, **stacked, "correspondence": np.asarray(correspondence)}
+
+
+def as_pair(sample: Batch) -> Pair:
+    """A pretraining sample as it is drawn."""
+    keypoints, masks = list(sample["keypoints"]), list(sample["keypoint_mask"])
+    return Pair(sample["image"][..., 0], keypoints, masks, sample["correspondence"])
+
+
+def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A short name for each workdir: as much of the end of its path as tells it from the others."""
+    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
+    for count in range(1, max(map(len, parts), default=1)):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return ["/".join(p) for p in parts]
