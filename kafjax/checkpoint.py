@@ -12,16 +12,15 @@ own. Reading a checkpoint involves no other process; only `Checkpointer` synchro
 Leaves are host arrays, those of process 0. Leaf names are paths, as in `params/head/kernel`.
 """
 
-import hashlib
+import contextlib
 import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -29,8 +28,28 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-PyTree = Any
-T = TypeVar("T")
+from kafjax.checkpoint_files import (
+    STEPS,
+    DamagedCheckpointError,
+    PyTree,
+    describe_state,
+    mend_scores,
+    newest_good,
+    read_meta,
+    read_state,
+    read_variables,
+    scores,
+)
+
+__all__ = [
+    "MAY_CHANGE",
+    "Checkpointer",
+    "DamagedCheckpointError",
+    "SaveError",
+    "check_config",
+    "load_variables",
+    "saved_metrics",
+]
 
 # How long, how often and where: a run may be resumed with other values of these.
 MAY_CHANGE = (
@@ -43,15 +62,12 @@ MAY_CHANGE = (
     "data.dir",
     "data.num_threads",
 )
-_FORMAT = 1
-_STEPS = "checkpoints"  # the folder of steps in a workdir
-_VARIABLES = ("params", "batch_stats")
 
 log = logging.getLogger(__name__)
 
 
-class DamagedCheckpointError(ValueError):
-    """A checkpoint cannot be read, or is not what was saved; the text names step and fault."""
+class SaveError(OSError):
+    """A checkpoint could not be written; the text names the workdir."""
 
 
 class Checkpointer:
@@ -79,13 +95,15 @@ class Checkpointer:
         check_config(self._workdir, config)
         if jax.process_index() == 0:
             _write_config(self._workdir, config)
+        if best_metric is not None:
+            mend_scores(self._workdir / STEPS, best_metric)
         self._best_metric = best_metric
         self._best_sign = {"max": 1, "min": -1}[best_mode]
         keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_newest)]
         if best_metric is not None:
             keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
         self._manager = ocp.CheckpointManager(
-            self._workdir / _STEPS,
+            self._workdir / STEPS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 # Without this Orbax stores no metrics and so forgets the best on resume.
@@ -100,19 +118,16 @@ class Checkpointer:
         """Starts saving a pytree of host arrays, copied first, with metrics and JSON-able `data`.
 
         Returns False, and saves nothing, if this step or a later one is there already. An error of
-        writing is raised by the next `save`, `wait` or `close`.
+        writing is a `SaveError`, raised by the next `check`, `save`, `wait` or `close`.
         """
         arrays = jax.tree.map(np.asarray, state)
-        scores = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: float(value) for name, value in metrics.items()}
         # Orbax stores what the primary process gives.
-        meta = _describe(step, arrays, scores, data) if jax.process_index() == 0 else {}
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics=None if self._best_metric is None else {self._best_metric: math.nan} | scores,
-        )
+        meta = describe_state(step, arrays, numbers, data) if jax.process_index() == 0 else {}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        best = None if self._best_metric is None else scores(self._best_metric, numbers)
+        with self._telling():
+            return self._manager.save(step, args=args, metrics=best)
 
     def restore_latest(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
@@ -125,9 +140,9 @@ class Checkpointer:
         self.wait()
 
         def read(step: int) -> tuple[PyTree, dict[str, Any]]:
-            return _read_state(self._workdir / _STEPS / str(step), template)
+            return read_state(self._workdir / STEPS / str(step), template)
 
-        found = _newest_good(self._workdir, read)
+        found = newest_good(self._workdir, read)
         step = -1 if found is None else found[0]
         if jax.process_count() > 1:
             step = int(np.min(multihost_utils.process_allgather(np.int32(step))))
@@ -148,19 +163,39 @@ class Checkpointer:
         """The steps that are saved, or being saved, in order."""
         return sorted(self._manager.all_steps())
 
+    def check(self) -> None:
+        """Raises what has gone wrong with what is being saved, without waiting for it."""
+        with self._telling():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Returns when what was being saved is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        with self._telling():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then ends Orbax's threads."""
-        self._manager.close()
+        with self._telling():
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors of a full, read-only or forbidden disk come as those of many libraries."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            raise SaveError(
+                f"{self._workdir}: a checkpoint could not be saved; those before it are kept, and "
+                "the same command goes on from them when there is room and permission "
+                f"({type(error).__name__}: {reason})"
+            ) from error
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         value = metrics.get(self._best_metric or "", math.nan)
@@ -176,7 +211,7 @@ class Checkpointer:
             damaged.mkdir(exist_ok=True)
             for step in newer:
                 aside = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=damaged))
-                (self._workdir / _STEPS / str(step)).rename(aside / str(step))
+                (self._workdir / STEPS / str(step)).rename(aside / str(step))
         ocp.multihost.sync_global_processes("kafjax_move_aside")
         self._manager.reload()
 
@@ -189,8 +224,8 @@ def load_variables(
     Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
     or only damaged ones.
     """
-    directory = Path(workdir).absolute() / _STEPS
-    found = _newest_good(Path(workdir), lambda s: _read_variables(directory / str(s)), step)
+    directory = Path(workdir).absolute() / STEPS
+    found = newest_good(Path(workdir), lambda s: read_variables(directory / str(s)), step)
     if found is None:
         raise ValueError(
             f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
@@ -201,11 +236,11 @@ def load_variables(
 
 def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
     """The metrics that were saved with each checkpoint whose description is good, by step."""
-    directory = Path(workdir).absolute() / _STEPS
+    directory = Path(workdir).absolute() / STEPS
     metrics = {}
     for step in sorted(ocp.utils.checkpoint_steps(directory)):
         try:
-            metrics[step] = _read_meta(directory / str(step))["metrics"]
+            metrics[step] = read_meta(directory / str(step))["metrics"]
         except DamagedCheckpointError as error:
             log.warning("%s", error)
     return metrics
@@ -226,7 +261,7 @@ def check_config(
         there = _flatten(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a run's config ({error})") from None
     here = _flatten(json.loads(json.dumps(config)))
     absent = object()
@@ -255,143 +290,3 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
-
-
-def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _signature(leaf: Any) -> list[Any]:
-    """[dtype, shape] of an array, a `jax.ShapeDtypeStruct` or a number, as JSON returns them."""
-    if not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)
-    return [str(leaf.dtype), list(leaf.shape)]
-
-
-def _hash(leaf: np.ndarray) -> str:
-    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
-
-
-def _hashes(tree: PyTree) -> dict[str, str]:
-    names, leaves = zip(*_leaves(tree), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
-        return dict(zip(names, threads.map(_hash, leaves), strict=True))
-
-
-def _describe(
-    step: int, arrays: PyTree, metrics: Mapping[str, float], data: Mapping[str, Any]
-) -> dict[str, Any]:
-    body = {
-        "format": _FORMAT,
-        "step": step,
-        "signatures": {name: _signature(leaf) for name, leaf in _leaves(arrays)},
-        "hashes": _hashes(arrays),
-        "metrics": dict(metrics),
-        "data": dict(data),
-    }
-    return {**body, "checksum": _checksum(body)}
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _newest_good(
-    workdir: Path, read: Callable[[int], T], step: int | None = None
-) -> tuple[int, T] | None:
-    """The newest step that `read` finds good (of `step` alone if given), and what it read.
-
-    None where there is no step; `ValueError` where all are damaged.
-    """
-    steps = sorted(ocp.utils.checkpoint_steps(workdir.absolute() / _STEPS), reverse=True)
-    steps = [s for s in steps if step in (None, s)]
-    for candidate in steps:
-        try:
-            return candidate, read(candidate)
-        except DamagedCheckpointError as error:
-            log.warning("%s", error)
-    if not steps:
-        return None
-    raise ValueError(f"{workdir}: every checkpoint is damaged: {', '.join(map(str, steps))}")
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    meta = _read_item(directory / "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-    body = {name: value for name, value in meta.items() if name != "checksum"}
-    if _checksum(body) != meta.get("checksum"):
-        raise DamagedCheckpointError(f"{directory}: damaged, its meta has a wrong checksum")
-    if body["format"] != _FORMAT:
-        raise ValueError(f"{directory}: has format {body['format']}; expected {_FORMAT}")
-    return body
-
-
-def _read_state(directory: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    meta = _read_meta(directory)
-    _check_signatures(directory, meta["signatures"], template)
-    return _read_arrays(directory, template, meta["hashes"]), meta
-
-
-def _read_variables(directory: Path) -> dict[str, dict[str, Any]]:
-    meta = _read_meta(directory)
-    template: dict[str, dict[str, Any]] = {name: {} for name in _VARIABLES}
-    for name, (dtype, shape) in meta["signatures"].items():
-        *parents, last = name.split("/")
-        if parents and parents[0] in _VARIABLES:
-            node: dict[str, Any] = template
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jax.ShapeDtypeStruct(shape, dtype)
-    stored = {name: tree for name, tree in template.items() if tree}
-    return template | _read_arrays(directory, stored, meta["hashes"])
-
-
-def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTree) -> None:
-    wanted = {name: _signature(leaf) for name, leaf in _leaves(template)}
-    wrong = [
-        f"  {name}: {stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} expected"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
-    if wrong:
-        raise ValueError(f"{directory} does not fit this run's state:\n" + "\n".join(wrong))
-
-
-def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -> PyTree:
-    """Reads the leaves of `template`, which may be a part of what is stored, and verifies them."""
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-    arrays = _read_item(
-        directory / "state",
-        ocp.PyTreeCheckpointHandler,
-        ocp.args.PyTreeRestore(template, restore_args=as_numpy, partial_restore=True),
-    )
-    wrong = [name for name, found in _hashes(arrays).items() if found != hashes[name]]
-    if wrong:
-        raise DamagedCheckpointError(
-            f"{directory}: damaged, these leaves are not what was saved: {', '.join(wrong)}"
-        )
-    return arrays
-
-
-def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.CheckpointArgs) -> Any:
-    """Reads one item of a checkpoint in this process alone."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process,
-        active_processes={process},
-        barrier_sync_key_prefix=f"read_{process}",
-    )
-    try:
-        with ocp.Checkpointer(
-            handler(multiprocessing_options=alone), multiprocessing_options=alone
-        ) as reader:
-            return reader.restore(directory, args=args)
-    except MemoryError:
-        raise
-    except Exception as error:  # damage surfaces as errors of every kind, and all mean the same
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedCheckpointError(
-            f"{directory}: damaged, it cannot be read ({type(error).__name__}: {reason})"
-        ) from error

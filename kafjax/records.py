@@ -10,7 +10,8 @@ one record per slice in slice order. A TFRecord is a sequence of
 
 (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The index beside
 the shards stores each record's length, from which its offset follows, so that any record is one
-`pread` away. Records are numbered from 0 through the whole dataset, splits in order of name.
+`pread` away, and its data CRC, so that another dataset's record in its place is noticed. Records
+are numbered from 0 through the whole dataset, splits in order of name.
 
 Offsets and lengths are in bytes; a record's offset is that of its length field, and its length that
 of its data.
@@ -23,17 +24,40 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
-import tensorflow_datasets as tfds
+
+from kafjax.dataset_files import (
+    RecordError,
+    find_dataset,
+    load_decoder,
+    naming_dataset,
+    open_builder,
+)
+
+__all__ = [
+    "INDEX_NAME",
+    "RecordError",
+    "RecordReader",
+    "Shard",
+    "find_dataset",
+    "load_decoder",
+    "load_index",
+    "masked_crc32c",
+    "open_builder",
+    "records_digest",
+    "write_index",
+]
 
 INDEX_NAME = "record_index.json"
-_FORMAT = "kafjax record index 1"
+# Which the index vouches for: what they say of the records would be believed.
+_DESCRIPTIONS = ("features.json", "metadata.json")
+_FORMAT = "kafjax record index 2"
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _FRAME = _HEADER.size + _FOOTER.size
@@ -41,18 +65,15 @@ _FRAME = _HEADER.size + _FOOTER.size
 log = logging.getLogger(__name__)
 
 
-class RecordError(ValueError):
-    """A shard is missing, truncated or damaged; the text names the file and the record."""
-
-
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One TFRecord file: the split it belongs to, its size and its records' data lengths."""
+    """One TFRecord file: its split, its size, and its records' data lengths and data CRCs."""
 
     split: str
     file: str
     num_bytes: int
     lengths: np.ndarray  # int64 [records]
+    crcs: np.ndarray  # int64 [records], masked
 
     @property
     def offsets(self) -> np.ndarray:
@@ -64,17 +85,20 @@ def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
     """Scans all shards of a dataset and writes the index beside them, atomically.
 
     The same shards give the same bytes. Returns the index's path. Raises `RecordError` for a shard
-    that is missing, truncated, or holds another number of records than `dataset_info.json` says.
+    that is missing, truncated, or does not hold the records that the dataset's metadata describe.
     """
     directory = Path(dataset_dir)
-    return _store_index(directory, _scan_dataset(directory))
+    shards = _scan_dataset(directory)
+    _check_prepared(directory, shards)
+    return _store_index(directory, shards)
 
 
 def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
     """The shards in order of split, from the index or, if that is missing or stale, from a scan.
 
     Stale: written for other shards or shard sizes, or its own checksum is wrong. A rebuilt index is
-    written back where the directory allows it. Raises `RecordError` as `write_index` does.
+    written back where the directory allows it. Raises `RecordError` as `write_index` does, and for
+    a description of the records, such as `metadata.json`, that is not the one of the index.
     """
     directory = Path(dataset_dir)
     shards = _read_index(directory)
@@ -82,6 +106,7 @@ def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
         return shards
     log.info("%s: scanning the shards, no index fits them", directory)
     shards = _scan_dataset(directory)
+    _check_prepared(directory, shards)
     with contextlib.suppress(OSError):  # a read-only dataset is served from memory
         _store_index(directory, shards)
     return shards
@@ -122,49 +147,16 @@ class RecordReader:
         s = int(np.searchsorted(self._starts, number, side="right")) - 1
         shard, i = self._shards[s], int(number - self._starts[s])
         path, length = self.directory / shard.file, int(shard.lengths[i])
-        return _check_record(
-            _pread(path, length + _FRAME, int(self._offsets[s][i])), length, f"{path}, record {i}"
-        )
+        frame = _pread(path, length + _FRAME, int(self._offsets[s][i]))
+        return _check_record(frame, length, int(shard.crcs[i]), f"{path}, record {i}")
 
 
-def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
-    """The directory of the newest prepared version of DATA_DIR/NAME.
-
-    Raises `ValueError` with the command that prepares the dataset where there is none.
-    """
-    prepared = [
-        (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
-        if tfds.core.Version.is_valid(path.parent.name)
-    ]
-    if not prepared:
-        raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
-        known = name in ("chd", "acdc", "phantom")
-        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
-        raise ValueError(
-            f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
-        )
-    return max(prepared)[1]
-
-
-def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
-    """The tfds builder of a prepared dataset directory; raises `RecordError` without one."""
-    if not (Path(dataset_dir) / "dataset_info.json").is_file():
-        raise RecordError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
-    return tfds.builder_from_directory(os.fspath(dataset_dir))
-
-
-def load_decoder(
-    dataset_dir: str | os.PathLike[str], *, without: Container[str] = ()
-) -> Callable[[bytes], dict[str, Any]]:
-    """A function from a record's data to its features, but for those in `without`, as numpy arrays.
-
-    TensorFlow is neither needed nor imported.
-    """
-    features = open_builder(dataset_dir).info.features
-    wanted = {name: feature for name, feature in features.items() if name not in without}
-    return tfds.features.FeaturesDict(wanted).deserialize_example_np
+def records_digest(lengths: Iterable[int], crcs: Iterable[int]) -> str:
+    """A hash of a split's records by their data's lengths and masked CRCs, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for length, crc in zip(lengths, crcs, strict=True):
+        digest.update(_HEADER.pack(length, crc))
+    return digest.hexdigest()
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -176,13 +168,14 @@ def masked_crc32c(data: bytes) -> int:
 def _expected_shards(directory: Path) -> list[tuple[str, str, int]]:
     """(split, file name, number of records) of each shard, splits in order of name."""
     splits = open_builder(directory).info.splits
-    return [
-        (name, file, int(count))
-        for name in sorted(splits)
-        for file, count in zip(
-            sorted(splits[name].filenames), splits[name].shard_lengths, strict=True
-        )
-    ]
+    with naming_dataset(directory):
+        return [
+            (name, file, int(count))
+            for name in sorted(splits)
+            for file, count in zip(
+                sorted(splits[name].filenames), splits[name].shard_lengths, strict=True
+            )
+        ]
 
 
 def _scan_dataset(directory: Path) -> list[Shard]:
@@ -192,20 +185,23 @@ def _scan_dataset(directory: Path) -> list[Shard]:
         try:
             with path.open("rb") as stream:
                 num_bytes = os.fstat(stream.fileno()).st_size
-                lengths = np.array(list(_scan_lengths(stream, num_bytes, path)), np.int64)
+                scanned = np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
         except FileNotFoundError:
             raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
-        if len(lengths) != count:
+        if len(scanned) != count:
             raise RecordError(
-                f"{path}: ends after record {len(lengths) - 1}; dataset_info.json expects {count} "
+                f"{path}: ends after record {len(scanned) - 1}; dataset_info.json expects {count} "
                 "records; prepare the dataset again"
             )
-        shards.append(Shard(split, file, num_bytes, lengths))
+        shards.append(Shard(split, file, num_bytes, *scanned.reshape(-1, 2).T))
     return shards
 
 
-def _scan_lengths(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[int]:
-    """Walks from header to header, checking the length CRCs; data is checked when it is read."""
+def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[int, int]]:
+    """Walks from record to record, checking the length CRCs; data is checked when it is read.
+
+    Yields each record's length and the masked CRC that is stated for its data.
+    """
     offset, number = 0, 0
     while offset < num_bytes:
         stream.seek(offset)
@@ -214,8 +210,31 @@ def _scan_lengths(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[int]
         offset += length + _FRAME
         if offset > num_bytes:
             raise _truncated(f"{path}, record {number}")
-        yield length
+        stream.seek(offset - _FOOTER.size)
+        yield length, *_FOOTER.unpack(stream.read(_FOOTER.size))
         number += 1
+
+
+def _check_prepared(directory: Path, shards: list[Shard]) -> None:
+    """Raises `RecordError` naming the shards whose records are not those that were prepared."""
+    volumes = dict(open_builder(directory).info.metadata or {}).get("volumes", {})
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for shard in shards:
+        lengths, crcs = found.setdefault(shard.split, ([], []))
+        lengths += shard.lengths.tolist()
+        crcs += shard.crcs.tolist()
+    foreign = [
+        f"  {directory / shard.file}"
+        for shard in shards
+        # Those of an earlier version do not say.
+        if "records" in volumes.get(shard.split, {})
+        and volumes[shard.split]["records"] != records_digest(*found[shard.split])
+    ]
+    if foreign:
+        raise RecordError(
+            "these shards do not hold the records that metadata.json describes, perhaps another "
+            "dataset's; prepare the dataset again:\n" + "\n".join(foreign)
+        )
 
 
 def _check_header(header: bytes, where: str) -> int:
@@ -230,7 +249,7 @@ def _check_header(header: bytes, where: str) -> int:
     return length
 
 
-def _check_record(frame: bytes, length: int, where: str) -> bytes:
+def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
     found = _check_header(frame, where)
     if found != length:
         raise RecordError(
@@ -239,9 +258,15 @@ def _check_record(frame: bytes, length: int, where: str) -> bytes:
     if len(frame) < length + _FRAME:
         raise _truncated(where)
     data = frame[_HEADER.size : -_FOOTER.size]
-    if masked_crc32c(data) != _FOOTER.unpack(frame[-_FOOTER.size :])[0]:
+    stated = _FOOTER.unpack(frame[-_FOOTER.size :])[0]
+    if masked_crc32c(data) != stated:
         raise RecordError(
             f"{where}: damaged, its data has a wrong checksum; prepare the dataset again"
+        )
+    if stated != crc:
+        raise RecordError(
+            f"{where}: is not the record of its index, perhaps another dataset's; prepare the "
+            f"dataset again, or delete {INDEX_NAME} beside it if it was replaced on purpose"
         )
     return data
 
@@ -262,16 +287,18 @@ def _pread(path: Path, size: int, offset: int) -> bytes:
 
 
 def _store_index(directory: Path, shards: list[Shard]) -> Path:
-    body = [
+    body_of_shards = [
         {
             "split": shard.split,
             "file": shard.file,
             "num_bytes": shard.num_bytes,
             "lengths": shard.lengths.tolist(),
+            "crcs": shard.crcs.tolist(),
         }
         for shard in shards
     ]
-    document = {"format": _FORMAT, "sha256": _checksum(body), "shards": body}
+    body = {"shards": body_of_shards, "descriptions": _describe(directory)}
+    document = {"format": _FORMAT, "sha256": _checksum(body), **body}
     path = directory / INDEX_NAME
     descriptor, temporary = tempfile.mkstemp(prefix=INDEX_NAME, suffix=".tmp", dir=directory)
     try:
@@ -289,21 +316,45 @@ def _read_index(directory: Path) -> list[Shard] | None:
     """The stored index, or None where it is missing, damaged or not of these shards."""
     try:
         document = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
-        body = document["shards"]
+        body = {name: document[name] for name in ("shards", "descriptions")}
         if document["format"] != _FORMAT or document["sha256"] != _checksum(body):
             return None
-        shards = [
-            Shard(s["split"], s["file"], s["num_bytes"], np.array(s["lengths"], np.int64))
-            for s in body
-        ]
-        sizes = [(directory / shard.file).stat().st_size for shard in shards]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    _check_descriptions(directory, body["descriptions"])
+    shards = [
+        Shard(
+            **{**shard, **{name: np.array(shard[name], np.int64) for name in ("lengths", "crcs")}}
+        )
+        for shard in body["shards"]
+    ]
     found = [(shard.split, shard.file, len(shard.lengths)) for shard in shards]
-    if found != _expected_shards(directory) or sizes != [shard.num_bytes for shard in shards]:
+    if found != _expected_shards(directory):
         return None
-    return shards
+    with contextlib.suppress(FileNotFoundError):  # the scan names what is missing
+        if all((directory / s.file).stat().st_size == s.num_bytes for s in shards):
+            return shards
+    return None
 
 
-def _checksum(body: list[dict[str, Any]]) -> str:
+def _describe(directory: Path) -> dict[str, str]:
+    """SHA-256 of the files that say what the records are, by name."""
+    return {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in _DESCRIPTIONS
+        if (directory / name).is_file()
+    }
+
+
+def _check_descriptions(directory: Path, expected: Mapping[str, str]) -> None:
+    found = _describe(directory)
+    changed = [name for name in _DESCRIPTIONS if found.get(name) != expected.get(name)]
+    if changed:
+        raise RecordError(
+            f"{directory}: {' and '.join(changed)} changed since {INDEX_NAME} was written; prepare "
+            f"the dataset again, or delete {INDEX_NAME} if that was on purpose"
+        )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()

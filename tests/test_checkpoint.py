@@ -16,6 +16,7 @@ import pytest
 
 from kafjax.checkpoint import (
     Checkpointer,
+    SaveError,
     check_config,
     load_variables,
     saved_metrics,
@@ -344,3 +345,35 @@ def test_two_processes_save_one_state_and_agree_on_the_good_one(tmp_path):
             process.kill()
     for index, output in enumerate(outputs):
         assert f"done {index}" in output, output
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"loss": 0.0}', b"\xff"])
+def test_damaged_scores_neither_stop_a_run_nor_change_the_best(tmp_path, caplog, content):
+    options = {"keep_newest": 1, "best_metric": "loss", "best_mode": "min"}
+    with open_checkpointer(tmp_path, **options) as checkpointer:
+        for step, loss in ((1, 0.1), (2, 0.5)):
+            checkpointer.save(step, {"w": np.zeros(2)}, metrics={"loss": loss}, data={})
+    (tmp_path / "checkpoints/2/metrics/metrics").write_bytes(content)
+    with open_checkpointer(tmp_path, **options) as checkpointer:
+        checkpointer.save(3, {"w": np.zeros(2)}, metrics={"loss": 0.6}, data={})
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 3]
+    assert "checkpoints/2/metrics/metrics: not the metrics that were saved" in caplog.text
+
+
+def test_what_cannot_be_written_is_told_and_can_be_saved_again(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1])
+    with open_checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patch:
+
+            def refuse(*_):
+                raise ValueError("RESOURCE_EXHAUSTED: no space left")
+
+            patch.setattr(checkpointer._manager, "wait_until_finished", refuse)
+            patch.setattr(checkpointer._manager, "check_for_errors", refuse)
+            for call in (checkpointer.wait, checkpointer.check):
+                with pytest.raises(SaveError, match=f"{tmp_path}: .* before it are kept.*no space"):
+                    call()
+        checkpointer.check()
+        assert checkpointer.save(2, make_state(2), metrics={}, data={})
+        assert_same_bits(checkpointer.restore_latest(make_state())[0], make_state(2))

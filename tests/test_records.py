@@ -138,17 +138,67 @@ def test_a_missing_or_damaged_index_is_rebuilt(dataset, fault):
     assert len(reader[0]) == reader._shards[0].lengths[0]
 
 
-def test_an_index_of_other_shards_is_rebuilt(dataset):
-    path = write_index(dataset)
-    shard = shards(dataset)[1]
-    data = [record.numpy() for record in tf.data.TFRecordDataset(str(shard))]
+def rewrite(shard: Path, change) -> list[bytes]:
+    """Writes a shard's records anew, each changed, with right checksums."""
+    data = [change(record.numpy()) for record in tf.data.TFRecordDataset(str(shard))]
     with tf.io.TFRecordWriter(str(shard)) as writer:
         for record in data:
-            writer.write(record + b"more")
+            writer.write(record)
+    return data
+
+
+def forget_records(dataset: Path) -> None:
+    """Makes metadata.json that of a dataset that was prepared before it named its records."""
+    metadata = json.loads((dataset / "metadata.json").read_text())
+    for volume in metadata["volumes"].values():
+        del volume["records"]
+    (dataset / "metadata.json").write_text(json.dumps(metadata))
+
+
+def test_shards_of_another_preparation_are_refused(dataset):
+    shard = shards(dataset)[1]
+    rewrite(shard, lambda record: record + b"more")
+    for _ in range(2):
+        with pytest.raises(RecordError, match=f"(?s)not hold the records.*{shard.name}"):
+            RecordReader(dataset)
+        (dataset / INDEX_NAME).unlink(missing_ok=True)
+
+
+def test_an_index_of_other_shards_is_rebuilt(dataset):
+    forget_records(dataset)
+    path = write_index(dataset)
+    data = rewrite(shards(dataset)[1], lambda record: record + b"more")
     stale = path.read_bytes()
     reader = RecordReader(dataset)
     assert path.read_bytes() != stale
-    assert [reader[len(data) + i] for i in range(len(data))] == [r + b"more" for r in data]
+    assert [reader[len(data) + i] for i in range(len(data))] == data
+
+
+def test_a_sound_record_of_the_same_length_is_not_taken_for_another(dataset):
+    shard = shards(dataset)[1]
+    number = len(frames(shards(dataset)[0])) + 2
+    reader = RecordReader(dataset)
+    rewrite(shard, lambda record: record[:-1] + bytes([record[-1] ^ 1]))
+    with pytest.raises(
+        RecordError, match=f"{shard.name}, record 2: is not the record of its index"
+    ):
+        reader[number]
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "features.json"])
+def test_descriptions_that_changed_since_the_index_are_refused(dataset, name):
+    (dataset / name).write_text((dataset / name).read_text() + " ")
+    with pytest.raises(RecordError, match=f"1.0.0: {name} changed since {INDEX_NAME} was written"):
+        RecordReader(dataset)
+    (dataset / INDEX_NAME).unlink()
+    assert len(RecordReader(dataset)) > 0
+
+
+def test_features_of_a_foreign_module_are_refused_before_it_is_imported(dataset):
+    content = (dataset / "features.json").read_text()
+    (dataset / "features.json").write_text(content.replace("core.features.scalar", "public_api", 1))
+    with pytest.raises(RecordError, match=r"features.json names tensorflow_datasets.public_api"):
+        load_decoder(dataset)
 
 
 def test_an_index_of_a_renamed_dataset_is_rebuilt(dataset):

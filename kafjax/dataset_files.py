@@ -1,0 +1,97 @@
+"""A prepared dataset's descriptions, as tfds writes and reads them: which, where, of what type.
+
+    DATA/<name>/<version>/dataset_info.json, features.json, metadata.json
+
+Neither TensorFlow nor any code that a dataset's files name is imported.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+# Of the classes that may read features. tfds would import whatever module features.json names.
+_FEATURES = "tensorflow_datasets.core.features."
+
+
+class RecordError(ValueError):
+    """A shard is missing, truncated or damaged; the text names the file and the record."""
+
+
+def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
+    """The directory of the newest prepared version of DATA_DIR/NAME.
+
+    Raises `ValueError` with the command that prepares the dataset where there is none.
+    """
+    prepared = [
+        (tfds.core.Version(path.parent.name), path.parent)
+        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        if tfds.core.Version.is_valid(path.parent.name)
+    ]
+    if not prepared:
+        raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
+        known = name in ("chd", "acdc", "phantom")
+        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
+        raise ValueError(
+            f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
+            f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
+        )
+    return max(prepared)[1]
+
+
+def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
+    """The tfds builder of a prepared dataset directory; raises `RecordError` without a good one."""
+    if not (Path(dataset_dir) / "dataset_info.json").is_file():
+        raise RecordError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
+    with naming_dataset(Path(dataset_dir)):
+        _check_features(Path(dataset_dir) / "features.json")
+        builder = tfds.builder_from_directory(os.fspath(dataset_dir))
+        if builder.info.metadata is not None:
+            builder.info.metadata.keys()  # tfds reads them when they are first asked for
+        return builder
+
+
+def load_decoder(
+    dataset_dir: str | os.PathLike[str], *, without: Container[str] = ()
+) -> Callable[[bytes], dict[str, Any]]:
+    """A function from a record's data to its features, but for those in `without`, as numpy arrays.
+
+    TensorFlow is neither needed nor imported.
+    """
+    features = open_builder(dataset_dir).info.features
+    wanted = {name: feature for name, feature in features.items() if name not in without}
+    return tfds.features.FeaturesDict(wanted).deserialize_example_np
+
+
+@contextlib.contextmanager
+def naming_dataset(directory: Path) -> Iterator[None]:
+    """Names the dataset in errors of tfds, which raises whatever a bad description makes it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(
+            f"{directory}: dataset_info.json, features.json or metadata.json is damaged "
+            f"({type(error).__name__}: {reason}); prepare the dataset again"
+        ) from error
+
+
+def _check_features(path: Path) -> None:
+    """Raises `ValueError` for features that are not tfds' own."""
+    names = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
+    if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
+        raise ValueError(f"features.json names {', '.join(foreign)}")
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    """What stands under `pythonClassName`, at any depth."""
+    if isinstance(value, dict):
+        if "pythonClassName" in value:
+            yield str(value["pythonClassName"])
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from _class_names(part)
