@@ -1,5 +1,6 @@
 """The report's page: what it tells of workdirs, well-formed and escaped, loading nothing."""
 
+import itertools
 import json
 import os
 import re
@@ -10,17 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from configs import phantom_pretrain, phantom_scratch
+from configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.evaluate import summarize, write_results
 from kafjax.input_pipeline import open_dataset
 from kafjax.metrics import MetricWriter
 from kafjax.preparation import write_preparation
 from kafjax.report import pictures, report
 from kafjax.report.html import Curve, chart, element, page, table
-from kafjax.report.pictures import Prediction, Sample, choose_volumes
+from kafjax.report.pictures import Prediction, Sample, choose_volumes, read_sample
 from kafjax.report.runs import expand, flatten, mean_dice, read_runs
 from kafjax.segmentation_metrics import ClassMetrics
 
@@ -93,6 +95,7 @@ def write_evaluation(workdir: Path, dice: dict[str, float], *, timed: bool = Tru
     }
     counts = np.array([[9, 9, 9], [3, 5, 7], [0, 0, 0]])
     found = summarize(counts, metrics, ("heart", "lung"))
+    found["chance"] = 0.125
     if timed:
         seconds = {volume: 1.5 + i for i, volume in enumerate(dice)}
         found |= {"seconds": seconds, "environment": {"jax": "9.8.7"}}
@@ -104,7 +107,8 @@ def runs(tmp_path: Path) -> list[Path]:
     """A pretraining run and two segmentations, one of them not evaluated, without their dataset."""
     nowhere = {"data.dir": str(tmp_path / "nowhere")}
     pre = write_run(tmp_path / "pre", phantom_pretrain.get_config(), **nowhere)
-    fine = write_run(tmp_path / "fine", phantom_scratch.get_config(), seed=3, **nowhere)
+    config = phantom_finetune.get_config()
+    fine = write_run(tmp_path / "fine", config, seed=3, init_from="elsewhere", **nowhere)
     bare = write_run(tmp_path / "bare", phantom_scratch.get_config(), seed=4, **nowhere)
     write_preparation(fine, {"classes": ["background", "heart", "lung"], "libraries": {"x": "1"}})
     write_evaluation(fine, {"ct_1": 0.75, "ct_2": 0.0})
@@ -123,22 +127,37 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
     found = make(tmp_path, runs)
     text = " ".join(found.texts)
     # Task, network, start, steps, epochs, time (4 steps of 50 s), loss, validation, evaluation.
-    shown = ["segment", "kaf_unet", "-", "4", "1.0", "3:20 min", "1.0000", "0.4000 (step 4)"]
+    shown = [
+        "segment",
+        "kaf_unet",
+        "elsewhere",
+        "4",
+        "1.0",
+        "3:20 min",
+        "1.0000",
+        "0.4000 (step 4)",
+    ]
     assert [row[1:10] for row in found.rows if row[0] == "fine"] == [[*shown, "0.5000"]]
     assert [row for row in found.rows if row[0] == "heart"] == [
         ["heart", "0.5000"],
         ["heart", "0.375 ± 0.375", "6.2 ± 3.8", "0.62 ± 0.38", "2", "0", "1"],
     ]
-    assert [r[1:] for r in found.rows if r[0] == "seed"] == [["0", "3", "4"]]
-    assert [r[1:] for r in found.rows if r[0] == "loss.method"] == [["pcl", "-", "-"]]
+    assert ["class", "fine, step 4"] in found.rows
+    assert ["by chance", "0.1250"] in found.rows
+    assert [r[1:] for r in found.rows if r[0] == "seed"] == [["0"], ["3", "4"]]
+    assert [r[1:] for r in found.rows if r[0] == "init_from"] == [["elsewhere", "-"]]
+    assert [r[1:] for r in found.rows if r[0] == "loss.method"] == [["pcl"]]
     assert [r for r in found.rows if r[0] == "ct_2"][-2:] == [
         ["ct_2", "fine", "validation", "0.000", "heart (0.000)", "10.0", "heart"],
         ["ct_2", "fine", "validation", "2.50", "no"],
     ]
     assert "Not evaluated yet (python -m kafjax.evaluate): bare." in text
     assert "phantom: the dataset is not at hand" in text
-    assert "The environment of training is not noted for: pre, fine, bare." in text
-    assert "9.8.7" in text
+    assert "Not noted: the environment of training of pre, preparation for pre, training of" in text
+    (header,) = (row for row in found.rows if row[:2] == ["", "this page"])
+    assert header[2:] == ["evaluation of fine (validation)", "preparation for fine"]
+    assert ["jax", jax.__version__, "9.8.7", "-"] in found.rows
+    assert ["x", "-", "-", "1"] in found.rows
     assert "fine: old, step 2" in text
     assert "fine: pair, step 4" in text
     assert "fine: pair, step 2" not in text
@@ -198,7 +217,10 @@ def test_folders_without_a_run_are_one_line(tmp_path: Path, runs: list[Path]) ->
     assert "\n" not in str(found.value)
     with pytest.raises(ValueError, match="samples is -1, expected 0 or more"):
         report(runs, tmp_path / "report.html", num_samples=-1)
-    assert not (tmp_path / "report.html").exists()
+    for place in (tmp_path, tmp_path / "nowhere" / "report.html"):
+        with pytest.raises(ValueError, match="expected a file in a folder that exists"):
+            report(runs, place)
+    assert not list(tmp_path.glob("*report*"))
 
 
 def test_cross_validation_stands_for_its_runs(tmp_path: Path) -> None:
@@ -260,6 +282,10 @@ def test_curves_are_to_scale_and_leave_out_what_is_not_finite() -> None:
     assert one[0][1] > one[2][1]  # more is higher
     grid = {text.text: float(text.attrib["y"]) - 4 for text in drawing.iter("text")}
     assert grid["2"] == pytest.approx(one[2][1], abs=0.1)
+    small = chart("rate", [Curve("one", 0, [0, 1], [0.00087, 0.00102])])
+    ticks = [text.text or "" for text in small.iter("text") if text.attrib["class"] == "end"]
+    assert max(map(len, ticks)) <= 7
+    assert len({round(b - a, 9) for a, b in itertools.pairwise(map(float, ticks))}) == 1
     assert "two from 2 at step 0 to 0 at step 10" in drawing.attrib["aria-label"]
     styles = [line.attrib["stroke-dasharray"] for line in drawing.iter("polyline")]
     assert styles[0] != styles[1]
@@ -305,6 +331,28 @@ def test_samples_are_image_reference_and_predictions(
         ]
         assert len(sources) == 3
         assert sources[0] != sources[1] == sources[2]
+
+
+def test_predictions_of_slices_have_their_own_dice(
+    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(phantom_dataset.parents[1], "phantom")
+    samples = [read_sample(dataset, volume) for volume in list(dataset.volumes)[:2]]
+    wrong = [np.roll(sample.label, 2, axis=1) for sample in samples]
+
+    class Fixed:
+        def probabilities(self, views: Any) -> Any:
+            assert all(v[0] is s.slice.image for v, s in zip(views, samples, strict=True))
+            return (np.eye(8)[label] for label in wrong)
+
+    monkeypatch.setattr(pictures, "load_predictor", lambda workdir, step: Fixed())
+    found = pictures.predict_samples("run", samples, num_classes=8, step=4)
+    for prediction, sample, label in zip(found, samples, wrong, strict=True):
+        np.testing.assert_array_equal(prediction.label, label)
+        masks = [(label == c, sample.label == c) for c in range(1, 8) if c in sample.label]
+        dice = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in masks]
+        assert prediction.dice == pytest.approx(np.mean(dice))
+        assert 0 < np.mean(dice) < 1
 
 
 def test_page_elements_keep_the_order_of_texts() -> None:

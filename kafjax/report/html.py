@@ -24,7 +24,7 @@ _MOST_POINTS = 300
 
 # Of a chart: its whole, and the distances of its axes from the edges.
 _WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 10, 40
 
 _LIGHT = ["0067a5", "c24e00", "00805c", "b8509a", "9a6b00", "2f8fd0", "6b6b6b", "7a1fa2"]
 _DARK = ["6ab8f2", "ff9a4d", "2fd0a0", "f0a0d0", "f0e442", "9fd8ff", "b8b8b8", "c99bff"]
@@ -86,7 +86,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Child | N
     ]
     inner = element(
         "table",
-        element("caption", caption),
+        element("caption", element("span", caption)),
         element("thead", head),
         element("tbody", *lines),
     )
@@ -136,7 +136,7 @@ def chart(title: str, curves: Sequence[Curve]) -> Element:
         return element("figure", element("figcaption", title), note("no finite value"))
     x, x_ticks = _scale([s for c in drawn for s in c.steps], _LEFT, _WIDTH - _RIGHT, whole=True)
     y, y_ticks = _scale([v for c in drawn for v in c.values], _HEIGHT - _BOTTOM, _TOP)
-    marks = [part for tick in y_ticks for part in _y_tick(y(tick), f"{tick:.4g}")]
+    marks = [part for tick in y_ticks for part in _y_tick(y(tick), _tick_text(tick))]
     marks += [
         element("text", f"{tick:,.0f}", x=_rounded(x(tick)), y=_HEIGHT - 22, class_="middle")
         for tick in x_ticks
@@ -200,6 +200,15 @@ def _scale(
         low, high = min(low, ticks[0]), max(high, ticks[-1])
     shown = [tick for tick in ticks if low <= tick <= high]
     return lambda value: start + (value - low) / (high - low) * (end - start), shown
+
+
+def _tick_text(value: float) -> str:
+    """At most seven characters, but for a sign."""
+    text = f"{value:.4g}"
+    if len(text.lstrip("-")) <= 6:
+        return text
+    digits, power = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def _y_tick(y: float, text: str) -> tuple[Element, Element]:
@@ -270,18 +279,21 @@ nav ul,.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:
 .wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr))}
 figure{margin:0;min-width:0}
 figure svg{width:100%;height:auto;display:block}
-img{width:100%;height:auto;display:block;image-rendering:pixelated;background:#000}
+img{width:100%;height:auto;display:block;background:#000}
+.pixels img{image-rendering:pixelated}
 svg text{fill:var(--dim);font-size:12px;stroke:none}
 .middle{text-anchor:middle}.end{text-anchor:end}
 .grid{stroke:var(--edge);stroke-width:1}
 .curve{fill:none;stroke-width:2}
 .scroll{overflow-x:auto;margin:.6em 0}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;font-size:.875rem;line-height:1.375rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:4px}
+caption span{display:block;position:sticky;left:0;max-width:min(1148px,calc(100vw - 32px))}
 th,td{padding:4px 10px;border-bottom:1px solid var(--edge);text-align:left;vertical-align:top}
-td{white-space:nowrap;max-width:24em;overflow-wrap:anywhere}
+td{white-space:nowrap}
 thead th{background:var(--soft);vertical-align:bottom}
-tbody th{font-weight:600}
+tbody th{font-weight:600;background:var(--back)}
+tr>th:first-child{position:sticky;left:0;max-width:min(24em,50vw);overflow-wrap:break-word}
 details{margin:.6em 0}
 summary{cursor:pointer}
 """

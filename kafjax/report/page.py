@@ -47,10 +47,14 @@ def report(
       num_samples: how many slices of each dataset are predicted; 0 for none.
 
     Raises:
-      ValueError: folders that are no workdirs, all in one line, or a negative number of samples.
+      ValueError: folders that are no workdirs, all in one line, a place that the page cannot have,
+        or a negative number of samples.
     """
     if num_samples < 0:
         raise ValueError(f"samples is {num_samples}, expected 0 or more")
+    target = Path(output)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise ValueError(f"{output}: expected a file in a folder that exists")
     places, tables = expand([Path(workdir) for workdir in workdirs])
     runs = read_runs(places)
     sections = {
@@ -64,10 +68,10 @@ def report(
         "Environment": _environment(runs),
     }
     text = page("kafjax: report of runs", *_body(sections))
-    partial = Path(f"{output}.partial")
+    partial = target.with_name(f"{target.name}.partial")
     # A file name that is not Unicode still makes a page.
     partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(output)
+    partial.replace(target)
     print(f"{output}: {len(runs)} runs, {len(text) / 2**20:.1f} MiB", flush=True)
 
 
@@ -203,20 +207,23 @@ def _board(runs: Sequence[Run]) -> list[Element]:
 
 
 def _configuration(runs: Sequence[Run]) -> list[Element]:
-    fields = [flatten(run.config) for run in runs]
-    names = list(dict.fromkeys(sorted(name for of_run in fields for name in of_run)))
-    rows = {name: [_value(of_run, name) for of_run in fields] for name in names}
-    differing = {name: row for name, row in rows.items() if len(set(row)) > 1}
-    common = [[name, row[0]] for name, row in rows.items() if name not in differing]
-    parts: list[Element] = []
-    if len(runs) > 1 and differing:
-        header = ["field", *(run.name for run in runs)]
-        caption = "Fields that differ; a dash where a run's config has no such field"
-        parts.append(table(caption, header, [[name, *row] for name, row in differing.items()]))
-    elif len(runs) > 1:
-        parts.append(note("All runs have the same configuration."))
-    title = "Fields that all runs share" if len(runs) > 1 else "All fields"
-    return [*parts, details(title, table(title, ["field", "value"], common))]
+    """By task, whose fields are not the same: what differs, and folded away what does not."""
+    parts = []
+    for task in dict.fromkeys(run.task for run in runs):
+        group = [run for run in runs if run.task == task]
+        fields = [flatten(run.config) for run in group]
+        names = sorted({name for of_run in fields for name in of_run})
+        rows = {name: [_value(of_run, name) for of_run in fields] for name in names}
+        differing = [[name, *row] for name, row in rows.items() if len(set(row)) > 1]
+        common = [[name, row[0]] for name, row in rows.items() if len(set(row)) == 1]
+        parts.append(element("h3", _TASKS.get(task, task)))
+        if differing:
+            caption = "Fields that differ; a dash where a run's config has no such field"
+            parts.append(table(caption, ["field", *(run.name for run in group)], differing))
+        shared = f"The fields that {', '.join(run.name for run in group)} share"
+        title = shared if len(group) > 1 else f"The fields of {group[0].name}"
+        parts.append(details(title, table(title, ["field", "value"], common)))
+    return parts
 
 
 def _value(fields: Mapping[str, Any], name: str) -> str | None:
@@ -226,22 +233,21 @@ def _value(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def _environment(runs: Sequence[Run]) -> list[Element]:
-    """Of training, evaluation and preparation, a column for each that is noted."""
-    columns = {"this page": describe_environment()}
-    lacking = []
+    """Of training, evaluation and preparation; those that are the same share a column."""
+    noted: list[tuple[str, Mapping[str, Any] | None]] = [("this page", describe_environment())]
     for run in runs:
-        if run.environment:
-            columns[f"{run.name}, training"] = run.environment
-        else:
-            lacking.append(run.name)
-        for split, found in run.evaluations.items():
-            if "environment" in found:
-                columns[f"{run.name}, evaluation of {split}"] = found["environment"]
-        if "libraries" in run.preparation:
-            columns[f"{run.name}, its dataset's preparation"] = run.preparation["libraries"]
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    rows = [[name, *(_value(column, name) for column in columns.values())] for name in names]
-    parts = [table("Versions and devices", ["", *columns], rows)]
-    if lacking:
-        parts.append(note(f"The environment of training is not noted for: {', '.join(lacking)}."))
+        noted.append((f"training of {run.name}", run.environment))
+        for split, evaluation in run.evaluations.items():
+            noted.append((f"evaluation of {run.name} ({split})", evaluation.get("environment")))
+        noted.append((f"preparation for {run.name}", run.preparation.get("libraries")))
+    columns: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
+    for title, found in noted:
+        if found:
+            columns.setdefault(json.dumps(found), ([], found))[0].append(title)
+    header = ["", *("; ".join(titles) for titles, _ in columns.values())]
+    names = dict.fromkeys(name for _, found in columns.values() for name in found)
+    rows = [[name, *(_value(found, name) for _, found in columns.values())] for name in names]
+    parts = [table("Versions and devices", header, rows)]
+    if lacking := [title for title, found in noted if not found]:
+        parts.append(note(f"Not noted: the environment of {', '.join(lacking)}."))
     return parts

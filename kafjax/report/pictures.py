@@ -19,7 +19,7 @@ from kafjax.evaluate import SPLITS
 from kafjax.inference import load_predictor
 from kafjax.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.metrics import TENSORBOARD_DIR
-from kafjax.overlay import CLASS_COLOURS, draw_labels, grey
+from kafjax.overlay import class_colours, draw_labels, grey
 from kafjax.report.html import Element, element, note, number, picture, swatch
 from kafjax.report.runs import Fields, Run, mean_dice
 from kafjax.segmentation_metrics import count_pixels, pooled_dice
@@ -180,13 +180,12 @@ def _show_sample(sample: Sample, shown: Mapping[str, Mapping[str, Prediction]]) 
         told = f"{run}: Dice {number(found.dice, 3) or '-'}"
         drawn = draw_labels(image, found.label)
         figures.append(picture(drawn, f"{place}: prediction of {told}", told))
-    return [element("h3", place), element("div", *figures, class_="pictures")]
+    return [element("h3", place), element("div", *figures, class_="pictures pixels")]
 
 
 def _class_legend(classes: Sequence[str]) -> Element:
-    """Colours go round where there are more classes than colours."""
-    colours = [f"#{bytes(colour).hex()}" for colour in CLASS_COLOURS]
-    entries = [swatch(colours[i % len(colours)], name) for i, name in enumerate(classes[1:])]
+    colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(classes))]
+    entries = [swatch(*entry) for entry in zip(colours[1:], classes[1:], strict=True)]
     return element("ul", *entries, class_="legend")
 
 

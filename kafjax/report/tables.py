@@ -10,6 +10,7 @@ from kafjax.report.html import Element, details, element, note, number, table
 from kafjax.report.runs import Fields, Run, mean_dice
 
 _METRICS = {"dice": ("Dice", 3), "hd95": ("HD95, mm", 1), "assd": ("ASSD, mm", 2)}
+_SPLITS = {"validation": "Validation volumes", "train": "Training volumes"}
 _MOST_LISTED = 10
 
 
@@ -35,9 +36,10 @@ def cross_validation(place: Path, document: Fields) -> Element:
 def evaluations(runs: Sequence[Run]) -> list[Element]:
     """For each split the runs side by side, then each run by class and by volume."""
     parts: list[Element] = []
-    for split in dict.fromkeys(split for run in runs for split in run.evaluations):
+    for split, title in _SPLITS.items():
         found = {run.name: run.evaluations[split] for run in runs if split in run.evaluations}
-        parts += [element("h3", f"Volumes of {split}"), _pooled(found)]
+        if found:
+            parts += [element("h3", title), _pooled(found)]
         for name, evaluation in found.items():
             tables = [_by_class(name, evaluation), *_by_volume(name, evaluation)]
             parts.append(details(f"{name}: by class and by volume", *tables))
@@ -73,7 +75,10 @@ def _pooled(found: dict[str, Fields]) -> Element:
     rows = [
         [name, *(number(e["pooled_dice"].get(name), 4) for e in found.values())] for name in ordered
     ]
-    header = ["class", *(f"{name}, step {e.get('step')}" for name, e in found.items())]
+    if any("chance" in e for e in found.values()):
+        rows.append(["by chance", *(number(e.get("chance"), 4) for e in found.values())])
+    steps = [f", step {e['step']}" if e.get("step") is not None else "" for e in found.values()]
+    header = ["class", *(name + step for name, step in zip(found, steps, strict=True))]
     return table("Dice pooled over all pixels, as the paper has it", header, rows)
 
 
