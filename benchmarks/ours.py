@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.case import Case, inputs
+from benchmarks.profiles import profile_jax
 from benchmarks.workers import Side
 from kafjax import step
 from kafjax.models import build_model, example_inputs, init_variables
@@ -66,7 +67,7 @@ class TrainingStep:
             np.full(n, 5e-5, np.float32),
             np.zeros(n, np.int32),
         )
-        update = step.make_update(task, optimizer)
+        update: Any = step.make_update(task, optimizer)
         with stopwatch() as compile_seconds:
             self._compiled = update.lower(self._state, *self._rest).compile()
         self.facts = {
@@ -105,14 +106,20 @@ def make_side(case: Case) -> Side:
     with stopwatch() as seconds:
         predict = forward(case)
     facts["compile_forward"] = seconds()
-    calls = {"step": train, "forward": predict, "device_peak": device_peak}
-    return Side(calls, facts)
+    return Side({"step": train, "forward": predict, "device_peak": device_peak}, facts)
 
 
 def make_step_side(case: Case) -> Side:
     """Our side of a comparison of `step` alone."""
     train = TrainingStep(case)
     return Side({"step": train, "device_peak": device_peak}, train.facts)
+
+
+def make_profiled_side(case: Case) -> Side:
+    """Our side of a comparison of `step` on a GPU, with its kernels."""
+    side = make_step_side(case)
+    side.calls["profile"] = lambda: profile_jax(side.calls["step"])
+    return side
 
 
 def device_peak() -> float:

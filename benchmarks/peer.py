@@ -6,6 +6,7 @@ are (row, col) in pixels of the image. Every keypoint is real: no masks, which s
 that ours does. The scattered map is dense, and attention is PyTorch's fused one.
 """
 
+import itertools
 import math
 
 import torch
@@ -32,7 +33,7 @@ def conv_norm(channels: int, features: int) -> nn.Sequential:
 def keypoint_mlp(sizes: list[int]) -> nn.Sequential:
     """Linear maps of keypoint features [b, c, k], with batch norm and ReLU between them."""
     layers: list[nn.Module] = []
-    for c, features in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for c, features in itertools.pairwise(sizes[:-1]):
         layers += [nn.Conv1d(c, features, 1), nn.BatchNorm1d(features), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Conv1d(sizes[-2], sizes[-1], 1))
 
@@ -46,9 +47,9 @@ class PositionalCode(nn.Module):
 
     def forward(self, keypoints: Tensor, h: int, w: int) -> Tensor:
         """Codes keypoints [b, k, 2] of an h x w map as [b, 256, k]."""
-        like = self.encoder[0].weight
-        center = like.new_tensor([h / 2, w / 2])
-        normalized = (keypoints.to(like.dtype) - center) / (0.7 * max(h, w))
+        dtype = next(self.parameters()).dtype
+        center = torch.tensor([h / 2, w / 2], dtype=dtype, device=keypoints.device)
+        normalized = (keypoints.to(dtype) - center) / (0.7 * max(h, w))
         return self.encoder(normalized.mT)
 
 
@@ -88,15 +89,13 @@ class Context(nn.Module):
     def __init__(self, num_layers: int) -> None:
         super().__init__()
         self.kenc = PositionalCode()
-        self.gnn = nn.Module()
-        self.gnn.layers = nn.ModuleList(
-            AttentionLayer(KEYPOINT_FEATURES) for _ in range(num_layers)
-        )
+        layers = nn.ModuleList(AttentionLayer(KEYPOINT_FEATURES) for _ in range(num_layers))
+        self.gnn = nn.ModuleDict({"layers": layers})
 
     def forward(self, points: Tensor, keypoints: Tensor, h: int, w: int) -> Tensor:
         """Maps keypoint features [b, 256, k] to [b, 256, k]."""
         points = points + self.kenc(keypoints, h, w)
-        for layer in self.gnn.layers:
+        for layer in self.gnn["layers"].children():
             points = layer(points)
         return points
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.case import Case, inputs
 from benchmarks.peer import PeerUNet, count_parameters
+from benchmarks.profiles import profile_torch
 from benchmarks.report import num_cores
 from benchmarks.workers import Side
 
@@ -40,6 +41,13 @@ def make_monai_side(case: Case, form: str = "eager") -> Side:
     return _side(case, form, build)
 
 
+def make_profiled_side(case: Case, form: str) -> Side:
+    """The peer's side of a comparison on a GPU, with its kernels."""
+    side = make_side(case, form)
+    side.calls["profile"] = lambda: profile_torch(side.calls["step"])
+    return side
+
+
 class _WithoutKeypoints(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -61,7 +69,7 @@ def _side(case: Case, form: str, build: Callable[[], nn.Module]) -> Side:
     facts = {"init": time.perf_counter() - begin, "parameters": float(count_parameters(network))}
     image, keypoints, label = _batch(case, device)
     if form != "eager":
-        network = network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         image = image.contiguous(memory_format=torch.channels_last)
     run: Callable[..., Any] = torch.compile(network) if form == "compiled" else network
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-5, weight_decay=1e-5)

@@ -71,13 +71,19 @@ def _table(case: Case, compared: dict[str, Any]) -> Table:
         for call in CALLS:
             values = [statistics.median(sides[name]["seconds"][call]) for name in names]
             rows.append(_row(f"{call}, {malloc} malloc", values, seconds))
-        rows.append(_row(f"peak memory, {malloc} malloc", [sides[n]["peak"] for n in names], gigabytes))
+        rows.append(
+            _row(f"peak memory, {malloc} malloc", [sides[n]["peak"] for n in names], gigabytes)
+        )
     ours = compared["default"]["kafjax"]["facts"]
     inits = [compared["default"][name]["facts"]["init"] for name in names]
     rows.append(_row("init", inits, seconds))
     compile_seconds = [seconds(ours["compile"]), *[""] * (len(columns) - 2)]
     rows.append(["compile of the step, no cache", *compile_seconds])
-    missing = [n for n in ("torch", "monai") if not version(n) and (n, case.network) != ("monai", "kaf_unet")]
+    missing = [
+        n
+        for n in ("torch", "monai")
+        if not version(n) and (n, case.network) != ("monai", "kaf_unet")
+    ]
     notes = [f"Not installed, so not compared: {', '.join(missing)}."] if missing else []
     return Table(str(case), columns, rows, notes)
 

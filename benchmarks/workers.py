@@ -1,4 +1,4 @@
-"""The protocol: each side in a fresh process of its own, called turn about, medians of paired calls.
+"""The protocol: each side in a fresh process, called turn about, medians of paired calls.
 
 A fresh process gives each side its own memory (so that its peak can be told), its own start, and
 the C library's settings, which only a process's start can change. In a turn every side makes each
@@ -97,7 +97,7 @@ class Worker:
 def workers(
     makers: Mapping[str, tuple[Any, ...]], environment: Mapping[str, str] = {}
 ) -> Iterator[dict[str, Worker]]:
-    """Sides by name, each ('module:function', arguments...) in a process of its own, made one after the other.
+    """Sides by name, each ('module:function', arguments...) in a process, made one after the other.
 
     Raises `SideError` where one cannot be made.
     """

@@ -1,105 +1,156 @@
-"""Benchmarks: the peers are the same network, and the protocol's parts."""
+"""The parts of benchmarks that are computed and not measured, and the protocol on a toy side."""
 
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kafjax.models import build_model
-from kafjax.torch_import import import_state_dict
-from tests.release_weights import by_release_names
-from tests.small_models import model_config
+from benchmarks import main, preparation, report
+from benchmarks.growth import exponent
+from benchmarks.profiles import device_events, top_kernels
+from benchmarks.workers import Side, SideError, take_turns, time_paired, workers
 
-torch = pytest.importorskip("torch")
-from benchmarks import peer  # noqa: E402
-
-SIZE, NUM_KEYPOINTS, CLASSES = 32, 20, 3
+ROOT = Path(__file__).parents[1]
+TOY = "tests.test_benchmarks:make_toy"
 
 
-def peer_and_ours(name: str) -> tuple[Any, ...]:
-    """A small peer with drawn weights and statistics, our network, its config and variables."""
-    layers = 2 if name == "kaf_unet" else 0
-    torch.manual_seed(0)
-    network = peer.PeerUNet(4, layers, CLASSES).double()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    config = model_config(name, num_attention_layers=layers, dtype="float64")
-    # A copy, for PyTorch's running statistics change in place.
-    state = {k: v.numpy().copy() for k, v in network.state_dict().items()}
-    return network, build_model(config), config, import_state_dict(state, config)
+def make_toy(log: Path, name: str) -> Side:
+    """A side whose first call is slow, and that writes down when it is called."""
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        with log.open("a") as stream:
+            stream.write(name)
+        time.sleep(0.2 if calls % 2 else 0)
+
+    def fill() -> None:
+        np.ones(10_000_000).sum()
+
+    def fail() -> None:
+        raise MemoryError("too large\nindeed")
+
+    environment = {"hugepages": float("hugetlb" in os.environ.get("GLIBC_TUNABLES", ""))}
+    return Side(
+        {"step": step, "fill": fill, "fail": fail, "end": functools.partial(os._exit, 9)},
+        environment,
+    )
 
 
-def drawn_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(1)
-    image = rng.standard_normal((2, SIZE, SIZE, 1))
-    # Coarse levels hold several at a pixel.
-    keypoints = rng.integers(0, SIZE, (2, NUM_KEYPOINTS, 2))
-    label = rng.integers(0, CLASSES, (2, SIZE, SIZE))
-    return image, keypoints, label
+def test_sides_are_called_turn_about_and_the_second_call_counts(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    makers = {name: (TOY, log, name) for name in "ab"}
+    with workers(makers, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}) as sides:
+        seconds = take_turns(sides, ("step",), 3)
+        assert log.read_text() == "aabb" * 3
+        assert all(s < 0.2 for side in "ab" for s in seconds[side]["step"])
+        assert sides["a"].facts == {"hugepages": 1.0}
+        before = sides["a"].peak_memory()
+        sides["a"].ask("fill")
+        assert 70e6 < sides["a"].peak_memory() - before < 120e6
+        assert sides["b"].peak_memory() < before + 40e6
+        with pytest.raises(SideError, match=r"MemoryError: too large$"):
+            sides["a"].ask("fail")
+        with pytest.raises(SideError, match="ended with 9"):
+            sides["b"].ask("end")
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
-@pytest.mark.parametrize("name", ["unet", "kaf_unet"])
-def test_the_peer_computes_what_we_do(name: str) -> None:
-    with jax.enable_x64(True):
-        compare_peer(name)
+def test_a_side_that_cannot_be_made_says_why() -> None:
+    with (
+        pytest.raises(SideError, match="ModuleNotFoundError: No module named 'nothing'"),
+        workers({"a": ("nothing:make",)}),
+    ):
+        pass
 
 
-def compare_peer(name: str) -> None:
-    """Outputs, gradients and statistics in float64, where rounding is not amplified to be seen."""
-    network, model, config, variables = peer_and_ours(name)
-    image, keypoints, label = drawn_inputs()
-    inputs = torch.tensor(image).permute(0, 3, 1, 2), torch.tensor(keypoints)
-    mask = jnp.ones(keypoints.shape[:2], bool)
+def test_paired_times_are_medians_of_second_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps, now = iter([50, 1, 50, 4, 50, 2]), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    def loss(params: Any) -> Any:
-        logits, updated = model.apply(
-            {**variables, "params": params}, image, keypoints, mask, train=True, mutable=True
+    def call() -> None:
+        now[0] += next(naps)
+
+    assert time_paired(call, 3) == 2
+
+
+def test_the_exponent_is_that_of_a_power() -> None:
+    values = [64, 128, 512]
+    assert exponent(values, [3 * v**1.7 for v in values]) == pytest.approx(1.7)
+    assert np.isnan(exponent([1], [1]))
+
+
+def test_kernels_are_added_up_by_kind() -> None:
+    def line(name: str, events: list[tuple[str, float]]) -> Any:
+        return SimpleNamespace(
+            name=name, events=[SimpleNamespace(name=n, duration_ns=d * 1e9) for n, d in events]
         )
-        likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], axis=-1)
-        return -likelihood.mean(), (logits, updated["batch_stats"])
 
-    @jax.jit
-    def both(params: Any) -> Any:
-        evaluated = model.apply(variables, image, keypoints, mask, train=False)
-        return evaluated, jax.value_and_grad(loss, has_aux=True)(params)
-
-    ours_evaluated, ((_, (ours_trained, statistics)), ours_gradients) = both(variables["params"])
-    evaluated = network.eval()(*inputs)
-    trained = network.train()(*inputs)
-    torch.nn.functional.cross_entropy(trained, torch.tensor(label)).backward()
-
-    np.testing.assert_allclose(ours_evaluated, channels_last(evaluated), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(ours_trained, channels_last(trained), rtol=1e-9, atol=1e-9)
-    gradients = {n: p.grad.numpy().copy() for n, p in network.named_parameters()}
-    state = {k: v.numpy() for k, v in network.state_dict().items()}
-    theirs = import_state_dict({**state, **gradients}, config)
-    compare_trees(ours_gradients, theirs["params"])
-    compare_trees(statistics, theirs["batch_stats"])
+    gpu = [
+        line("Stream #13(Compute)", [("fusion.1", 1.0), ("gemm_fusion_dot_23", 4.0)]),
+        line("Steps", [("step", 9.0)]),
+    ]
+    gpu.append(line("Stream #14(MemcpyD2D)", [("fusion.12", 2.0), ("copy", 1.0)]))
+    planes = [
+        SimpleNamespace(name="/host:CPU", lines=[line("Stream", [("x", 9.0)])]),
+        SimpleNamespace(name="/device:GPU:0", lines=gpu),
+    ]
+    found = top_kernels(device_events(planes), steps=2, count=2)
+    assert found == [("gemm_fusion_dot", 2.0, 0.5), ("fusion", 1.5, 0.375)]
 
 
-def channels_last(logits: Any) -> np.ndarray:
-    return logits.detach().permute(0, 2, 3, 1).numpy()
+def test_results_are_gathered_with_machine_and_versions(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ValueError, match="holds no results, expected some of growth, input"):
+        report.gather(("growth", "input"), tmp_path)
+    table = report.Table("T", ["", "step"], [["kafjax", report.seconds(0.0123)]], ["A note."])
+    for name in ("input", "growth"):
+        result = report.Result(
+            name, name.title(), [table], {"seconds": 1}, {"turns": 5, "size": (1, 2)}
+        )
+        report.write(result, tmp_path)
+    page = report.gather(("growth", "input", "step"), tmp_path)
+    assert page.count(f"numpy {np.__version__}") == page.count(report.today()) == 1
+    assert page.index("## Growth") < page.index("## Input")
+    assert "`python -m benchmarks.growth --turns 5 --size 1,2`" in page
+    assert "| kafjax | 12.3 ms |\n\nA note.\n" in page
+    assert "## Input" in capsys.readouterr().out
+    (tmp_path / "input.json").write_text(
+        (tmp_path / "input.json").read_text().replace(report.today(), "2001-01-01")
+    )
+    assert report.gather(("growth", "input"), tmp_path).count("numpy ") == 2
 
 
-def compare_trees(ours: Any, theirs: Any) -> None:
-    """Each array to 1e-9 of its norm."""
-    expected = by_release_names(theirs)
-    for name, array in by_release_names(ours).items():
-        error = np.linalg.norm(array - expected[name])
-        # Biases before batch norm have no gradient but rounding.
-        assert error <= 1e-9 * np.linalg.norm(expected[name]) + 1e-12, name
+def test_children_are_looked_at() -> None:
+    program = "import time; x = bytearray(100_000_000); time.sleep(0.4)"
+    with preparation.children_peak() as peak:
+        subprocess.run([sys.executable, "-c", program], check=True)
+    assert 100e6 < max(peak) < 150e6
 
 
-@pytest.mark.parametrize(
-    ("filters", "layers", "classes", "count"),
-    [(32, 0, 8, 7_763_584), (32, 16, 8, 71_467_264), (48, 16, 4, 106_546_624)],
-)
-def test_the_peer_has_the_papers_parameters(
-    filters: int, layers: int, classes: int, count: int
-) -> None:
-    with torch.device("meta"):
-        assert peer.count_parameters(peer.PeerUNet(filters, layers, classes)) == count
+def test_every_question_tells_its_flags_and_has_a_quick_form() -> None:
+    assert main.QUICK.keys() == set(main.QUESTIONS)
+    for name in (*main.QUESTIONS, "cuda"):
+        module = __import__(f"benchmarks.{name}", fromlist=["parser"])
+        quick = main.QUICK.get(name, "").split()
+        arguments = module.parser().parse_args(quick)
+        assert arguments.output == report.DEFAULT_FOLDER
+        assert (arguments.turns == 1) == (name != "cuda")
+
+
+def test_without_a_gpu_cuda_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.cuda", "--output", str(tmp_path)]
+    environment = {**os.environ, "PATH": ""}  # no nvidia-smi
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: found no NVIDIA GPU")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,98 @@
+"""How much memory does a training step need, and what does it cost to need less?
+
+Temporaries are what the compiled step needs beside its arguments and results. Rematerialising
+(`config.model.remat`) and microbatches (`config.num_microbatches`) buy memory with time; variants
+are timed turn about.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from benchmarks.case import Case
+from benchmarks.flags import integers, make_parser, network_flags, run, settings
+from benchmarks.report import Result, Table, gigabytes, ratio, seconds
+from benchmarks.workers import Worker, take_turns, workers
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = make_parser(__doc__)
+    network_flags(flags)
+    flags.add_argument(
+        "--remat", default="", help="values of config.model.remat beside its default"
+    )
+    flags.add_argument("--micro_size", type=int, default=256, help="pixels, for microbatches")
+    flags.add_argument("--micro_batch_size", type=int, default=4, help="slices, for microbatches")
+    flags.add_argument("--num_microbatches", type=integers, default=(1, 2, 4))
+    flags.add_argument("--turns", type=int, default=3)
+    return flags
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Compares remat's values, and numbers of microbatches."""
+    common: dict[str, Any] = {
+        "num_keypoints": arguments.num_keypoints,
+        "filters": arguments.filters,
+    }
+    choices = [None, *filter(None, arguments.remat.split(","))]
+    remat = {
+        f"remat {choice or 'as by default'}": Case(
+            size=arguments.size, batch_size=arguments.batch_size, remat=choice, **common
+        )
+        for choice in choices
+    }
+    micro = {
+        f"{n} microbatches": Case(
+            size=arguments.micro_size,
+            batch_size=arguments.micro_batch_size,
+            num_microbatches=n,
+            **common,
+        )
+        for n in arguments.num_microbatches
+    }
+    tables, numbers = [], {}
+    for name, cases in (("remat", remat), ("microbatches", micro)):
+        compared = compare(cases, arguments.turns)
+        numbers[name] = compared
+        tables.append(_table(str(next(iter(cases.values()))), compared))
+    title = "Memory of a training step, and its price"
+    return Result("memory", title, tables, numbers, settings(arguments))
+
+
+def compare(cases: dict[str, Case], turns: int) -> dict[str, dict[str, float]]:
+    """Temporaries, peak memory and median seconds of each variant."""
+    makers: dict[str, tuple[Any, ...]] = {
+        name: ("benchmarks.ours:make_step_side", case) for name, case in cases.items()
+    }
+    with workers(makers) as sides:
+        timed = take_turns(sides, ("step",), turns)
+        return {name: _facts(side, timed[name]["step"]) for name, side in sides.items()}
+
+
+def _facts(side: Worker, times: list[float]) -> dict[str, float]:
+    return {
+        "temporaries": side.facts["temporaries"],
+        "peak": side.peak_memory(),
+        "seconds": statistics.median(times),
+    }
+
+
+def _table(title: str, compared: dict[str, dict[str, float]]) -> Table:
+    first = next(iter(compared.values()))["seconds"]
+    rows = [
+        [
+            name,
+            gigabytes(facts["temporaries"]),
+            gigabytes(facts["peak"]),
+            seconds(facts["seconds"]),
+            ratio(facts["seconds"] / first),
+        ]
+        for name, facts in compared.items()
+    ]
+    columns = ["", "temporaries", "peak memory of the process", "step", "of the first's time"]
+    return Table(title, columns, rows)
+
+
+if __name__ == "__main__":
+    run(parser(), measure)
