@@ -44,6 +44,30 @@ def test_max_pool_takes_the_largest_of_four() -> None:
     np.testing.assert_array_equal(max_pool(jnp.asarray(x)), expected)
 
 
+def test_max_pools_gradient_goes_to_the_first_of_equals_as_xlas() -> None:
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 8, 6, 4)), jnp.float32)
+    weights = draw(2, 4, 3, 4)
+
+    def gradient(pool: Any) -> jax.Array:
+        return jax.jit(jax.grad(lambda x: jnp.sum(pool(x) * weights)))(x)
+
+    native = gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    np.testing.assert_array_equal(gradient(max_pool), native)
+
+
+def test_max_pool_does_not_hide_nan() -> None:
+    x = np.zeros((1, 2, 8, 1), np.float32)
+    x[0, [0, 0, 1, 1], [0, 3, 4, 7], 0] = np.nan
+    assert np.isnan(max_pool(jnp.asarray(x))).all()
+
+
+def test_a_1x1_convolution_maps_each_pixel() -> None:
+    x, kernel = draw(2, 5, 4, 3), draw(1, 1, 3, 2, seed=1)
+    conv = Conv(2, kernel_size=1, use_bias=False)
+    found: Any = conv.apply({"params": {"conv": {"kernel": kernel}}}, x)
+    np.testing.assert_allclose(found, x @ kernel[0, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_block_is_twice_convolution_norm_and_leaky_relu() -> None:
     x = draw(2, 6, 4, 3)
     variables = ConvBlock(2).init(jax.random.key(0), x, train=True)

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kafjax.models.convolution import conv3x3
+
 LEAKY_SLOPE = 0.01
 
 
@@ -66,8 +68,14 @@ class Linear(nn.Module):
         )(x)
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """What `nn.Conv` calls for its product: a 3x3 or 1x1 kernel, stride 1, zero padding."""
+    assert kernel.shape[:2] in ((1, 1), (3, 3))
+    return conv3x3(x, kernel) if kernel.shape[0] == 3 else x @ kernel[0, 0]
+
+
 class Conv(nn.Module):
-    """Convolution with zero padding that keeps the size: [b, h, w, c] -> [b, h, w, features]."""
+    """Convolution, 1x1 or 3x3, that keeps the size: [b, h, w, c] -> [b, h, w, features]."""
 
     features: int
     kernel_size: int = 3
@@ -84,6 +92,7 @@ class Conv(nn.Module):
             dtype=self.dtype,
             param_dtype=parameter_dtype(self.dtype),
             kernel_init=he_normal,
+            conv_general_dilated=_convolve,
             name="conv",
         )(x)
 
@@ -91,8 +100,8 @@ class Conv(nn.Module):
 class UpConv(nn.Module):
     """Transposed convolution 2x2 of stride 2: [b, h, w, c] -> [b, 2h, 2w, features].
 
-    With stride and kernel alike no two inputs meet, so it is one matrix product: the output at
-    (2r + i, 2c + j) is the input at (r, c) times kernel[i, j].
+    With stride and kernel alike no two inputs meet: the output at (2r + i, 2c + j) is the input at
+    (r, c) times kernel[i, j]. A matrix product for each i gives whole rows, in place.
     """
 
     features: int
@@ -109,7 +118,7 @@ class UpConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(stddev), shape, param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        up = jnp.einsum("bhwc,ijcd->bhiwjd", x, kernel)
+        up = jnp.stack([jnp.einsum("bhwc,jcd->bhwjd", x, kernel[i]) for i in range(2)], axis=2)
         return up.reshape(b, 2 * h, 2 * w, self.features) + bias
 
 
@@ -191,5 +200,16 @@ class ConvBlock(nn.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max pooling: [b, h, w, c] -> [b, h/2, w/2, c]."""
-    return nn.max_pool(x, (2, 2), (2, 2))
+    """2x2 max pooling: [b, h, w, c] -> [b, h/2, w/2, c]; of equals the first has the gradient.
+
+    As `nn.max_pool`, whose gradient looks for each window's largest in a slow way on CPU.
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    x = _first_larger(x[:, :, :, :, 0], x[:, :, :, :, 1])
+    return _first_larger(x[:, :, 0], x[:, :, 1])
+
+
+def _first_larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The larger of each pair, all gradient to it, and to `a` among equals; NaN if either is."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
