@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.flags import make_parser
 from benchmarks.report import gather
 
-QUESTIONS = ("step", "memory", "growth", "sinkhorn", "input", "preparation")
+QUESTIONS = ("step", "memory", "growth", "sinkhorn", "input", "preparation", "compute")
 PAGE = "performance.md"
 # Sizes at which numbers mean nothing: whether the commands work.
 QUICK = {
@@ -30,6 +30,7 @@ QUICK = {
     "input": "--size 64 --num_slices 6 --num_keypoints 32 --batch_size 2 --num_batches 2 "
     "--step_seconds 0.05 --turns 1",
     "preparation": "--size 64 --num_slices 6 --num_keypoints 32 --num_volumes 2 --turns 1",
+    "compute": "--edges 32,64 --num_keypoints 16 --filters 2",
 }
 
 

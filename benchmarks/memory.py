@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--micro_size", type=int, default=256, help="pixels, for microbatches")
     flags.add_argument("--micro_batch_size", type=int, default=4, help="slices, for microbatches")
-    flags.add_argument("--num_microbatches", type=integers, default=(1, 2, 4))
+    flags.add_argument("--num_microbatches", type=integers, default=(1, 4))
     flags.add_argument("--turns", type=int, default=3)
     return flags
 
@@ -43,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         for choice in choices
     }
     micro = {
-        f"{n} microbatches": Case(
+        f"num_microbatches {n}": Case(
             size=arguments.micro_size,
             batch_size=arguments.micro_batch_size,
             num_microbatches=n,

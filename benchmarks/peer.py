@@ -47,10 +47,9 @@ class PositionalCode(nn.Module):
 
     def forward(self, keypoints: Tensor, h: int, w: int) -> Tensor:
         """Codes keypoints [b, k, 2] of an h x w map as [b, 256, k]."""
-        dtype = next(self.parameters()).dtype
-        center = torch.tensor([h / 2, w / 2], dtype=dtype, device=keypoints.device)
-        normalized = (keypoints.to(dtype) - center) / (0.7 * max(h, w))
-        return self.encoder(normalized.mT)
+        points = keypoints.to(next(self.parameters()).dtype)
+        centered = torch.stack([points[..., 0] - h / 2, points[..., 1] - w / 2], dim=1)
+        return self.encoder(centered / (0.7 * max(h, w)))
 
 
 class Attention(nn.Module):
@@ -121,11 +120,14 @@ class KAF(nn.Module):
         gathered = x.flatten(2).gather(2, pixel.expand(-1, c, -1))
         points = self.superglue(self.feature_mlp(gathered), keypoints, h, w)
         # On CPU the last of those at a pixel wins; each receives the pixel's gradient.
-        empty = points.new_zeros(b, h * w, KEYPOINT_FEATURES)
-        index = pixel.mT.expand(-1, -1, KEYPOINT_FEATURES)
-        dense = empty.scatter(1, index, points.mT).view(b, h, w, -1).permute(0, 3, 1, 2)
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            dense = dense.contiguous()
+        if x.is_contiguous():
+            dense = points.new_zeros(b, KEYPOINT_FEATURES, h * w)
+            dense = dense.scatter_(2, pixel.expand(-1, KEYPOINT_FEATURES, -1), points)
+            dense = dense.view(b, -1, h, w)
+        else:  # channels_last
+            dense = points.new_zeros(b, h * w, KEYPOINT_FEATURES)
+            dense = dense.scatter_(1, pixel.mT.expand(-1, -1, KEYPOINT_FEATURES), points.mT)
+            dense = dense.view(b, h, w, -1).permute(0, 3, 1, 2)
         return torch.cat([x, self.diffusion_cnn(dense)], dim=1)
 
 

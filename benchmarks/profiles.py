@@ -55,9 +55,11 @@ def device_events(planes: Iterable[Any]) -> Iterator[tuple[str, float]]:
 
 
 def profile_torch(step: Callable[[], Any], steps: int = 2) -> list[Kernel]:
-    """Top kernels of calls of a PyTorch step on a GPU."""
+    """Top kernels of calls of a PyTorch step on a GPU; none where there is no GPU."""
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     flags.set_defaults(batch_size=32)
     flags.add_argument("--num_iterations", type=int, default=100)
     flags.add_argument("--memory_iterations", type=integers, default=(25, 50, 100, 200, 400))
-    flags.add_argument("--turns", type=int, default=5)
+    flags.add_argument("--turns", type=int, default=3)
     return flags
 
 

@@ -1,4 +1,7 @@
-"""The peer of the benchmarks is our network: parameters, outputs, gradients and statistics."""
+"""The peer of the benchmarks is our network: parameters, outputs, gradients and statistics.
+
+The golden values, which ours equals too (test_golden), say so quickly; a direct comparison is slow.
+"""
 
 from typing import Any
 
@@ -8,12 +11,14 @@ import numpy as np
 import pytest
 
 from kafjax.models import build_model
-from kafjax.torch_import import import_state_dict
-from tests.release_weights import by_release_names
+from kafjax.torch_import import dead_weights, import_state_dict
+from tests.release_weights import by_release_names, draw_state_dict, load_golden
 from tests.small_models import model_config
 
 torch = pytest.importorskip("torch")
 from benchmarks import peer  # noqa: E402
+
+torch.set_num_threads(1)  # more wait for each other on a busy machine
 
 SIZE, NUM_KEYPOINTS, CLASSES = 32, 20, 3
 
@@ -42,6 +47,35 @@ def drawn_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return image, keypoints, label
 
 
+@pytest.mark.parametrize("name", ["unet", "kaf_unet"])
+def test_the_peer_has_the_golden_values(name: str) -> None:
+    facts, golden = load_golden(name)
+    config, names = facts["config"], facts["state_dict"]
+    network = peer.PeerUNet(config["filters"], 2 * config["num_layers"], config["num_classes"])
+    drawn = draw_state_dict(names, config["salt"])
+    dead = dead_weights(drawn)
+    state = {n: torch.tensor(drawn[n]) for n in drawn if n not in dead}
+    network.double().load_state_dict(state)
+    inputs = torch.tensor(golden["image"]).double(), torch.tensor(golden["keypoints"]).long()
+
+    evaluated = network.eval()(*inputs).detach()
+    trained = network.train()(*inputs)
+    loss = torch.nn.functional.cross_entropy(trained, torch.tensor(golden["label"]).long())
+    loss.backward()
+
+    np.testing.assert_allclose(evaluated, golden["logits_eval"], rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(trained.detach(), golden["logits_train"], rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(loss.item(), golden["loss_train"], rtol=1e-12)
+    norms = {n: torch.norm(p.grad).item() for n, p in network.named_parameters()}
+    expected = {n: facts["grad_norm"][n] for n in norms}
+    assert norms == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    after = {n: a for n, a in golden.items() if n.startswith("after/")}
+    found = network.state_dict()
+    for n, array in after.items():
+        np.testing.assert_allclose(found[n.removeprefix("after/")], array, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "kaf_unet"])
 def test_the_peer_computes_what_we_do(name: str) -> None:
     with jax.enable_x64(True):
