@@ -184,7 +184,11 @@ def plot_pair(
 
 
 def draw_segmentations(
-    rows: Sequence[SegmentedSlice], columns: Sequence[str], classes: Sequence[str]
+    rows: Sequence[SegmentedSlice],
+    columns: Sequence[str],
+    classes: Sequence[str],
+    *,
+    footnote: str = "",
 ) -> Figure:
     """A grid of slices, each in grey and with each of its labels in colour, and a legend.
 
@@ -192,10 +196,12 @@ def draw_segmentations(
       rows: one for each slice.
       columns: titles of the labels, as many as each row has.
       classes: names of all classes, the background first; the legend has those that are shown.
+      footnote: stands beside the legend.
     """
     shown = np.unique(np.concatenate([np.unique(label) for row in rows for label in row.labels]))
     colours = class_colours(len(classes)) / 255
     patches = [Patch(fc=colours[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
+    patches += [Patch(fc="none", ec="none", label=footnote)] if footnote else []
     heights = [image.shape[0] * aspect / image.shape[1] for _, image, _, _, aspect in rows]
     shape = len(rows), 1 + len(columns)
     titles = [wrap(title, WIDTH / shape[1] - 0.2) for title in ("image", *columns)]

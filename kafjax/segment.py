@@ -95,10 +95,21 @@ class Segmentation:
         logits: Any = self._model.apply(variables, *inputs, train=False)
         return logits
 
-    def count(self, variables: Any, batch: Batch) -> jax.Array:
-        """Pixel counts int32 [d, 3] of the batch's valid slices, which add up over batches."""
+    def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Validates slices, each by itself.
+
+        Returns:
+          Pixel counts int32 [b, d, 3], which add up over slices and are 0 for those that are not
+          valid, and the predicted classes uint8 [b, h, w].
+        """
         prediction = jnp.argmax(self.predict(variables, batch), axis=-1)
-        return count_pixels(prediction, batch["label"], self._num_classes, valid=batch["valid"])
+
+        def one(*of_slice: jax.Array) -> jax.Array:
+            classes, label, valid = (x[None] for x in of_slice)
+            return count_pixels(classes, label, self._num_classes, valid=valid)
+
+        counts = jax.vmap(one)(prediction, batch["label"], batch["valid"])
+        return counts, prediction.astype(jnp.uint8)
 
     def scores(self, counts: np.ndarray) -> dict[str, float]:
         """Pooled Dice of added up counts: the mean over classes, and each class that occurs."""

@@ -40,11 +40,11 @@ class Predicting(Protocol):
 class Counting(Protocol):
     """What validation needs to know of a task: numbers that add up over slices."""
 
-    def count(self, variables: Any, batch: Any) -> jax.Array:
-        """Integers of a device's part of a batch."""
+    def count(self, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Of a device's part of a batch, integers [b, ...] and predicted classes [b, h, w]."""
 
     def scores(self, counts: np.ndarray) -> dict[str, float]:
-        """Metrics of the sums over all batches."""
+        """Metrics of the integers' sums over all slices."""
 
 
 @flax.struct.dataclass
@@ -114,12 +114,18 @@ def make_update(
     return jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0)
 
 
-def make_count(task: Counting) -> Callable[[TrainState, Any], jax.Array]:
-    """The mapped validation step: (state, batch) -> the task's counts, summed over all devices."""
+def make_count(task: Counting) -> Callable[[TrainState, Any], tuple[jax.Array, ...]]:
+    """The mapped validation step: (state, batch) -> (records, counts, classes).
 
-    def count(state: TrainState, batch: Any) -> jax.Array:
+    Records and the task's counts are those of the global batch, [B] and [B, ...], the same on every
+    device; the predicted classes are of a device's own slices.
+    """
+
+    def count(state: TrainState, batch: Any) -> tuple[jax.Array, ...]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return jax.lax.psum(task.count(variables, batch), AXIS_NAME)
+        counts, classes = task.count(variables, batch)
+        own = batch["record"], counts
+        return *jax.lax.all_gather(own, AXIS_NAME, tiled=True), classes
 
     return jax.pmap(count, axis_name=AXIS_NAME)
 
@@ -150,6 +156,15 @@ def unreplicate(tree: Any) -> Any:
     """The first local device's arrays as host copies, without the axis of devices."""
     # A copy: the CPU's device buffer is shared with the array and donated to the next step.
     return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data[0]), tree)
+
+
+def unshard(tree: Any) -> Any:
+    """A process's own part of mapped results, on the host: [b, ...] over its devices together."""
+
+    def join(x: jax.Array) -> np.ndarray:
+        return np.concatenate([np.asarray(part.data[0]) for part in x.addressable_shards])
+
+    return jax.tree.map(join, tree)
 
 
 def shard(batch: Batch) -> Batch:

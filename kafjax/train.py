@@ -299,8 +299,18 @@ class _Run:
     def _validate(self, step: int, state: TrainState) -> dict[str, float]:
         with self._clock.stopped() as seconds:
             scores = self._validation.scores(state)
-        self._writer.write(step, scores, {"validation_seconds": seconds()})
+            self._writer.write(step, scores, {"validation_seconds": seconds()})
+            if self._shows_validation(step):
+                for name, image in self._validation.pictures(state).items():
+                    self._writer.picture(step, name, image)
         return scores
+
+    def _shows_validation(self, step: int) -> bool:
+        """Whether slices are drawn: first, last, and when `every.picture` steps have gone by."""
+        every = self._config.every.picture
+        due = self._config.every.validation_epochs * self._steps_per_epoch
+        ends = step <= due or step == self._num_steps
+        return bool(every) and (ends or step // every > (step - due) // every)
 
     def _show(self, step: int, batch: Batch) -> None:
         """Draws the first step's batch, and then one now and again; none where it is every 0."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import phantom_scratch
-from kafjax import checkpoint
+from kafjax import checkpoint, drawing, validation
 from kafjax import train as train_module
 from kafjax.input_pipeline import BatchOptions, labelled_volumes, open_dataset
 from kafjax.metrics import read_metrics
@@ -46,10 +46,14 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
 class Labels:
     """A task that predicts every slice's label, but for one class that it never finds."""
 
-    def count(self, variables: Any, batch: Any) -> jax.Array:
+    def count(self, variables: Any, batch: Any) -> Any:
         del variables
         found = jax.numpy.where(batch["label"] == 3, 0, batch["label"])
-        return count_pixels(found, batch["label"], NUM_CLASSES, valid=batch["valid"])
+        counts = [
+            count_pixels(found[i], batch["label"][i], NUM_CLASSES, valid=batch["valid"][i])
+            for i in range(len(found))
+        ]
+        return jax.numpy.stack(counts), found.astype(np.uint8)
 
     def scores(self, counts: np.ndarray) -> dict[str, Any]:
         return {"counts": counts}
@@ -72,6 +76,43 @@ def test_every_pixel_counts_once_in_any_batches(phantom_dataset: Path, batch_siz
     np.testing.assert_array_equal(found[4:, 0], expected[4:])
 
 
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_pictures_show_the_worst_and_best_slices(
+    phantom_dataset: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(phantom_dataset.parents[1], "phantom")
+    names = list(dataset.volumes)[1:3]
+    options = BatchOptions(batch_size=batch_size, patch_size=(64, 64), seed=0, num_threads=2)
+    state = replicate(TrainState(np.int32(0), {}, {}, {}))
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        validation,
+        "draw_segmentations",
+        lambda rows, *names: drawn.append(rows) or drawing.draw_segmentations(rows, *names),
+    )
+    slices = Validation(Labels(), dataset, options, names)
+    slices.scores(state)
+    pictures = slices.pictures(state)
+    assert list(pictures) == ["validation_worst", "validation_best"]
+    assert all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
+    # Without class 3 the Dice of a slice that has it is a mean over one class more, with 0.
+    expected = {}
+    for name in names:
+        for i, record in enumerate(dataset.volumes[name]):
+            found = set(np.unique(dataset.read(record, with_label=True).label)) - {0}
+            if found:
+                expected[f"{name} slice {i}"] = len(found - {3}) / len(found)
+    assert min(expected.values()) < max(expected.values()) == 1
+    order = sorted(expected.values())
+    for rows, wanted in zip(drawn, (order[:3], order[::-1][:3]), strict=True):
+        assert [expected[row.title] for row in rows] == pytest.approx(wanted)
+        for row in rows:
+            assert row.notes[1] == f"Dice {expected[row.title]:.3f}"
+            label, prediction = row.labels
+            np.testing.assert_array_equal(prediction, np.where(label == 3, 0, label))
+            assert label.any()
+
+
 def test_labelled_volumes_are_those_with_labels(phantom_dataset: Path) -> None:
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     names = list(dataset.volumes)
@@ -82,8 +123,8 @@ def test_labelled_volumes_are_those_with_labels(phantom_dataset: Path) -> None:
 def steps_that_only_count(task: Any, optimizer: Any) -> Callable[..., Any]:
     del task, optimizer
 
-    def update(state: Any, batch: Any, stop: np.ndarray) -> Any:
-        del batch
+    def update(state: Any, batch: Any, learning_rate: Any, stop: np.ndarray) -> Any:
+        del batch, learning_rate
         state = jax.tree.map(jax.numpy.asarray, state)
         loss = jax.numpy.full(stop.shape, 1.0)
         return state.replace(step=state.step + 1), {"loss": loss, "stop": jax.numpy.asarray(stop)}
@@ -92,9 +133,10 @@ def steps_that_only_count(task: Any, optimizer: Any) -> Callable[..., Any]:
 
 
 class Scores:
-    """Stands in for `Validation`: a score by step, and the volumes it was made with."""
+    """Stands in for `Validation`: a score by step, its volumes, and the steps of its pictures."""
 
     volumes: tuple[str, ...] = ()
+    drawn: ClassVar[list[int]] = []
 
     def __init__(self, task: Any, dataset: Any, options: Any, volumes: tuple[str, ...]):
         del task, dataset, options
@@ -102,6 +144,10 @@ class Scores:
 
     def scores(self, state: TrainState) -> dict[str, float]:
         return {"validation_dice": {6: 0.3, 12: 0.7, 18: 0.5, 20: 0.4}[int(state.step[0])]}
+
+    def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
+        Scores.drawn.append(int(state.step[0]))
+        return {"validation_worst": np.zeros((8, 8, 3), np.uint8)}
 
 
 @pytest.fixture
@@ -121,6 +167,17 @@ def test_best_by_dice_and_newest_are_kept(phantom_dataset: Path, tmp_path: Path)
     kept = checkpoint.saved_metrics(tmp_path)
     assert sorted(kept) == [12, 20]
     assert kept[12]["validation_dice"] == 0.7
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (13, [6, 18, 20]), (1, [6, 12, 18, 20])])
+def test_slices_are_drawn_first_last_and_every_so_many_steps(
+    phantom_dataset: Path, tmp_path: Path, every: int, expected: list[int]
+) -> None:
+    Scores.drawn = []
+    settings = {"every.validation_epochs": 2, "every.picture": every}
+    train(tiny_config(phantom_dataset, num_steps=20, **settings), tmp_path)
+    assert Scores.drawn == expected
 
 
 @pytest.mark.usefixtures("cheap")

@@ -29,6 +29,8 @@ from kafjax.input_pipeline import (
 from kafjax.patches import PatchSize
 from kafjax.task import sample_keys
 
+_augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
+
 
 def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
     """Opens DATA_DIR/NAME, or without a name the only prepared dataset of the folder."""
@@ -97,8 +99,7 @@ def augment_sample(sample: Batch, *, mode: str, config: AugmentConfig) -> Batch:
     key = sample_keys({name: jnp.asarray(sample[name])[None] for name in ("seed", "sample")})[0]
     fields = ("image", "keypoints", "keypoint_mask")
     views = [tuple(sample[field][i] for field in fields) for i in range(2)]
-    augment = jax.jit(augment_pair, static_argnames=("mode", "config"))
-    *moved, correspondence = augment(
+    *moved, correspondence = _augment_pair(
         key, *views, sample["correspondence"], mode=mode, config=config
     )
     stacked = {field: np.stack(both) for field, *both in zip(fields, *moved, strict=True)}

@@ -20,6 +20,8 @@ from kafjax.segmentation_metrics import count_pixels
 from kafjax.splits import Split, split_volumes
 from kafjax.validation import slice_dice
 
+_SEEN = "*"
+
 
 def segmentation_figure(
     dataset: SliceDataset,
@@ -59,14 +61,17 @@ def segmentation_figure(
         assert one.label is not None
         found = [of_run[i] for of_run in predictions]
         notes = [
-            dice_note(one.label, prediction, len(dataset.classes)) + "*" * (name in split.train)
+            dice_note(one.label, prediction, len(dataset.classes)) + _SEEN * (name in split.train)
             for prediction, split in zip(found, splits, strict=True)
         ]
         aspect = float(one.spacing[0] / one.spacing[1])
         title = dataset.describe_record(record)
         labels = [one.label, *found]
         rows.append(SegmentedSlice(title, one.image[..., 0], labels, ["", *notes], aspect))
-    return draw_segmentations(rows, ["reference", *name_runs(workdirs)], dataset.classes)
+    columns = ["reference", *name_runs(workdirs)]
+    seen = any(note.endswith(_SEEN) for row in rows for note in row.notes)
+    footnote = f"{_SEEN} trained on this volume" if seen else ""
+    return draw_segmentations(rows, columns, dataset.classes, footnote=footnote)
 
 
 def choose_slices(
