@@ -35,7 +35,9 @@ def integers(text: str) -> tuple[int, ...]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags that repeat a result."""
-    return {k: v for k, v in vars(arguments).items() if k != "output" and v not in (None, "")}
+    return {
+        k: v for k, v in vars(arguments).items() if k != "output" and v not in (None, "", False)
+    }
 
 
 def run(

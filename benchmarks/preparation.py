@@ -6,6 +6,7 @@ dataset, the workers' start included.
 
 import argparse
 import contextlib
+import os
 import statistics
 import tempfile
 import threading
@@ -58,14 +59,18 @@ def write_phantoms(folder: Path, num_volumes: int, size: tuple[int, int, int]) -
 
 
 def prepare(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) -> dict[str, float]:
-    """`seconds`, `slices` and `peak` bytes of the largest process, measured in a fresh one."""
+    """What `make_side` tells, of a fresh process."""
     maker = ("benchmarks.preparation:make_side", raw_dir, out, num_keypoints, num_workers)
     with workers({"preparation": maker}) as sides:
         return sides["preparation"].ask("prepare")
 
 
 def make_side(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) -> Side:
-    """The side that prepares once. Imports come before, as their time is not measured."""
+    """The side that prepares once; it imports before, as the time for that is not measured.
+
+    Its call tells `seconds`, `cpu` seconds of all processes' cores, `slices`, and `peak`, the most
+    bytes that one process had in memory.
+    """
     from benchmarks.workers import peak_memory
     from data_prep.builder import Options
     from data_prep.prepare import prepare_dataset
@@ -73,7 +78,7 @@ def make_side(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) ->
 
     def call() -> dict[str, float]:
         with children_peak() as children:
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), _cpu_seconds()
             summary = prepare_dataset(
                 READERS["chd"],
                 raw_dir,
@@ -82,11 +87,16 @@ def make_side(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) ->
                 options=Options(max_keypoints=num_keypoints),
                 num_workers=num_workers,
             )
-            seconds = time.perf_counter() - begin
+            seconds, cpu = time.perf_counter() - begin, _cpu_seconds() - cpu
         peak = max(children) if num_workers else peak_memory()
-        return {"seconds": seconds, "slices": summary.num_slices, "peak": peak}
+        return {"seconds": seconds, "cpu": cpu, "slices": summary.num_slices, "peak": peak}
 
     return Side({"prepare": call}, {})
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 @contextlib.contextmanager
@@ -133,6 +143,7 @@ def _table(
 ) -> Table:
     rows = []
     for (volumes, count), facts in turns.items():
+        cpu = statistics.median(fact["cpu"] / fact["slices"] for fact in facts)
         rate = statistics.median(fact["slices"] / fact["seconds"] for fact in facts)
         rows.append(
             [
@@ -140,10 +151,12 @@ def _table(
                 str(count) if count else "0 (in process)",
                 f"{rate:.1f}",
                 f"{rate / max(count, 1):.1f}",
+                f"{1000 * cpu:.1f} ms",
                 gigabytes(statistics.median(fact["peak"] for fact in facts)),
             ]
         )
-    columns = ["volumes", "workers", "slices/s", "slices/s a worker", "largest process"]
+    columns = ["volumes", "workers", "slices/s", "slices/s a worker"]
+    columns += ["core time a slice", "largest process"]
     title = f"Volumes of {' x '.join(map(str, size))}"
     stored = gigabytes(2.0 * size[0] * size[1] * size[2])
     return Table(title, columns, rows, [f"A volume of int16 is {stored}."])

@@ -45,7 +45,7 @@ class Result:
 
     def markdown(self) -> str:
         """A section of docs/performance.md."""
-        settings = " ".join(f"--{k} {_flag(v)}" for k, v in self.settings.items())
+        settings = " ".join(_flag(name, value) for name, value in self.settings.items())
         parts = [f"## {self.title}", f"`python -m benchmarks.{self.name} {settings}`"]
         return "\n\n".join([*parts, *(table.markdown() for table in self.tables)]) + "\n"
 
@@ -146,5 +146,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _flag(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _flag(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
