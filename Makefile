@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,17 +15,35 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	touch $@
 
+RUN := $(BIN)/python -m
+
 demo: $(INSTALLED)
-	$(BIN)/python -m data_prep.main --dataset phantom --data_dir $(DEMO)/data \
-	    --num_subjects 4 --size 64x64x24 --max_keypoints 64
-	$(BIN)/python -m kafjax.main --config configs/phantom_pretrain.py \
-	    --config.data.dir=$(DEMO)/data --workdir $(DEMO)/pretrain
+	$(RUN) data_prep.main --dataset phantom --data_dir $(DEMO)/data \
+	    --num_subjects 6 --size 64x64x24 --max_keypoints 64
+	$(RUN) kafjax.main --config configs/phantom_pretrain.py \
+	    --config.data.dir=$(DEMO)/data --workdir $(DEMO)/pretrain --config.num_steps=120
+	$(RUN) kafjax.main --config configs/phantom_finetune.py --config.init_from=$(DEMO)/pretrain \
+	    --config.data.dir=$(DEMO)/data --config.data.num_labeled=2 --workdir $(DEMO)/finetune
+	$(RUN) kafjax.evaluate --workdir $(DEMO)/finetune
+	$(RUN) kafjax.predict --workdir $(DEMO)/finetune --output $(DEMO)/ct_1004_prediction.nii.gz \
+	    --input $(DEMO)/data/raw/phantom/ct_1004_image.nii.gz
+	$(RUN) kafjax.figures keypoints --data_dir $(DEMO)/data --dataset phantom \
+	    --volume ct_1004 --slice 12 --output $(DEMO)/keypoints.png
+	$(RUN) kafjax.figures similarity --workdir $(DEMO)/pretrain $(DEMO)/finetune \
+	    --volume ct_1004 --slice 12 --output $(DEMO)/similarity.png
+	$(RUN) kafjax.figures segmentation --workdir $(DEMO)/finetune --output $(DEMO)/segmentation.png
+	$(RUN) kafjax.report --workdir $(DEMO)/pretrain $(DEMO)/finetune --output $(DEMO)/report.html
+	@echo "The prediction, figures and report are in $(DEMO)/: open $(DEMO)/report.html"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Without PyTorch only ours is timed: pip install '.[bench]' adds the peers.
+bench: $(INSTALLED)
+	$(RUN) benchmarks.main
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
