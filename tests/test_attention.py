@@ -1,5 +1,6 @@
 """Attention layers against numpy, padding invisible, and one compiled layer for any depth."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from kafjax.models.attention import (
     KeypointMLP,
     PositionalEncoder,
     SelfAttention,
+    blocked_attention,
     masked_attention,
     normalize_keypoints,
 )
@@ -86,6 +88,36 @@ def test_masked_attention_equals_a_loop() -> None:
             scores = query[b, :, h] @ key[b, mask[b], h].T / np.sqrt(3)
             expected = softmax(scores, axis=1) @ value[b, mask[b], h]
             np.testing.assert_allclose(found[b, :, h], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blocked_attention_is_masked_attention() -> None:
+    with jax.enable_x64(True):
+        inputs = [draw(3, k, 2, 4, seed=i).astype(np.float64) for i, k in enumerate((11, 7, 7))]
+        mask = random_mask(3, 7)
+        mask[0] = False
+
+        def summed(attention: Any, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = attention(*inputs, mask)
+            return jnp.sum(jnp.sin(found)), found
+
+        def run(attention: Any) -> Any:
+            value = jax.value_and_grad(summed, argnums=(1, 2, 3), has_aux=True)
+            return jax.jit(value, static_argnums=0)(attention, *inputs)
+
+        plain, blocked = run(masked_attention), run(partial(blocked_attention, block=4))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), blocked, plain)
+        assert np.all(blocked[0][1][0] == 0)
+
+
+def test_memory_of_attention_grows_as_its_keypoints() -> None:
+    def temporaries(k: int) -> int:
+        shape = jax.ShapeDtypeStruct((1, k, 4, 8), jnp.float32)
+        mask = jax.ShapeDtypeStruct((1, k), bool)
+        gradient = jax.grad(lambda x, mask: jnp.sum(blocked_attention(x, x, x, mask)))
+        compiled = jax.jit(gradient).lower(shape, mask).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.2 * temporaries(2048)
 
 
 def test_attention_to_padding_alone_is_zero() -> None:

@@ -15,6 +15,8 @@ from kafjax.models.layers import BatchNorm, Linear, parameter_dtype
 
 KEYPOINT_FEATURES = 256
 POSITION_MLP_FEATURES = (32, 64, 128, 256)
+# Queries that attend at a time: more take memory that grows as the square of the keypoints.
+QUERY_BLOCK = 256
 
 
 def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
@@ -48,6 +50,30 @@ def masked_attention(
     # Among padding alone the softmax is uniform, and would show what the padding holds.
     weights = jnp.where(real, jax.nn.softmax(logits, axis=-1), 0).astype(value.dtype)
     return jnp.einsum("bhks,bshc->bkhc", weights, value)
+
+
+def blocked_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, block: int = QUERY_BLOCK
+) -> jax.Array:
+    """`masked_attention`, at most `block` queries at a time: its memory grows as k, not as k * s.
+
+    The backward pass computes each block's weights again. Arguments and result are those of
+    `masked_attention`. `jax.nn.dot_product_attention` has a fused form on CUDA alone, for half
+    precision, where masks become biases of [k, s] again.
+    """
+    b, k, heads, c = query.shape
+    if k <= block:
+        return masked_attention(query, key, value, mask)
+    count = -(-k // block)
+    size = -(-k // count)
+    padded = jnp.pad(query, ((0, 0), (0, count * size - k), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(b, count, size, heads, c), 1, 0)
+
+    def attend(queries: jax.Array) -> jax.Array:
+        return masked_attention(queries, key, value, mask)
+
+    message = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), blocks)
+    return jnp.moveaxis(message, 0, 1).reshape(b, count * size, heads, c)[:, :k]
 
 
 class KeypointMLP(nn.Module):
@@ -113,7 +139,7 @@ class AttentionLayer(nn.Module):
             y = Linear(features, dtype=self.dtype, name=name)(values)
             return y.reshape(*y.shape[:2], *heads)
 
-        message = masked_attention(
+        message = blocked_attention(
             project("query", x), project("key", source), project("value", source), source_mask
         )
         message = Linear(features, dtype=self.dtype, name="merge")(message.reshape(x.shape))
