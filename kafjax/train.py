@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint import Checkpointer, check_config
+from kafjax.environment import write_environment
 from kafjax.input_pipeline import (
     BatchOptions,
     SliceDataset,
@@ -129,6 +130,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
     ) as checkpointer:
         if jax.process_index() == 0:
             write_preparation(workdir, dataset.metadata)
+            write_environment(workdir)
         received = run.run(checkpointer)
     if received is None and jax.process_index() == 0:
         _summarize(Path(workdir), run.kind.best_metric)
