@@ -31,6 +31,12 @@ CAMPAIGNS = {
     "checkpoints": ("faults.checkpoints", "run"),
     "disks": ("faults.disks", "run"),
     "hostile": ("faults.hostile", "run"),
+    "configs": ("faults.configs", "run"),
+    "degenerate": ("faults.degenerate", "run"),
+    "kills": ("faults.runs", "run_kills"),
+    "resumes": ("faults.runs", "run_resumes"),
+    "signals": ("faults.runs", "run_signals"),
+    "pairs": ("faults.runs", "run_pairs"),
 }
 
 
@@ -61,7 +67,8 @@ def run_campaign(name: str, settings: Settings) -> list[Tally]:
     try:
         found: Iterable[Tally] = getattr(importlib.import_module(module), function)(settings)
         for tally in found:
-            tally.seconds, begin = time.perf_counter() - begin, time.perf_counter()
+            tally.seconds = tally.seconds or time.perf_counter() - begin
+            begin = time.perf_counter()
             tallies.append(tally)
     except Exception as error:  # the other campaigns still run
         traceback.print_exc()

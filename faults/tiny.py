@@ -19,7 +19,7 @@ from kafjax.preparation import write_preparation
 from kafjax.records import open_builder
 from kafjax.segment import Segmentation
 from kafjax.step import TrainState
-from tests.runs import OVERRIDES
+from tests.runs import OVERRIDES, tiny_config
 
 SIZE = (48, 48, 10)
 
@@ -59,6 +59,11 @@ def segmentation_config(dataset: Path, **overrides: Any) -> ml_collections.Confi
         }
     )
     return config
+
+
+def pretraining_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
+    """The tests' pretraining run on a dataset of ours."""
+    return tiny_config(dataset, **{"data.max_keypoints": 32, "batch_size": 4, **overrides})
 
 
 def make_run(workdir: Path, dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:

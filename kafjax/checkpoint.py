@@ -47,8 +47,10 @@ __all__ = [
     "DamagedCheckpointError",
     "SaveError",
     "check_config",
+    "check_resumable",
     "load_variables",
     "saved_metrics",
+    "saved_steps",
 ]
 
 # How long, how often and where: a run may be resumed with other values of these.
@@ -232,6 +234,21 @@ def load_variables(
             f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
         )
     return found[1]
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of the checkpoints in a workdir, good or damaged, in order; none without any."""
+    directory = Path(workdir).absolute() / STEPS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+def check_resumable(workdir: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` where there is nothing to resume: never a fresh start by mistake."""
+    if not saved_steps(workdir):
+        raise ValueError(
+            f"{workdir}: holds no checkpoint to resume from; expected the workdir of a run that "
+            "saved one, or a start without --resume"
+        )
 
 
 def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:

@@ -1,22 +1,29 @@
 """Trains as a config file says: `python -m kafjax.main --config configs/chd_pretrain.py`.
 
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
-is resumed; Ctrl-C and SIGTERM write one first. Exit status: 0 complete, 2 for a mistake in the
-command, config or data, 1 for a loss that is not finite, 128 + signal when stopped.
+is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
+Exit status: 0 complete, 2 for a mistake in the command, config or data or a disk that takes no
+more, 1 for a loss that is not finite, 128 + signal when stopped.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from kafjax.checkpoint import check_resumable
 from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+from kafjax.config_checks import check_fields
 from kafjax.describe import describe
+from kafjax.preflight import look
 from kafjax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
+_RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
+_CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
@@ -25,17 +32,42 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    """Dispatches to `describe` or `train`."""
+    """Dispatches to `describe`, `look` or `train`."""
     del argv
-    config = _CONFIG.value
-    if _DESCRIBE.value:
-        print(describe(config))
-        return
-    if _COORDINATOR.value is not None:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    enable_compilation_cache()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    run_command(train, config, Path(_WORKDIR.value or f"runs/{name}"))
+    run_command(_run, _CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+
+
+def _run(config: Any, workdir: Path) -> int | None:
+    if _DESCRIBE.value:
+        check_fields(config)
+        print(describe(config))
+        return None
+    _join_processes()
+    if _CHECK.value:
+        _check(config, workdir)
+        return None
+    if _RESUME.value:
+        check_resumable(workdir)
+    enable_compilation_cache()
+    return train(config, workdir)
+
+
+def _join_processes() -> None:
+    flags_of_process = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if all(value is None for value in flags_of_process):
+        return
+    if any(value is None for value in flags_of_process):
+        raise ValueError("several processes need --coordinator, --num_processes and --process_id")
+    jax.distributed.initialize(*flags_of_process)
+
+
+def _check(config: Any, workdir: Path) -> None:
+    findings = look(config, workdir)
+    print("\n".join(map(str, findings)), flush=True)
+    wrong = [finding.name for finding in findings if finding.wrong]
+    if wrong:
+        raise ValueError(f"the run would not start: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

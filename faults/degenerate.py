@@ -1,0 +1,117 @@
+"""Batches with nothing to learn from: a thousand steps, and no number that is not finite."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from faults.campaign import Settings, Tally
+from kafjax.pretrain import Pretraining
+from kafjax.step import AXIS_NAME, Batch, init_state, make_optimizer, make_update, replicate, shard
+from tests.runs import random_batch, tiny_config
+
+USUAL = 1000
+_SIZE, _PLACES = 4, 16
+
+
+def _no_keypoint(batch: Batch, rng: np.random.Generator) -> None:
+    batch["keypoint_mask"][:] = False
+
+
+def _no_keypoint_in_some(batch: Batch, rng: np.random.Generator) -> None:
+    batch["keypoint_mask"][rng.random(batch["keypoint_mask"].shape[:2]) < 0.5] = False
+
+
+def _one_keypoint(batch: Batch, rng: np.random.Generator) -> None:
+    batch["keypoint_mask"][:] = np.arange(_PLACES) == int(rng.integers(_PLACES))
+
+
+def _all_at_one_pixel(batch: Batch, rng: np.random.Generator) -> None:
+    batch["keypoints"][:] = rng.integers(0, 32, 2)
+
+
+def _all_in_a_corner(batch: Batch, rng: np.random.Generator) -> None:
+    batch["keypoints"][:] = 31 * rng.integers(0, 2, 2)
+
+
+def _blank(batch: Batch, rng: np.random.Generator) -> None:
+    batch["image"][:] = 0
+
+
+def _blank_with_keypoints_in_one(batch: Batch, rng: np.random.Generator) -> None:
+    batch["image"][int(rng.integers(_SIZE))] = 0
+
+
+def _bright(batch: Batch, rng: np.random.Generator) -> None:
+    batch["image"][:] *= 1e4
+
+
+def _one_slice_volume(batch: Batch, rng: np.random.Generator) -> None:
+    """Both views are the only slice of their volume, which corresponds with itself."""
+    for field in ("image", "keypoints", "keypoint_mask"):
+        batch[field][:, 1] = batch[field][:, 0]
+    batch["correspondence"][:] = np.where(batch["keypoint_mask"][:, 0], np.arange(_PLACES), -1)
+    batch["position"][:] = 1
+
+
+def _no_positive_pair(batch: Batch, rng: np.random.Generator) -> None:
+    batch["position"][:] = (np.arange(_SIZE) + 1) / _SIZE
+
+
+def _all_positive(batch: Batch, rng: np.random.Generator) -> None:
+    batch["position"][:] = 0.5
+
+
+def _no_correspondence(batch: Batch, rng: np.random.Generator) -> None:
+    batch["correspondence"][:] = -1
+
+
+def _all_the_same(batch: Batch, rng: np.random.Generator) -> None:
+    for field in ("image", "keypoints", "keypoint_mask", "correspondence", "position"):
+        batch[field][:] = batch[field][:1]
+
+
+KINDS: dict[str, Callable[[Batch, np.random.Generator], None]] = {
+    "no keypoint": _no_keypoint,
+    "no keypoint in half of the slices": _no_keypoint_in_some,
+    "one keypoint": _one_keypoint,
+    "all keypoints at one pixel": _all_at_one_pixel,
+    "all keypoints in a corner": _all_in_a_corner,
+    "blank slices": _blank,
+    "one blank pair": _blank_with_keypoints_in_one,
+    "ten thousand times as bright": _bright,
+    "volumes of one slice": _one_slice_volume,
+    "no positive pair": _no_positive_pair,
+    "every pair positive": _all_positive,
+    "no correspondence": _no_correspondence,
+    "one sample throughout": _all_the_same,
+}
+
+
+def run(settings: Settings) -> Iterator[Tally]:
+    """One network takes a step on each kind in turn, at the rate of the paper; one compilation."""
+    rng = settings.generator("degenerate")
+    config = tiny_config(
+        settings.scratch / "a/b/c",
+        **{"batch_size": _SIZE, "model.name": "kaf_unet", "optimizer.learning_rate": 0.002},
+    )
+    task = Pretraining(config, axis_name=AXIS_NAME)
+    optimizer = make_optimizer(config.optimizer)
+    update = make_update(task, optimizer)
+    state = replicate(init_state(task, optimizer))
+    scalars = replicate((np.float32(config.optimizer.learning_rate), np.int32(0)))
+    tally = Tally("degenerate batches: steps without NaN")
+    names = list(KINDS)
+    for i in range(settings.tries(USUAL)):
+        name = names[i % len(names)]
+        batch = random_batch(_SIZE, _PLACES, seed=i)
+        KINDS[name](batch, rng)
+        state, metrics = update(state, shard(batch), *scalars)
+        bad = [field for field, x in metrics.items() if not np.isfinite(np.asarray(x)).all()]
+        tally.expect(not bad, f"step {i}, {name}: {', '.join(bad)} not finite", otherwise="silent")
+        if bad:
+            break
+    faulty = [x.shape for x in jax.tree.leaves(state) if not np.isfinite(np.asarray(x)).all()]
+    if faulty:
+        tally.add("silent", f"{len(faulty)} arrays of the state are not finite")
+    yield tally

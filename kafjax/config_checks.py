@@ -1,0 +1,225 @@
+"""Every field of a run's config: its type, its range, and what goes together.
+
+A mistake is found before anything is opened or compiled, and all of them at once. A field that a
+task has no use for is a mistake too: no knob may be ignored. Paths are dotted, as on the command
+line without `--config.`; who adds a field to `configs/` adds its rule here.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from kafjax.augment import KEYPOINT_MODES, AugmentConfig
+from kafjax.losses import CONTRASTIVE_METHODS
+from kafjax.models import DTYPES, MODELS
+
+TASK_HEADS = {"pretrain": "pretraining", "segment": "segmentation"}
+OPTIMIZERS = ("sgd", "adam")
+_MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
+_MAX_CLASSES = 256
+_DIVISOR = 16  # of the patch, which networks halve four times
+
+
+class Rule(NamedTuple):
+    """What a value must be: in words, and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _integer(low: int, high: int | None = None) -> Rule:
+    words = f"a whole number from {low}" + (" on" if high is None else f" to {high}")
+    top = math.inf if high is None else high
+    return Rule(words, lambda value: type(value) is int and low <= value <= top)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _number(low: float, high: float = math.inf) -> Rule:
+    words = f"a number from {low:g}" + (" on" if high == math.inf else f" to {high:g}")
+    return Rule(words, lambda value: _is_number(value) and low <= value <= high)
+
+
+def _choice(choices: Any) -> Rule:
+    return Rule(
+        f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices
+    )
+
+
+def _pair(words: str, holds: Callable[[Any], bool]) -> Rule:
+    return Rule(
+        words,
+        lambda value: (
+            isinstance(value, tuple | list) and len(value) == 2 and all(map(holds, value))
+        ),
+    )
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(f"{rule.expected}, or none", lambda value: value is None or rule.holds(value))
+
+
+_FLAG = Rule("True or False", lambda value: type(value) is bool)
+_TEXT = Rule("a text", lambda value: isinstance(value, str) and bool(value))
+_POSITIVE = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
+_RANGE = _pair("two numbers, (low, high)", _is_number)
+_PATCH = _pair(
+    f"(rows, columns), both positive multiples of {_DIVISOR}",
+    lambda value: type(value) is int and value > 0 and value % _DIVISOR == 0,
+)
+
+_COMMON = {
+    "task": _choice(TASK_HEADS),
+    "seed": _integer(0, 2**32 - 1),
+    "batch_size": _integer(1),
+    "num_microbatches": _integer(1),
+    "num_epochs": _integer(1, 10**6),
+    "num_steps": _or_none(_integer(1)),
+    "sync_batch_norm": _FLAG,
+    "data.name": _TEXT,
+    "data.dir": _TEXT,
+    "data.patch_size": _PATCH,
+    "data.max_keypoints": _integer(1, _MAX_KEYPOINTS),
+    "data.radius": _integer(1),
+    "data.num_threads": _integer(1, 1024),
+    "model.name": _choice(MODELS),
+    "model.filters": _integer(1),
+    "model.num_attention_layers": _integer(1),
+    "model.dtype": _choice(DTYPES),
+    "optimizer.name": _choice(OPTIMIZERS),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.final_learning_rate": _number(0),
+    "every.log": _integer(1),
+    "every.checkpoint": _integer(1),
+    "every.picture": _integer(0),
+    "checkpoint.keep_newest": _integer(1),
+    "checkpoint.keep_best": _integer(1),
+}
+_OF_TASK = {
+    "pretrain": {
+        "model.head": _choice(("pretraining",)),
+        "model.embedding": _integer(1),
+        "model.num_matcher_layers": _integer(1),
+        "model.num_sinkhorn_iterations": _integer(1),
+        "loss.method": _choice(CONTRASTIVE_METHODS),
+        "loss.position_threshold": _number(0, 1),
+        "loss.temperature": _POSITIVE,
+        "loss.weights.cnn": _number(0),
+        "loss.weights.kaf": _number(0),
+        "loss.weights.matching": _number(0),
+    },
+    "segment": {
+        "model.head": _choice(("segmentation",)),
+        "model.num_classes": _integer(2, _MAX_CLASSES),
+        "data.fold": _integer(0),
+        "data.num_folds": _integer(2),
+        "data.num_labeled": _or_none(_integer(1)),
+        "every.validation_epochs": _integer(0),
+    },
+}
+_TRANSFORM = {
+    f"augment.transform.{name}": _number(0, 1) if name.endswith("_probability") else _RANGE
+    for name in AugmentConfig.__dataclass_fields__
+}
+_AUGMENT = {"augment.keypoints": _choice(KEYPOINT_MODES), **_TRANSFORM}
+# Rules of fields that need not be there: what a run of the task does without them.
+_OPTIONAL = {
+    "pretrain": {"optimizer.momentum": _number(0, 1)},
+    "segment": {"optimizer.momentum": _number(0, 1), "init_from": _or_none(_TEXT)},
+}
+
+
+def check_fields(config: Any) -> None:
+    """Checks all fields of a run's config, a ConfigDict or nested dicts.
+
+    Raises:
+      ValueError: a line for each field that is missing, unknown, or not what it must be: its name,
+        what was found and what was expected.
+    """
+    fields = _flatten(config.to_dict() if hasattr(config, "to_dict") else config)
+    task = fields.get("task")
+    if task not in TASK_HEADS:
+        raise ValueError(_line("task", fields, _COMMON["task"]))
+    needed = {**_COMMON, **_OF_TASK[task]}
+    if fields.get("optimizer.name") == "sgd":
+        needed["optimizer.momentum"] = _OPTIONAL[task]["optimizer.momentum"]
+    if task == "segment" and fields.get("augment", "") is None:
+        needed["augment"] = Rule("none", lambda value: value is None)
+    else:
+        needed |= _AUGMENT
+    known = {**_OPTIONAL[task], **needed}
+    faults = [_line(path, fields, rule) for path, rule in needed.items() if path not in fields]
+    faults += [
+        _line(path, fields, known[path]) if path in known else _unknown(path, task, known)
+        for path, value in fields.items()
+        if path not in known or not known[path].holds(value)
+    ]
+    # What goes together can be asked only of values that are right by themselves.
+    faults = faults or _disagreements(fields)
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _line(path: str, fields: Mapping[str, Any], rule: Rule) -> str:
+    found = f"is {fields[path]!r}" if path in fields else "is missing"
+    return f"config.{path} {found}, expected {rule.expected}"
+
+
+def _unknown(path: str, task: str, known: Mapping[str, Rule]) -> str:
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.85)
+    return f"config.{path} is not a field of task {task!r}" + (
+        f"; the nearest is config.{near[0]}" if near else ", expected no such field"
+    )
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _disagreements(fields: Mapping[str, Any]) -> list[str]:
+    found = [
+        f"config.{path} is {fields[path]!r}, expected {expected}"
+        for path, (expected, holds) in _TOGETHER.items()
+        if path in fields and not holds(fields)
+    ]
+    transform = {p.split(".")[-1]: fields[p] for p in _TRANSFORM if p in fields}
+    if transform:
+        try:
+            AugmentConfig(**transform)
+        except ValueError as error:
+            found.append(f"config.augment.transform: {error}")
+    return found
+
+
+def _learns(fields: Mapping[str, Any]) -> bool:
+    """Whether a loss is left: networks without keypoints have neither the second nor the third."""
+    names = ("cnn", "kaf", "matching") if "kaf" in fields["model.name"] else ("cnn",)
+    return any(fields[f"loss.weights.{name}"] > 0 for name in names)
+
+
+_TOGETHER: dict[str, Rule] = {
+    "batch_size": Rule(
+        "a multiple of config.num_microbatches",
+        lambda f: f["batch_size"] % f["num_microbatches"] == 0,
+    ),
+    "data.fold": Rule(
+        "a number below config.data.num_folds", lambda f: f["data.fold"] < f["data.num_folds"]
+    ),
+    "optimizer.final_learning_rate": Rule(
+        "no more than config.optimizer.learning_rate",
+        lambda f: f["optimizer.final_learning_rate"] <= f["optimizer.learning_rate"],
+    ),
+    "model.num_attention_layers": Rule(
+        "an even number for swin_unet: plain and shifted windows take turns",
+        lambda f: f["model.name"] != "swin_unet" or f["model.num_attention_layers"] % 2 == 0,
+    ),
+    "loss.weights.cnn": Rule("above 0, or another loss that the model has", _learns),
+}

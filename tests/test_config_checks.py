@@ -1,0 +1,112 @@
+"""The checks of a config's fields: every config passes, every mistake is told by name."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import pytest
+
+from configs import phantom_finetune, phantom_pretrain
+from kafjax.config_checks import check_fields
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*_*.py"))
+
+
+def changed(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
+    flat = {name.replace("__", "."): value for name, value in fields.items()}
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(flat)
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_passes(name: str) -> None:
+    check_fields(importlib.import_module(f"configs.{name}").get_config())
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"batch_size": 0}, "config.batch_size is 0, expected a whole number from 1 on"),
+        ({"batch_size": True}, "config.batch_size is True, expected a whole number from 1 on"),
+        ({"num_steps": 0}, "config.num_steps is 0, expected a whole number from 1 on, or none"),
+        ({"seed": -1}, "config.seed is -1, expected a whole number from 0 to 4294967295"),
+        ({"task": "train"}, "config.task is 'train', expected one of pretrain, segment"),
+        ({"sync_batch_norm": 1}, "config.sync_batch_norm is 1, expected True or False"),
+        (
+            {"data__patch_size": (64, 60)},
+            "config.data.patch_size is (64, 60), expected (rows, columns), both positive multiples "
+            "of 16",
+        ),
+        ({"loss__temperature": 0.0}, "config.loss.temperature is 0.0, expected a number above 0"),
+        (
+            {"optimizer__learning_rate": float("nan")},
+            "config.optimizer.learning_rate is nan, expected a number above 0",
+        ),
+        (
+            {"optimizer__final_learning_rate": 1.0},
+            "config.optimizer.final_learning_rate is 1.0, expected no more than "
+            "config.optimizer.learning_rate",
+        ),
+        (
+            {"batch_size": 6, "num_microbatches": 4},
+            "config.batch_size is 6, expected a multiple of config.num_microbatches",
+        ),
+        (
+            {"model__head": "segmentation"},
+            "config.model.head is 'segmentation', expected one of pretraining",
+        ),
+        (
+            {"augment__transform__rotation": (1.0, 0.0)},
+            "config.augment.transform: AugmentConfig: rotation is (1.0, 0.0), expected (low, high) "
+            "with low <= high",
+        ),
+        (
+            {"model__name": "unet", "loss__weights__cnn": 0.0},
+            "config.loss.weights.cnn is 0.0, expected above 0, or another loss that the model has",
+        ),
+        (
+            {"data__fold": 0},
+            "config.data.fold is not a field of task 'pretrain', expected no such field",
+        ),
+        (
+            {"optimizer__learning_rates": 0.1},
+            "config.optimizer.learning_rates is not a field of task 'pretrain'; the nearest is "
+            "config.optimizer.learning_rate",
+        ),
+    ],
+)
+def test_a_mistake_is_told_by_field_what_was_found_and_what_was_expected(
+    fields: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        check_fields(changed(phantom_pretrain.get_config(), **fields))
+    assert str(error.value) == line
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    config = changed(phantom_finetune.get_config(), seed="0", data__num_labeled=0, every__log=0.5)
+    with config.unlocked():
+        del config.data.fold
+    with pytest.raises(ValueError) as error:
+        check_fields(config)
+    told = [line.split()[0] for line in str(error.value).splitlines()]
+    assert sorted(told) == [
+        "config.data.fold",
+        "config.data.num_labeled",
+        "config.every.log",
+        "config.seed",
+    ]
+
+
+def test_sgd_needs_its_momentum_and_adam_may_keep_one() -> None:
+    config = phantom_pretrain.get_config()
+    with config.unlocked():
+        del config.optimizer.momentum
+    check_fields(config)
+    config.optimizer.name = "sgd"
+    with pytest.raises(
+        ValueError, match=r"config.optimizer.momentum is missing, expected a number"
+    ):
+        check_fields(config)
