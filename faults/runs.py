@@ -87,6 +87,7 @@ class Fork:
         output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
         status = 1
         try:
             status = self.function()
