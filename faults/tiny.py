@@ -46,7 +46,8 @@ def segmentation_config(dataset: Path, **overrides: Any) -> ml_collections.Confi
     """A segmentation run of the plain UNet, which compiles soonest."""
     config = phantom_finetune.get_config()
     del config.init_from
-    ours = {name: value for name, value in OVERRIDES.items() if _has(config, name)}
+    # The optimiser is the run's own: the tests' is pretraining's.
+    ours = {n: v for n, v in OVERRIDES.items() if _has(config, n) and "optimizer" not in n}
     config.update_from_flattened_dict(
         {
             **ours,
