@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from kafjax.checkpoint import check_config
@@ -313,6 +314,7 @@ def _run_missing(config: Any, root: Path, runs: Sequence[Run]) -> int | None:
         if received:
             return received
         evaluate_run(workdir)
+        jax.clear_caches()  # each run's programs would stay in memory; the next finds them on disk
         write_tables(root, runs, collect_results(config, root, runs))
     return None
 
