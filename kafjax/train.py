@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint import Checkpointer, check_config
+from kafjax.config_checks import check_fields
 from kafjax.environment import write_environment
 from kafjax.input_pipeline import (
     BatchOptions,
@@ -108,6 +109,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
       ValueError: the config, the dataset and the workdir do not fit each other.
       FloatingPointError: the loss is not finite; the message names the step and the slices.
     """
+    check_fields(config)
     devices, parts = jax.device_count(), config.num_microbatches
     if config.batch_size % (devices * parts):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
@@ -186,8 +188,6 @@ class _Run:
         workdir: str | os.PathLike[str],
         dataset: SliceDataset,
     ):
-        if config.task not in TASKS:
-            raise ValueError(f"config.task is {config.task!r}, expected {' or '.join(TASKS)}")
         self.kind = TASKS[config.task]
         self._config = config
         self._workdir = workdir

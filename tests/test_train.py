@@ -102,8 +102,8 @@ def test_batch_that_devices_do_not_divide_is_refused(
     with pytest.raises(ValueError, match="batch_size is 8, expected a multiple of the 3 devices"):
         train(tiny_config(phantom_dataset), tmp_path)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(ValueError, match="of the 4 devices times num_microbatches 3"):
-        train(tiny_config(phantom_dataset, num_microbatches=3), tmp_path)
+    with pytest.raises(ValueError, match="of the 4 devices times num_microbatches 4"):
+        train(tiny_config(phantom_dataset, num_microbatches=4), tmp_path)
 
 
 @pytest.mark.usefixtures("cheap")
