@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench faults lint clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ test-slow: $(INSTALLED)
 # Without PyTorch only ours is timed: pip install '.[bench]' adds the peers.
 bench: $(INSTALLED)
 	$(RUN) benchmarks.main
+
+# Damages files, fills disks and kills runs; the table is printed and written.
+faults: $(INSTALLED)
+	$(RUN) faults.main --output faults_table
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

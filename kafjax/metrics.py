@@ -45,12 +45,21 @@ class MetricMeans:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, without a last line that a killed run left unfinished."""
+    """The lines of a run's metrics file, without a last line that a killed run left unfinished.
+
+    Raises:
+      ValueError: a line is damaged; the message names it.
+    """
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            rows += [json.loads(line)] if line.endswith("\n") else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not metrics ({error})") from None
+    return rows
 
 
 class MetricWriter:

@@ -20,6 +20,25 @@ from kafjax.task import apply_training, make_model, make_transform, sample_keys
 Metrics = dict[str, jax.Array]
 
 
+def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Array) -> Metrics:
+    """Which shares of a batch the losses pass over, or learn less of.
+
+    Args:
+      mask: bool [b, 2, k], real keypoints.
+      correspondence: int [b, k], -1 for none.
+      positives: bool [B, B], over the global batch.
+
+    Returns:
+      The shares of slices without a keypoint, of pairs without a correspondence, and of samples
+      whose only positives are their own views.
+    """
+    return {
+        "slices_without_keypoints": jnp.mean(~jnp.any(mask, axis=-1)),
+        "pairs_without_correspondence": jnp.mean(jnp.all(correspondence < 0, axis=-1)),
+        "samples_without_positive": jnp.mean(jnp.sum(positives, axis=1) <= 1),
+    }
+
+
 class Pretraining:
     """Self-supervised pretraining of an encoder with KAF's heads.
 
@@ -67,7 +86,8 @@ class Pretraining:
             (batch["image"], batch["keypoints"], mask),
             num_microbatches=self._config.num_microbatches,
         )
-        terms = self._terms(output, batch)
+        positives = self._positives(batch["position"])
+        terms = self._terms(output, batch, positives)
         weights = self._config.loss.weights
         total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
         metrics = {
@@ -75,18 +95,24 @@ class Pretraining:
             **{f"loss_{name}": term for name, term in terms.items()},
             "keypoints": jnp.mean(jnp.sum(mask, axis=-1)),
             "correspondences": jnp.mean(jnp.sum(batch["correspondence"] >= 0, axis=-1)),
+            **skipped_shares(mask, batch["correspondence"], positives),
         }
         return total, (metrics, batch_stats)
 
-    def _terms(self, output: PretrainingOutput, batch: dict[str, jax.Array]) -> Metrics:
-        """The unweighted losses; those with weight 0, or without their head, are left out."""
-        config = self._config.loss
-        position = batch["position"]
+    def _positives(self, position: jax.Array) -> jax.Array:
+        """Which samples of the global batch are positives of each other: bool [B, B]."""
         if self._axis_name is not None:
             position = jax.lax.all_gather(position, self._axis_name, tiled=True)
-        positives = losses.positive_pairs(
+        config = self._config.loss
+        return losses.positive_pairs(
             config.method, position, position_threshold=config.position_threshold
         )
+
+    def _terms(
+        self, output: PretrainingOutput, batch: dict[str, jax.Array], positives: jax.Array
+    ) -> Metrics:
+        """The unweighted losses; those with weight 0, or without their head, are left out."""
+        config = self._config.loss
         contrastive = functools.partial(
             losses.supervised_contrastive_loss,
             positives=positives,

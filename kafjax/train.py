@@ -23,18 +23,15 @@ from kafjax.environment import write_environment
 from kafjax.input_pipeline import (
     BatchOptions,
     SliceDataset,
-    check_facts,
-    labelled_volumes,
-    open_dataset,
     pretraining_batches,
     segmentation_batches,
     steps_per_epoch,
 )
 from kafjax.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricMeans, MetricWriter, read_metrics
+from kafjax.preflight import check_devices, open_run_dataset, split_run
 from kafjax.preparation import write_preparation
 from kafjax.pretrain import Pretraining
 from kafjax.segment import Segmentation
-from kafjax.splits import Split, split_volumes
 from kafjax.step import (
     AXIS_NAME,
     Batch,
@@ -110,16 +107,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
       FloatingPointError: the loss is not finite; the message names the step and the slices.
     """
     check_fields(config)
-    devices, parts = jax.device_count(), config.num_microbatches
-    if config.batch_size % (devices * parts):
-        times = f" times num_microbatches {parts}" if parts > 1 else ""
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, "
-            f"expected a multiple of the {devices} devices{times}"
-        )
+    check_devices(config)
     fields = config.to_dict()
     check_config(workdir, fields)
-    dataset = _open_dataset(config)
+    dataset = open_run_dataset(config)
     run = _Run(config, workdir, dataset)  # first: a mistake in the config leaves no workdir
     keep = config.checkpoint
     with Checkpointer(
@@ -137,31 +128,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
     if received is None and jax.process_index() == 0:
         _summarize(Path(workdir), run.kind.best_metric)
     return received
-
-
-def _open_dataset(config: Any) -> SliceDataset:
-    """Opens the config's dataset; `ValueError` where it is not as the config says."""
-    dataset = open_dataset(config.data.dir, config.data.name)
-    check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
-    num_classes = config.model.get("num_classes", len(dataset.classes))
-    if num_classes != len(dataset.classes):
-        raise ValueError(
-            f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
-            f"{dataset.directory} has {', '.join(dataset.classes)}"
-        )
-    return dataset
-
-
-def _split(config: Any, dataset: SliceDataset) -> Split:
-    """The volumes to train on and to validate on: those of a fold, or all and none."""
-    if "fold" not in config.data:
-        return Split(tuple(dataset.volumes), ())
-    return split_volumes(
-        labelled_volumes(dataset),
-        fold=config.data.fold,
-        num_labeled=config.data.num_labeled,
-        num_folds=config.data.num_folds,
-    )
 
 
 def _summarize(workdir: Path, best_metric: str) -> None:
@@ -195,7 +161,7 @@ class _Run:
         if "init_from" in config and not (Path(workdir) / "checkpoints").exists():
             check_facts_alike(config.init_from, config)
         self._task = self.kind.task(config, axis_name=AXIS_NAME)
-        self._split = _split(config, dataset)
+        self._split = split_run(config, dataset)
         self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size, self._split.train)
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
@@ -267,6 +233,7 @@ class _Run:
             self._in_flight.append(_InFlight(step, metrics, batch["record"]))
             # One step stays in flight, so that the device never waits for the host.
             received = self._settle(keep=1)
+            self._checkpointer.check()
             validates = self._validates(step)
             if received or validates or step % checkpoint_every == 0 or step == self._num_steps:
                 received = self._settle(keep=0) or received

@@ -42,6 +42,14 @@ def test_resumed_run_drops_lines_that_its_checkpoint_has_not_reached(tmp_path: P
     }
 
 
+def test_damaged_line_is_named(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), 0)
+    path = tmp_path / METRICS_FILE
+    path.write_text(path.read_text().replace('"step": 2', '"step 2'))
+    with pytest.raises(ValueError, match=f"{METRICS_FILE}, line 2: not metrics"):
+        read_metrics(tmp_path)
+
+
 def test_tensorboard_file_holds_scalars_and_the_picture(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), 0)
     (path,) = (tmp_path / "tensorboard").iterdir()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kafjax.augment import AugmentConfig, augment_pair
-from kafjax.pretrain import Pretraining
+from kafjax.pretrain import Pretraining, skipped_shares
 from tests.runs import random_batch, tiny_config
 
 DATASET = Path("a/b/c")  # configs only name it
@@ -68,6 +68,19 @@ def test_terms_follow_weights_and_heads() -> None:
     plain = metrics_of(batch, **{"model.name": "unet"})
     assert "loss_cnn" in plain
     assert not {"loss_kaf", "loss_matching"} & plain.keys()
+
+
+def test_what_losses_pass_over_is_counted() -> None:
+    mask, correspondence = np.ones((4, 2, 3), bool), np.full((4, 3), -1)
+    mask[0] = mask[2, 1] = False
+    correspondence[1, 2] = 0
+    positives = np.eye(4, dtype=bool)
+    positives[0, 1] = positives[1, 0] = True
+    assert skipped_shares(mask, correspondence, positives) == {
+        "slices_without_keypoints": 3 / 8,
+        "pairs_without_correspondence": 3 / 4,
+        "samples_without_positive": 2 / 4,
+    }
 
 
 def test_picture_shows_the_first_pair(task: Pretraining) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.layers import Conv, ConvBlock, max_pool
-from kafjax.models.unet import Encoder, Encoding
+from kafjax.models.unet import Encoder, Encoding, apply_block
 
 
 class FCNEncoder(Encoder):
@@ -29,7 +29,8 @@ class FCNEncoder(Encoder):
     def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [b, h / 16, w / 16, c] to [b, h / 32, w / 32, 16 f]."""
         block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, name="level_4")
-        return nn.max_pool(block(x, train=train), (2, 2), (2, 2), padding="SAME")
+        x = apply_block(block, x, train=train, remat=self.remat)
+        return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
 
 
 class FCNDecoder(nn.Module):

@@ -38,6 +38,15 @@ class Encoding(NamedTuple):
     points: tuple[jax.Array, ...]
 
 
+def apply_block(block: nn.Module, *inputs: jax.Array, train: bool, remat: bool) -> Any:
+    """Applies a block; with `remat`, the backward pass computes what is inside it again."""
+
+    def call(block: Any, *inputs: jax.Array) -> Any:
+        return block(*inputs, train=train)
+
+    return (nn.remat(call) if remat else call)(block, *inputs)
+
+
 class WidenedBlock(nn.Module):
     """A convolution block followed by its widening at one level.
 
@@ -76,6 +85,7 @@ class Encoder(nn.Module):
     Attributes:
       filters: f, the channels of the first block.
       widening: 'none', 'copy' or 'kaf'.
+      remat: keep of each block its output alone for the backward pass: less memory, more time.
     """
 
     filters: int
@@ -83,6 +93,7 @@ class Encoder(nn.Module):
     num_attention_layers: int = 16
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -101,7 +112,7 @@ class Encoder(nn.Module):
                 self.dtype,
                 name=f"level_{level}",
             )
-            x, level_points = block(x, keypoints, mask, train=train)
+            x, level_points = apply_block(block, x, keypoints, mask, train=train, remat=self.remat)
             levels.append(x)
             points += [] if level_points is None else [level_points]
             x = max_pool(x)
@@ -124,11 +135,12 @@ class UNetEncoder(Encoder):
 
 
 class UNetDecoder(nn.Module):
-    """From the centre back to the image's size, and to logits."""
+    """From the centre back to the image's size, and to logits; `remat` as the encoder's."""
 
     num_classes: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
@@ -139,6 +151,6 @@ class UNetDecoder(nn.Module):
             x = UpConv(features, dtype=self.dtype, name=f"up_{level}")(x)
             x = jnp.concatenate([x, encoding.levels[level]], axis=-1)
             block = ConvBlock(features, self.axis_name, self.dtype, name=f"level_{level}")
-            x = block(x, train=train)
+            x = apply_block(block, x, train=train, remat=self.remat)
         head = Conv(self.num_classes, kernel_size=1, use_bias=False, dtype=self.dtype, name="head")
         return head(x)
