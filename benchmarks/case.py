@@ -9,7 +9,7 @@ import numpy as np
 class Case:
     """A training step's problem. Sizes are those of the paper's CHD run by default.
 
-    `remat` is `config.model.remat`, and None leaves the network's default.
+    `remat` is `config.model.remat`.
     """
 
     network: str = "kaf_unet"  # or unet
@@ -20,7 +20,7 @@ class Case:
     num_attention_layers: int = 16
     num_classes: int = 8
     dtype: str = "float32"
-    remat: str | None = None
+    remat: bool = False
     num_microbatches: int = 1
 
     @property

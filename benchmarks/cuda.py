@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--forms", default=",".join(FORMS), help="of the peer; may be empty")
     flags.add_argument("--batch_size", type=int, default=64, help="slices")
     flags.add_argument("--num_microbatches", type=integers, default=(1,))
-    flags.add_argument("--remat", help="config.model.remat")
+    flags.add_argument("--remat", action="store_true", help="config.model.remat")
     flags.add_argument("--scale", type=int, default=1, help="divides sizes, filters: to try it out")
     flags.add_argument("--turns", type=int, default=5)
     flags.add_argument(

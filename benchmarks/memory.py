@@ -19,9 +19,6 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = make_parser(__doc__)
     network_flags(flags)
-    flags.add_argument(
-        "--remat", default="", help="values of config.model.remat beside its default"
-    )
     flags.add_argument("--micro_size", type=int, default=256, help="pixels, for microbatches")
     flags.add_argument("--micro_batch_size", type=int, default=4, help="slices, for microbatches")
     flags.add_argument("--num_microbatches", type=integers, default=(1, 4))
@@ -30,17 +27,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Compares remat's values, and numbers of microbatches."""
+    """Compares a step with and without remat, and numbers of microbatches."""
     common: dict[str, Any] = {
         "num_keypoints": arguments.num_keypoints,
         "filters": arguments.filters,
     }
-    choices = [None, *filter(None, arguments.remat.split(","))]
     remat = {
-        f"remat {choice or 'as by default'}": Case(
+        f"remat {choice}": Case(
             size=arguments.size, batch_size=arguments.batch_size, remat=choice, **common
         )
-        for choice in choices
+        for choice in (False, True)
     }
     micro = {
         f"num_microbatches {n}": Case(

@@ -30,8 +30,9 @@ def model_config(case: Case, head: str = "segmentation") -> Any:
         "num_matcher_layers": 4,
         "num_sinkhorn_iterations": 100,
         "dtype": case.dtype,
+        "remat": case.remat,
     }
-    return SimpleNamespace(**fields, **({} if case.remat is None else {"remat": case.remat}))
+    return SimpleNamespace(**fields)
 
 
 def run_config(case: Case) -> Any:

@@ -89,6 +89,7 @@ _COMMON = {
     "model.filters": _integer(1),
     "model.num_attention_layers": _integer(1),
     "model.dtype": _choice(DTYPES),
+    "model.remat": _FLAG,
     "optimizer.name": _choice(OPTIMIZERS),
     "optimizer.weight_decay": _number(0),
     "optimizer.learning_rate": _POSITIVE,

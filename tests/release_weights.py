@@ -56,6 +56,7 @@ def golden_model_config(facts: Mapping[str, Any], dtype: str) -> ml_collections.
         "filters": config["filters"],
         "num_attention_layers": 2 * config["num_layers"],
         "dtype": dtype,
+        "remat": False,
     }
     if pretraining:
         fields |= {"embedding": config["embedding"], "num_matcher_layers": 4}

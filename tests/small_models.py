@@ -18,6 +18,7 @@ def model_config(name: str, head: str = "segmentation", **fields: Any) -> ml_col
         "num_matcher_layers": 2,
         "num_sinkhorn_iterations": 5,
         "dtype": "float32",
+        "remat": False,
     }
     return ml_collections.ConfigDict({**config, **fields})
 

@@ -22,7 +22,7 @@ def test_config_builds(name: str) -> None:
     config = module.get_config()
     assert f"--config configs/{name}.py" in module.__doc__
     TASKS[config.task].task(config)
-    make_optimizer(config.optimizer, 10)
+    make_optimizer(config.optimizer)
     assert sum(count_parameters(config.model).values()) > 1e5
     assert all(size % 16 == 0 for size in config.data.patch_size)
     assert config.to_json()

@@ -87,6 +87,12 @@ def test_every_network_has_pinned_parameters() -> None:
     assert PRETRAINING_COUNTS.keys() == MODELS.keys()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_rematerialised_networks_have_the_same_variables(name: str) -> None:
+    plain, remat = (shapes_of(model_config(name, remat=remat), (32, 32)) for remat in (False, True))
+    assert jax.tree.map(lambda x: x.shape, plain) == jax.tree.map(lambda x: x.shape, remat)
+
+
 @pytest.mark.parametrize(
     ("golden", "name"), [("unet", "unet"), ("kaf_unet", "kaf_unet"), ("pretrain", "kaf_unet")]
 )

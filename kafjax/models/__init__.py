@@ -71,7 +71,8 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
     Args:
       config: with the fields `name` (one of `MODELS`), `head` ('segmentation' or 'pretraining'),
         `filters`, `num_attention_layers` (of each KAF layer; of the whole Swin Transformer),
-        `dtype` (of the computation; parameters and statistics are at least float32); for
+        `dtype` (of the computation; parameters and statistics are at least float32), `remat`
+        (compute blocks again in the backward pass in place of keeping what is inside them); for
         segmentation `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
         `num_sinkhorn_iterations`.
       axis_name: the mapped axis whose devices share batch statistics.
@@ -91,7 +92,10 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
     if axis_name is not None:
         common["axis_name"] = axis_name
     encoder = backbone.encoder(
-        config.filters, num_attention_layers=config.num_attention_layers, **common
+        config.filters,
+        num_attention_layers=config.num_attention_layers,
+        remat=config.remat,
+        **common,
     )
     if config.head == "pretraining":
         return PretrainingNetwork(
@@ -101,7 +105,8 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
             config.num_sinkhorn_iterations,
             **common,
         )
-    return SegmentationNetwork(encoder, backbone.decoder(config.num_classes, **common))
+    decoder = backbone.decoder(config.num_classes, remat=config.remat, **common)
+    return SegmentationNetwork(encoder, decoder)
 
 
 def _check_choice(field: str, value: str, choices: Any) -> None:

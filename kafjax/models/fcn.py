@@ -34,11 +34,15 @@ class FCNEncoder(Encoder):
 
 
 class FCNDecoder(nn.Module):
-    """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next."""
+    """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next.
+
+    `axis_name` and `remat` are taken as by other decoders; it has nothing to use them for.
+    """
 
     num_classes: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax.models.layers import ConvBlock, Linear, UpConv, max_pool, parameter_dtype
-from kafjax.models.unet import Encoding, UNetDecoder, check_size
+from kafjax.models.unet import Encoding, UNetDecoder, apply_block, check_size
 
 PATCH = 4
 HEADS = (3, 6, 12, 24)
@@ -239,6 +239,7 @@ class Stage(nn.Module):
     num_heads: int
     window: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -246,7 +247,7 @@ class Stage(nn.Module):
         if not self.num_blocks:
             return x
         pairs = nn.scan(
-            _BlockPair,
+            nn.remat(_BlockPair, prevent_cse=False) if self.remat else _BlockPair,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.num_blocks // 2,
@@ -278,12 +279,14 @@ class SwinTransformer(nn.Module):
       embedding: channels of the first stage's tokens; each later stage has twice as many.
       depths: blocks of each stage, even numbers.
       window: edge of a window, in tokens.
+      remat: keep of each pair of blocks its output alone for the backward pass.
     """
 
     embedding: int = 96
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
     window: int = 7
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array) -> tuple[jax.Array, ...]:
@@ -300,7 +303,8 @@ class SwinTransformer(nn.Module):
         for i, (depth, heads) in enumerate(zip(self.depths, HEADS, strict=True)):
             if i:
                 x = PatchMerging(self.dtype, name=f"merge_{i}")(x)
-            x = Stage(depth, heads, self.window, self.dtype, name=f"stage_{i}")(x)
+            stage = Stage(depth, heads, self.window, self.dtype, self.remat, name=f"stage_{i}")
+            x = stage(x)
             stages.append(x)
         return tuple(stages)
 
@@ -315,12 +319,14 @@ class SwinEncoder(nn.Module):
       filters: f; tokens of the first stage have 3f channels.
       num_attention_layers: blocks of all stages together (`stage_depths`).
       axis_name: taken as by other encoders; there are no batch statistics to share.
+      remat: as `SwinTransformer`'s.
     """
 
     filters: int
     num_attention_layers: int = 12
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
     window: int = 8
 
     @nn.compact
@@ -332,7 +338,7 @@ class SwinEncoder(nn.Module):
         check_size(image)
         depths = stage_depths(self.num_attention_layers)
         transformer = SwinTransformer(
-            3 * self.filters, depths, self.window, self.dtype, name="transformer"
+            3 * self.filters, depths, self.window, self.dtype, self.remat, name="transformer"
         )
         *stages, last = transformer(image)
         center = LayerNorm(self.dtype, name="norm")(last)
@@ -350,13 +356,15 @@ class SwinUNetDecoder(nn.Module):
     num_classes: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
         """Gives logits [b, h, w, num_classes]."""
 
-        def block(features: int, name: str, x: jax.Array) -> jax.Array:
-            return ConvBlock(features, self.axis_name, self.dtype, name=name)(x, train=train)
+        def block(features: int, name: str, x: jax.Array) -> Any:
+            made = ConvBlock(features, self.axis_name, self.dtype, name=name)
+            return apply_block(made, x, train=train, remat=self.remat)
 
         image, *stages = encoding.levels
         stage_0, stage_1, stage_2 = (
@@ -368,5 +376,5 @@ class SwinUNetDecoder(nn.Module):
         up = UpConv(stage_2.shape[-1], dtype=self.dtype, name="up_4")(encoding.center)
         up = up[:, : stage_2.shape[1], : stage_2.shape[2]]
         center = block(stage_2.shape[-1], "level_4", jnp.concatenate([up, stage_2], axis=-1))
-        unet = UNetDecoder(self.num_classes, self.axis_name, self.dtype, name="unet")
+        unet = UNetDecoder(self.num_classes, self.axis_name, self.dtype, self.remat, name="unet")
         return unet(Encoding((full, half, stage_0, stage_1), center, ()), train=train)
