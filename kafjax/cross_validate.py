@@ -314,7 +314,9 @@ def _run_missing(config: Any, root: Path, runs: Sequence[Run]) -> int | None:
         if received:
             return received
         evaluate_run(workdir)
-        jax.clear_caches()  # each run's programs would stay in memory; the next finds them on disk
+        # Each run's programs would stay in memory, until Linux has no mappings left for a process
+        # and XLA crashes, after some 14 runs. The next run finds its programs on disk.
+        jax.clear_caches()
         write_tables(root, runs, collect_results(config, root, runs))
     return None
 
