@@ -85,7 +85,8 @@ class Encoder(nn.Module):
     Attributes:
       filters: f, the channels of the first block.
       widening: 'none', 'copy' or 'kaf'.
-      remat: keep of each block its output alone for the backward pass: less memory, more time.
+      remat: keep of each block its output alone for the backward pass: less memory, more time on
+        accelerators. XLA's CPU compiler merges what is computed again, and nothing is won.
     """
 
     filters: int
