@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "num_matcher_layers": 4,
                 "num_sinkhorn_iterations": 100,
                 "dtype": "float32",
-                # Blocks are computed again in the backward pass, on accelerators: less memory, more time.
+                # Blocks are computed again in the backward pass: on accelerators, less memory.
                 "remat": False,
             },
             "augment": {
