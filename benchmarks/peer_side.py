@@ -65,11 +65,11 @@ def _side(case: Case, form: str, build: Callable[[], nn.Module]) -> Side:
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
-    network = build().to(device)
+    network: Any = build().to(device)
     facts = {"init": time.perf_counter() - begin, "parameters": float(count_parameters(network))}
     image, keypoints, label = _batch(case, device)
     if form != "eager":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
         image = image.contiguous(memory_format=torch.channels_last)
     run: Callable[..., Any] = torch.compile(network) if form == "compiled" else network
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-5, weight_decay=1e-5)
