@@ -154,13 +154,6 @@ class Checkpointer:
         self._move_aside(step)
         return state, meta["data"]
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the machine is about to be taken away, so that this step should be saved.
-
-        Needs `jax.distributed.initialize`, also for a single process.
-        """
-        return self._manager.reached_preemption(step)
-
     def all_steps(self) -> list[int]:
         """The steps that are saved, or being saved, in order."""
         return sorted(self._manager.all_steps())

@@ -297,7 +297,6 @@ with open_it() as checkpointer:
     assert checkpointer.restore_latest(state(0, 0)) is None
     for step in (1, 2, 3):
         checkpointer.save(step, state(step, index), metrics={"loss": step}, data={"next": step + 1})
-        assert not checkpointer.reached_preemption(step)
 from jax.experimental import multihost_utils
 if index == 0:
     files = [f for f in (__import__("pathlib").Path(workdir) / "checkpoints/3/state").rglob("*")]
