@@ -32,8 +32,10 @@ demo: $(INSTALLED)
 	$(RUN) kafjax.figures similarity --workdir $(DEMO)/pretrain $(DEMO)/finetune \
 	    --volume ct_1004 --slice 12 --output $(DEMO)/similarity.png
 	$(RUN) kafjax.figures segmentation --workdir $(DEMO)/finetune --output $(DEMO)/segmentation.png
+	$(RUN) benchmarks.compute --edges 128,256 --filters 8 --output $(DEMO)
 	$(RUN) kafjax.report --workdir $(DEMO)/pretrain $(DEMO)/finetune --output $(DEMO)/report.html
-	@echo "The prediction, figures and report are in $(DEMO)/: open $(DEMO)/report.html"
+	@echo "$(DEMO)/ct_1004_prediction.nii.gz lies on $(DEMO)/data/raw/phantom/ct_1004_image.nii.gz."
+	@echo "Figures: $(DEMO)/keypoints.png similarity.png segmentation.png compute.png; all: $(DEMO)/report.html"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
