@@ -40,6 +40,7 @@ from kafjax.checkpoint_files import (
     read_variables,
     scores,
 )
+from kafjax.files import write_text
 
 __all__ = [
     "MAY_CHANGE",
@@ -289,9 +290,7 @@ def check_config(
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(workdir / "config.json")
+    write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

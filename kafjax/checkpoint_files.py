@@ -21,6 +21,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kafjax.files import write_text
+
 PyTree = Any
 T = TypeVar("T")
 
@@ -55,12 +57,10 @@ def mend_scores(directory: Path, best_metric: str) -> None:
             if found is None or _are_metrics(found):
                 continue
             metrics = {}
-        content = json.dumps(scores(best_metric, metrics)).encode()
-        if found not in (None, content) and jax.process_index() == 0:
+        content = json.dumps(scores(best_metric, metrics))
+        if found not in (None, content.encode()) and jax.process_index() == 0:
             log.warning("%s: not the metrics that were saved; written anew", path)
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            write_text(path, content)
     ocp.multihost.sync_global_processes("kafjax_mend_scores")
 
 

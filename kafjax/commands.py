@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -46,6 +46,16 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     if received:
         print("Stopped by a signal; run the same command again to go on.", flush=True)
         sys.exit(128 + received)
+
+
+def run_app(command: Callable[[], int | None]) -> None:
+    """Parses the flags that are defined and runs a command, with the compile cache on."""
+
+    def main(_: list[str]) -> None:
+        enable_compilation_cache()
+        run_command(command)
+
+    app.run(main, flags_parser=parse_flags)
 
 
 def enable_compilation_cache() -> None:

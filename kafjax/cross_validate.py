@@ -35,9 +35,10 @@ import numpy as np
 
 from kafjax.checkpoint import check_config
 from kafjax.evaluate import Results, evaluate_run
-from kafjax.input_pipeline import labelled_volumes, open_dataset, steps_per_epoch
+from kafjax.files import write_text
+from kafjax.input_pipeline import open_dataset, steps_per_epoch
 from kafjax.metrics import read_metrics
-from kafjax.splits import split_volumes
+from kafjax.preflight import split_run
 from kafjax.train import train
 
 _STEM = "cross_validation"
@@ -244,9 +245,7 @@ def write_tables(root: Path, runs: Sequence[Run], results: Mapping[Run, Results]
         "json": json.dumps(document, indent=2) + "\n",
     }
     for suffix, text in texts.items():
-        partial = root / f"{_STEM}.{suffix}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(root / f"{_STEM}.{suffix}")
+        write_text(root / f"{_STEM}.{suffix}", text)
     return markdown
 
 
@@ -288,16 +287,13 @@ def _stopping_at_signals() -> Iterator[None]:
 def _check_splits(config: Any, runs: Sequence[Run]) -> None:
     """Raises `ValueError` with all that is wrong with the M and folds in this dataset."""
     dataset = open_dataset(config.data.dir, config.data.name)
-    volumes = labelled_volumes(dataset)
     faults: dict[str, None] = {}  # each once, in order
-    for m, fold, _ in runs:
+    for run in runs:
         try:
-            split = split_volumes(
-                volumes, fold=fold, num_labeled=m, num_folds=config.data.num_folds
-            )
+            split = split_run(run_config(config, run), dataset)
             steps_per_epoch(dataset, config.batch_size, split.train)
         except ValueError as error:
-            faults[f"fold {fold}, M = {m}: {error}"] = None
+            faults[f"fold {run.fold}, M = {run.num_labeled}: {error}"] = None
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -362,10 +358,10 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
 
-    from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+    from kafjax.commands import run_app
 
     config = config_flags.DEFINE_config_file("config", help_string="Config file of the runs.")
     workdir = flags.DEFINE_string("workdir", None, "Where the runs live.", required=True)
@@ -390,11 +386,7 @@ def _run_from_command_line() -> None:
                 raise ValueError(f"--{flag.name}: {error}") from None
         return cross_validate(config.value, workdir.value, collect=collect.value, **numbers)
 
-    def main(_: list[str]) -> None:
-        enable_compilation_cache()
-        run_command(command)
-
-    app.run(main, flags_parser=parse_flags)
+    run_app(command)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 import kafjax
+from kafjax.files import write_text
 
 FILE = "environment.json"
 _LIBRARIES = (
@@ -41,6 +42,4 @@ def describe_environment() -> Environment:
 
 def write_environment(workdir: str | os.PathLike[str]) -> None:
     """Notes in a run's workdir what this process runs on."""
-    partial = Path(workdir) / f"{FILE}.tmp"
-    partial.write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(Path(workdir) / FILE)
+    write_text(Path(workdir) / FILE, json.dumps(describe_environment(), indent=2) + "\n")

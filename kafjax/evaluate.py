@@ -23,10 +23,12 @@ import numpy as np
 import tqdm
 
 from kafjax.environment import describe_environment
+from kafjax.files import write_text
 from kafjax.inference import Predictor, load_predictor
-from kafjax.input_pipeline import Slice, SliceDataset, check_facts, labelled_volumes, open_dataset
-from kafjax.segmentation_metrics import count_pixels, pooled_dice, volume_metrics
-from kafjax.splits import Split, split_volumes
+from kafjax.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.preflight import split_run
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
+from kafjax.splits import Split
 from kafjax.workdir import best_step
 
 SPLITS = Split._fields  # what `--split` takes
@@ -109,15 +111,7 @@ def evaluate_run(
     config = predictor.config
     dataset = open_dataset(data_dir or config.data.dir, config.data.name)
     check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
-    volumes = getattr(
-        split_volumes(
-            labelled_volumes(dataset),
-            fold=config.data.fold,
-            num_labeled=config.data.num_labeled,
-            num_folds=config.data.num_folds,
-        ),
-        split,
-    )
+    volumes = getattr(split_run(config, dataset), split)
     counts, metrics, seconds = evaluate(predictor, dataset, volumes)
     facts = {
         "step": step,
@@ -151,7 +145,6 @@ def summarize(
     Numbers that there are not are None.
     """
     dice = pooled_dice(counts)
-    found = dice[~np.isnan(dice)]
     by_class = {}
     for name in classes:
         of_class = [volume[name] for volume in metrics.values()]
@@ -163,7 +156,7 @@ def summarize(
         }
     return {
         "pooled_dice": {
-            "mean": _number(found.mean()) if len(found) else None,
+            "mean": _number(mean_pooled_dice(counts)),
             **{name: _number(value) for name, value in zip(classes, dice, strict=True)},
         },
         "chance": _number(_chance(counts)),
@@ -197,9 +190,7 @@ def write_results(results: Results, stem: Path) -> None:
             writer.writerow([volume, name, *(found[metric] for metric in _METRICS), *flags])
     texts = {".json": json.dumps(results, indent=2) + "\n", ".csv": stream.getvalue()}
     for suffix, text in texts.items():
-        partial = stem.with_name(f"{stem.name}{suffix}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(stem.with_name(f"{stem.name}{suffix}"))
+        write_text(stem.with_name(f"{stem.name}{suffix}"), text)
 
 
 def format_table(results: Results) -> str:
@@ -256,9 +247,9 @@ def _with_spread(found: dict[str, float | None], digits: int) -> str:
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
-    from absl import app, flags
+    from absl import flags
 
-    from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+    from kafjax.commands import run_app
 
     workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.", required=True)
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run's fold.")
@@ -275,11 +266,7 @@ def _run_from_command_line() -> None:
             batch_size=batch_size.value,
         )
 
-    def main(_: list[str]) -> None:
-        enable_compilation_cache()
-        run_command(command)
-
-    app.run(main, flags_parser=parse_flags)
+    run_app(command)
 
 
 if __name__ == "__main__":

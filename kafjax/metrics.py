@@ -15,6 +15,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from kafjax.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
@@ -85,9 +87,7 @@ class MetricWriter:
             return
         path = Path(workdir) / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(
             str(Path(workdir) / TENSORBOARD_DIR), purge_step=start_step + 1

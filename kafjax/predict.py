@@ -285,9 +285,9 @@ def _run_from_command_line() -> None:
     import signal
     import sys
 
-    from absl import app, flags
+    from absl import flags
 
-    from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+    from kafjax.commands import run_app
 
     workdirs = flags.DEFINE_list(
         "workdir", None, "Workdirs of segmentation runs, averaged.", required=True
@@ -310,16 +310,12 @@ def _run_from_command_line() -> None:
     }
 
     def command() -> None:
+        # As an exception, so that what is half written is taken away.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         given: dict[str, Any] = {name: holder.value for name, holder in options.items()}
         predict_files(workdirs.value, source.value, target.value, **given)
 
-    def main(_: list[str]) -> None:
-        # As an exception, so that what is half written is taken away.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        enable_compilation_cache()
-        run_command(command)
-
-    app.run(main, flags_parser=parse_flags)
+    run_app(command)
 
 
 if __name__ == "__main__":

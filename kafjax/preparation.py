@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kafjax.files import write_text
 from kafjax.records import find_dataset, open_builder
 from kafjax.workdir import read_config
 
@@ -27,9 +28,7 @@ _FREE = ("dataset", "libraries", "reach", "image_dtype")
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """Notes in a run's workdir how its dataset was prepared, by the dataset's metadata."""
     facts = {name: value for name, value in metadata.items() if name != "volumes"}
-    partial = Path(workdir) / f"{FILE}.tmp"
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(Path(workdir) / FILE)
+    write_text(Path(workdir) / FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def read_preparation(

@@ -12,7 +12,7 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.models import example_inputs, init_variables
-from kafjax.segmentation_metrics import count_pixels, pooled_dice
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
 from kafjax.task import apply_training, make_model, make_transform, sample_keys
 
 Batch = dict[str, jax.Array]
@@ -114,10 +114,8 @@ class Segmentation:
     def scores(self, counts: np.ndarray) -> dict[str, float]:
         """Pooled Dice of added up counts: the mean over classes, and each class that occurs."""
         dice = pooled_dice(counts)
-        found = ~np.isnan(dice)
-        mean = float(dice[found].mean()) if found.any() else float("nan")
-        each = {f"validation_dice_{i + 1}": float(dice[i]) for i in np.flatnonzero(found)}
-        return {"validation_dice": mean, **each}
+        each = {f"validation_dice_{i + 1}": float(x) for i, x in enumerate(dice) if not np.isnan(x)}
+        return {"validation_dice": mean_pooled_dice(counts), **each}
 
     def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""

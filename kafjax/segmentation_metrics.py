@@ -62,6 +62,13 @@ def pooled_dice(counts: Counts) -> Counts:
         return 2 * both / (predicted + labelled)
 
 
+def mean_pooled_dice(counts: np.ndarray) -> float:
+    """The mean of `pooled_dice` over the foreground classes that have one; NaN where none has."""
+    dice = pooled_dice(np.asarray(counts))
+    found = ~np.isnan(dice)
+    return float(dice[found].mean()) if found.any() else float("nan")
+
+
 class ClassMetrics(NamedTuple):
     """One class of one volume.
 

@@ -165,7 +165,9 @@ class _Run:
         self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size, self._split.train)
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
-        self._schedule = make_schedule(config.optimizer, schedule_steps)
+        schedule = make_schedule(config.optimizer, schedule_steps)
+        # All at once: computed step by step, each rate would wait for the device's step before.
+        self._rates = np.asarray(schedule(np.arange(schedule_steps)), np.float32)
         self._optimizer = make_optimizer(config.optimizer)
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._last_loss = float("nan")
@@ -227,8 +229,7 @@ class _Run:
             with self._clock.waiting():
                 batch = next(batches)
             self._show(step, batch)
-            rate = np.float32(self._schedule(step - 1))
-            scalars = replicate((rate, np.int32(signals.received)))
+            scalars = replicate((self._rates[step - 1], np.int32(signals.received)))
             state, metrics = update(state, shard(batch), *scalars)
             self._in_flight.append(_InFlight(step, metrics, batch["record"]))
             # One step stays in flight, so that the device never waits for the host.
@@ -309,7 +310,7 @@ class _Run:
     def _log(self, step: int) -> None:
         metrics = {
             **self._means.take(),
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(self._rates[step - 1]),
             "epoch": step / self._steps_per_epoch,
         }
         self._last_loss = metrics["loss"]

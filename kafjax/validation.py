@@ -18,17 +18,10 @@ from kafjax.input_pipeline import (
     evaluation_batches,
     make_labelled,
 )
-from kafjax.segmentation_metrics import pooled_dice
+from kafjax.segmentation_metrics import mean_pooled_dice
 from kafjax.step import Counting, TrainState, make_count, shard, unreplicate, unshard
 
 _SHOWN = 3  # worst and best slices in a picture
-
-
-def slice_dice(counts: np.ndarray) -> float:
-    """Mean Dice over the foreground classes of counts int [d, 3]; NaN where there is none."""
-    dice = pooled_dice(np.asarray(counts))
-    found = ~np.isnan(dice)
-    return float(dice[found].mean()) if found.any() else float("nan")
 
 
 class Validation:
@@ -75,7 +68,7 @@ class Validation:
           first.
         """
         labelled = [r for r, counts in self._counts.items() if counts[1:, 2].any()]
-        ranked = sorted(labelled, key=lambda record: (slice_dice(self._counts[record]), record))
+        ranked = sorted(labelled, key=lambda r: (mean_pooled_dice(self._counts[r]), r))
         shown = {"worst": ranked[:_SHOWN], "best": ranked[::-1][:_SHOWN]}
         rows = self._predict(state, list(dict.fromkeys(itertools.chain(*shown.values()))))
         if not ranked or self._options.process_index > 0:
@@ -106,7 +99,7 @@ class Validation:
         return {**labelled, "valid": np.array(True)}
 
     def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> SegmentedSlice:
-        note = f"Dice {slice_dice(self._counts[record]):.3f}"
+        note = f"Dice {mean_pooled_dice(self._counts[record]):.3f}"
         labels, title = [sample["label"], prediction], self._dataset.describe_record(record)
         return SegmentedSlice(title, sample["image"][..., 0], labels, ["", note])
 

@@ -23,6 +23,7 @@ from kafjax.input_pipeline import SliceDataset, open_dataset
 from kafjax.overlay import draw_labels
 from kafjax.pretrain import Pretraining
 from kafjax.segment import Segmentation
+from kafjax.splits import split_volumes
 
 TINY = {"model.filters": 4, "data.num_threads": 1}
 
@@ -205,7 +206,7 @@ def test_segmentation_figure_has_dice_of_the_largest_slices(
         segmentation, "load_predictor", lambda *_, **__: Shifted(dataset, real.config)
     )
     figure = draw("segmentation", "--workdir", runs["plain"])
-    held_out = segmentation.split_volumes(list(dataset.volumes), fold=0, num_labeled=1, num_folds=2)
+    held_out = split_volumes(list(dataset.volumes), fold=0, num_labeled=1, num_folds=2)
     expected = []
     for row, name in enumerate(held_out.validation):
         records = list(dataset.volumes[name])

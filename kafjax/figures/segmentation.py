@@ -16,9 +16,9 @@ from kafjax.drawing import SegmentedSlice, draw_segmentations
 from kafjax.figures.choice import check_run_dataset, find_record, name_runs
 from kafjax.inference import Predictor, load_predictor
 from kafjax.input_pipeline import SliceDataset, labelled_volumes, select_volumes
-from kafjax.segmentation_metrics import count_pixels
-from kafjax.splits import Split, split_volumes
-from kafjax.validation import slice_dice
+from kafjax.preflight import split_run
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
+from kafjax.splits import Split
 
 _SEEN = "*"
 
@@ -50,7 +50,7 @@ def segmentation_figure(
     predictors = [load_predictor(workdir, step=step, batch_size=devices) for workdir in workdirs]
     for workdir, predictor in zip(workdirs, predictors, strict=True):
         _check_dataset(dataset, workdir, predictor)
-    splits = [_split(dataset, predictor) for predictor in predictors]
+    splits = [split_run(predictor.config, dataset) for predictor in predictors]
     names = list(volumes) if volumes else _held_out(splits, dataset)[:num_slices]
     records = choose_slices(dataset, names, slices)
     shown = [dataset.read(record, with_label=True) for record in records]
@@ -95,7 +95,7 @@ def choose_slices(
 
 def dice_note(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> str:
     """The Dice of a slice as text, - where neither label nor prediction has a class."""
-    dice = slice_dice(np.asarray(count_pixels(prediction, label, num_classes)))
+    dice = mean_pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
     return f"Dice {'-' if np.isnan(dice) else format(dice, '.3f')}"
 
 
@@ -109,13 +109,6 @@ def _check_dataset(
             f"{workdir}: a run of {config.model.num_classes} classes; "
             f"{dataset.directory} has {len(dataset.classes)}"
         )
-
-
-def _split(dataset: SliceDataset, predictor: Predictor) -> Split:
-    """The volumes that a run was trained and validated on."""
-    data = predictor.config.data
-    facts = {name: data[name] for name in ("fold", "num_labeled", "num_folds")}
-    return split_volumes(labelled_volumes(dataset), **facts)
 
 
 def _held_out(splits: Sequence[Split], dataset: SliceDataset) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kafjax.environment import describe_environment
+from kafjax.files import write_text
 from kafjax.report.html import (
     Child,
     Curve,
@@ -68,10 +69,8 @@ def report(
         "Environment": _environment(runs),
     }
     text = page("kafjax: report of runs", *_body(sections))
-    partial = target.with_name(f"{target.name}.partial")
     # A file name that is not Unicode still makes a page.
-    partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(target)
+    write_text(target, text, errors="xmlcharrefreplace")
     print(f"{output}: {len(runs)} runs, {len(text) / 2**20:.1f} MiB", flush=True)
 
 

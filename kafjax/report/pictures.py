@@ -22,7 +22,7 @@ from kafjax.metrics import TENSORBOARD_DIR
 from kafjax.overlay import class_colours, draw_labels, grey
 from kafjax.report.html import Element, element, note, number, picture, swatch
 from kafjax.report.runs import Fields, Run, mean_dice
-from kafjax.segmentation_metrics import count_pixels, pooled_dice
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
 from kafjax.workdir import best_step
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -210,6 +210,5 @@ def _read_events(path: Path) -> Iterator[Any]:
 
 
 def _mean_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> float | None:
-    dice = pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
-    found = dice[~np.isnan(dice)]
-    return float(found.mean()) if len(found) else None
+    dice = mean_pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
+    return None if np.isnan(dice) else dice
