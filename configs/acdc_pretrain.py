@@ -10,10 +10,11 @@ import ml_collections
 from configs import chd_pretrain
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """The CHD run with ACDC's sizes and thresholds."""
-    config = chd_pretrain.get_config()
+    config = chd_pretrain.get_config(method)
     config.data.update({"name": "acdc", "patch_size": (352, 352), "radius": 30})
     config.model.filters = 48
-    config.loss.position_threshold = 0.35
+    if method != "glcl":
+        config.loss.position_threshold = 0.35
     return config

@@ -3,14 +3,54 @@
     python -m kafjax.main --config configs/chd_pretrain.py
 
 512 x 512, batches of 32 pairs, 51 epochs. Wall time and score: not yet measured.
+
+What the paper compares with, by the same loop, data and augmentation (docs/method.md 6):
+
+    python -m kafjax.main --config configs/chd_pretrain.py:simclr     # or gcl, or pcl
+    python -m kafjax.main --config configs/chd_pretrain.py:glcl \
+        --config.init_from=runs/chd_pretrain_gcl                      # after gcl
 """
+
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+# The global loss alone, of the plain UNet: what SimCLR, GCL and PCL are, but for their positives.
+_GLOBAL = {"cnn": 1.0, "kaf": 0.0, "matching": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "kaf": {},
+    **{
+        method: {"model": {"name": "unet"}, "loss": {"method": method, "weights": _GLOBAL}}
+        for method in ("simclr", "gcl", "pcl")
+    },
+    # The second stage of Chaitanya et al. 2020, on the encoder of a `gcl` run.
+    "glcl": {
+        "task": "local_contrast",
+        "model": {"name": "unet", "head": "local_contrast", "num_decoder_blocks": 3},
+        "init_from": config_dict.placeholder(str),
+    },
+}
+_OF_PAIRS = {
+    "model": ("num_matcher_layers", "num_sinkhorn_iterations"),
+    "loss": ("method", "position_threshold", "weights"),
+}
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """Every field of a pretraining run; other configs import this one and change what differs."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    config = _kaf()
+    config.update(METHODS[method])
+    if config.task == "local_contrast":
+        for part, fields in _OF_PAIRS.items():
+            for field in fields:
+                del config[part][field]
+    return config
+
+
+def _kaf() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "task": "pretrain",

@@ -11,9 +11,9 @@ import ml_collections
 from configs import chd_pretrain
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """The CHD run at the phantoms' size."""
-    config = chd_pretrain.get_config()
+    config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.num_epochs = 20
     config.data.update({"name": "phantom", "patch_size": (64, 64), "max_keypoints": 64})

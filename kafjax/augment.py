@@ -261,6 +261,27 @@ def transfer_correspondence(
     return jnp.where(kept, correspondence, -1).astype(jnp.int32)
 
 
+def change_intensity(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    contrast: tuple[float, float] = (0.8, 1.2),
+    brightness: tuple[float, float] = (-0.1, 0.1),
+) -> jax.Array:
+    """Scales a slice about its mean by U(contrast), and adds U(brightness) times its range.
+
+    Args:
+      key: PRNG key.
+      image: float [h, w, c].
+      contrast: (low, high).
+      brightness: (low, high), of the difference of the slice's maximum and minimum.
+    """
+    contrast_key, brightness_key = jax.random.split(key)
+    mean, extent = jnp.mean(image), jnp.max(image) - jnp.min(image)
+    changed = mean + (image - mean) * _uniform(contrast_key, contrast)
+    return (changed + _uniform(brightness_key, brightness) * extent).astype(image.dtype)
+
+
 def augment_view(
     key: jax.Array,
     image: jax.Array,

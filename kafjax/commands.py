@@ -15,8 +15,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # An unknown config field comes as AttributeError; its message names the nearest.
+        # An unknown config field comes as AttributeError; its message names the nearest. What a
+        # config file raises comes with its traceback, of which the last line says what is wrong.
         text = " ".join(str(error.args[0] if error.args else error).strip("'\"").split("\\n"))
+        if "Traceback" in text:
+            text = text.split(" Error whilst")[0] + text.strip().splitlines()[-1].partition(":")[2]
         fail(text, 2)
 
 

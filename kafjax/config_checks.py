@@ -11,10 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kafjax.augment import KEYPOINT_MODES, AugmentConfig
-from kafjax.losses import CONTRASTIVE_METHODS
-from kafjax.models import DTYPES, MODELS
+from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE
+from kafjax.models import DTYPES, LOCAL_MODELS, MODELS
 
-TASK_HEADS = {"pretrain": "pretraining", "segment": "segmentation"}
+TASK_HEADS = {
+    "pretrain": "pretraining",
+    "local_contrast": "local_contrast",
+    "segment": "segmentation",
+}
 OPTIMIZERS = ("sgd", "adam")
 _MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
 _MAX_CLASSES = 256
@@ -113,6 +117,13 @@ _OF_TASK = {
         "loss.weights.kaf": _number(0),
         "loss.weights.matching": _number(0),
     },
+    "local_contrast": {
+        "model.head": _choice(("local_contrast",)),
+        "model.embedding": _integer(1),
+        "model.num_decoder_blocks": _integer(1, 3),
+        "loss.temperature": _POSITIVE,
+        "init_from": _or_none(_TEXT),
+    },
     "segment": {
         "model.head": _choice(("segmentation",)),
         "model.num_classes": _integer(2, _MAX_CLASSES),
@@ -130,6 +141,7 @@ _AUGMENT = {"augment.keypoints": _choice(KEYPOINT_MODES), **_TRANSFORM}
 # Rules of fields that need not be there: what a run of the task does without them.
 _OPTIONAL = {
     "pretrain": {"optimizer.momentum": _number(0, 1)},
+    "local_contrast": {"optimizer.momentum": _number(0, 1)},
     "segment": {"optimizer.momentum": _number(0, 1), "init_from": _or_none(_TEXT)},
 }
 
@@ -200,10 +212,19 @@ def _disagreements(fields: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _learns(fields: Mapping[str, Any]) -> bool:
-    """Whether a loss is left: networks without keypoints have neither the second nor the third."""
-    names = ("cnn", "kaf", "matching") if "kaf" in fields["model.name"] else ("cnn",)
-    return any(fields[f"loss.weights.{name}"] > 0 for name in names)
+def _weighs_keypoints(loss: str) -> Rule:
+    return Rule(
+        "0 for a network without KAF layers, as configs/*_pretrain.py:pcl has it",
+        lambda f: "kaf" in f["model.name"] or f[f"loss.weights.{loss}"] == 0,
+    )
+
+
+def _fits_regions(fields: Mapping[str, Any]) -> bool:
+    """Whether the maps of local contrast have room for its regions."""
+    if fields["task"] != "local_contrast":
+        return True
+    halvings = 4 - fields["model.num_decoder_blocks"]
+    return min(fields["data.patch_size"]) // 2**halvings >= MIN_LOCAL_EDGE
 
 
 _TOGETHER: dict[str, Rule] = {
@@ -222,5 +243,18 @@ _TOGETHER: dict[str, Rule] = {
         "an even number for swin_unet: plain and shifted windows take turns",
         lambda f: f["model.name"] != "swin_unet" or f["model.num_attention_layers"] % 2 == 0,
     ),
-    "loss.weights.cnn": Rule("above 0, or another loss that the model has", _learns),
+    "model.name": Rule(
+        f"one of {', '.join(LOCAL_MODELS)} for local contrast, which trains blocks of the UNet's "
+        "decoder",
+        lambda f: f["task"] != "local_contrast" or f["model.name"] in LOCAL_MODELS,
+    ),
+    "data.patch_size": Rule(
+        f"more, or more decoder blocks: maps of at least {MIN_LOCAL_EDGE} pixels", _fits_regions
+    ),
+    "loss.weights.kaf": _weighs_keypoints("kaf"),
+    "loss.weights.matching": _weighs_keypoints("matching"),
+    "loss.weights.cnn": Rule(
+        "above 0, or the weight of another loss",
+        lambda f: any(f[f"loss.weights.{name}"] > 0 for name in ("cnn", "kaf", "matching")),
+    ),
 }

@@ -160,8 +160,11 @@ def run_config(config: Any, run: Run) -> Any:
 
 def is_complete(config: Any, workdir: Path) -> bool:
     """Whether the run has trained to the end that `config` sets, and is evaluated."""
-    if not _evaluation(workdir).exists():
-        return False
+    return _evaluation(workdir).exists() and has_trained(config, workdir)
+
+
+def has_trained(config: Any, workdir: Path) -> bool:
+    """Whether the metrics of a run of any task reach the end that `config` sets."""
     end = config.num_steps or math.inf
     # The last step is always logged, with its epoch.
     return any(

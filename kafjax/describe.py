@@ -5,7 +5,8 @@ from typing import Any
 import flax
 import numpy as np
 
-from kafjax.models import build_model, example_inputs, variable_shapes
+from kafjax.models import example_inputs, variable_shapes
+from kafjax.task import make_model
 
 # In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
 # dustbin score; the appendix's table 1 counts them (docs/method.md section 5).
@@ -13,8 +14,8 @@ _RELEASE_UNUSED_PER_KAF = 256 * 256 + 256 + 1
 
 
 def count_parameters(config: Any) -> dict[str, int]:
-    """Parameters by module path, two names deep, of the network that `config.model` describes."""
-    shapes = variable_shapes(build_model(config), *example_inputs(config.head))
+    """Parameters by module path, two names deep, of a run's network."""
+    shapes = variable_shapes(make_model(config, None), *example_inputs(config.model.head))
     counts: dict[str, int] = {}
     for path, leaf in flax.traverse_util.flatten_dict(shapes["params"]).items():
         module = "/".join(path[:-1][:3] if "kaf" in path else path[:-1][:2])
@@ -24,7 +25,7 @@ def count_parameters(config: Any) -> dict[str, int]:
 
 def describe(config: Any) -> str:
     """A printable table of the config's network, and how the paper's numbers arise from it."""
-    counts = count_parameters(config.model)
+    counts = count_parameters(config)
     total = sum(counts.values())
     width = max(map(len, counts))
     lines = [f"{config.model.name}, {config.model.head}, {config.model.filters} filters", ""]

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from kafjax.files import replacing
 from kafjax.overlay import class_colours, draw_labels, grey
 
 # Okabe and Ito's palette, whose colours readers with any colour vision tell apart.
@@ -337,10 +338,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     check_output(path)
     suffix = path.suffix.lower()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with matplotlib.rc_context({"svg.hashsalt": "kafjax", "pdf.fonttype": 42}):
+    fonts = matplotlib.rc_context({"svg.hashsalt": "kafjax", "pdf.fonttype": 42})
+    with fonts, replacing(path) as partial:
         figure.savefig(partial, dpi=_FILE_DPI, format=suffix[1:], metadata=_METADATA[suffix])
-    partial.replace(path)
 
 
 def render(figure: Figure) -> np.ndarray:

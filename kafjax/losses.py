@@ -5,16 +5,20 @@ Embeddings are [b, e], one row per slice; `position` is the slice's place in its
 inputs' type.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # The supervised contrastive loss of Khosla et al. is scaled by temperature / base temperature.
 BASE_TEMPERATURE = 0.07
 
 CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
+
+MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
 
 
 def positive_pairs(
@@ -89,6 +93,60 @@ def supervised_contrastive_loss(
     num_anchors = jnp.sum(num_positives > 0)
     scale = temperature / BASE_TEMPERATURE
     return scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1)
+
+
+def local_contrastive_loss(
+    first: jax.Array, second: jax.Array, *, temperature: float = 0.1
+) -> jax.Array:
+    """Local contrast over fixed regions, L^R of Chaitanya et al. (NeurIPS 2020, section 3.2).
+
+    A region is 3 x 3 pixels of a map, a vector of 9e numbers, normalised. With s_ij the similarity
+    of the first map's region i and the second's region j, region i's loss is
+    `-log(exp(s_ii / T) / sum_j exp(s_ij / T))`; the mean over regions, over both directions, and
+    over samples.
+
+    Args:
+      first: features [b, h, w, e] of one view of b samples; h and w at least 8.
+      second: of another view, in which every pixel shows the same place.
+      temperature: T.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: the maps are too small for 13 distinct regions.
+    """
+    height, width = first.shape[1:3]
+    if min(height, width) < MIN_LOCAL_EDGE:
+        raise ValueError(
+            f"feature maps of {height} x {width} pixels, expected at least {MIN_LOCAL_EDGE} each"
+        )
+    rows, cols = local_regions(height, width)
+    near = np.arange(-1, 2)
+    at = rows[:, None, None] + near[:, None], cols[:, None, None] + near
+
+    def regions(x: jax.Array) -> jax.Array:
+        taken = x[:, at[0], at[1]].astype(jnp.promote_types(x.dtype, jnp.float32))
+        taken = taken.reshape(*taken.shape[:2], -1)
+        squares = jnp.sum(taken**2, axis=-1, keepdims=True)
+        return taken / jnp.sqrt(jnp.maximum(squares, 1e-24))
+
+    highest = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("bie,bje->bij", regions(first), regions(second), precision=highest)
+    logits = logits / temperature
+    forward, backward = (jax.nn.log_softmax(logits, axis=axis) for axis in (1, 2))
+    return -jnp.mean(jnp.diagonal(forward + backward, axis1=1, axis2=2)) / 2
+
+
+def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns, each int [13], of the centres of a map's local regions.
+
+    A 3 x 3 grid and the four places between its points.
+    """
+    coarse, between = (1 / 6, 1 / 2, 5 / 6), (1 / 3, 2 / 3)
+    places = [*itertools.product(coarse, coarse), *itertools.product(between, between)]
+    rows, cols = np.floor(np.array(places) * (height, width)).astype(int).T
+    return np.clip(rows, 1, height - 2), np.clip(cols, 1, width - 2)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -34,7 +34,8 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
     """Dispatches to `describe`, `look` or `train`."""
     del argv
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = "_".join(filter(None, (Path(path).stem, variant)))
     run_command(_run, _CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
 
 

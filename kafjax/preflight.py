@@ -21,22 +21,15 @@ from kafjax.input_pipeline import (
     SliceDataset,
     check_facts,
     labelled_volumes,
-    make_labelled,
-    make_pair,
     open_dataset,
     steps_per_epoch,
 )
-from kafjax.models import build_model, example_inputs, variable_shapes
-from kafjax.pretrain import Pretraining
-from kafjax.segment import Segmentation
+from kafjax.models import example_inputs, variable_shapes
 from kafjax.splits import Split, split_volumes
 from kafjax.step import make_optimizer
+from kafjax.task import make_model
+from kafjax.tasks import TASKS
 from kafjax.transfer import start_from
-
-_TASKS: dict[str, Any] = {
-    "pretrain": (Pretraining, make_pair),
-    "segment": (Segmentation, make_labelled),
-}
 
 
 class Finding(NamedTuple):
@@ -135,14 +128,14 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
     parameters, gradients, updates and the optimiser's state; the batch. Fusion makes the first
     less, temporary arrays make it more.
     """
-    task_of, make_sample = _TASKS[config.task]
+    kind = TASKS[config.task]
     share = max(1, config.batch_size // jax.device_count())
     part = max(1, share // config.num_microbatches)
     alone = config.copy_and_resolve_references()
     alone.num_microbatches = 1
-    task = task_of(alone)
+    task = kind.task(alone)
     first = next(iter(dataset.volumes.values()))[0]
-    sample = make_sample(
+    sample = kind.sample(
         dataset, 0, first, patch_size=tuple(config.data.patch_size), seed=config.seed
     )
     batch = {
@@ -160,7 +153,7 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
 
 def _see_config(config: Any) -> str:
     check_fields(config)
-    build_model(config.model)
+    make_model(config, None)
     return f"{config.task}, {config.model.name}, every field is of its type and range"
 
 
@@ -228,7 +221,7 @@ def _see_start(config: Any) -> str:
 
 def _shapes(config: Any) -> dict[str, Any]:
     """Shapes of the variables of the run's network."""
-    shapes = variable_shapes(build_model(config.model), *example_inputs(config.model.head))
+    shapes = variable_shapes(make_model(config, None), *example_inputs(config.model.head))
     return {"batch_stats": {}, **shapes}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
 from kafjax.models import PretrainingOutput, example_inputs, init_variables
-from kafjax.task import apply_training, make_model, make_transform, sample_keys
+from kafjax.task import apply_training, draw_first_pair, make_model, make_transform, sample_keys
 
 Metrics = dict[str, jax.Array]
 
@@ -111,7 +111,7 @@ class Pretraining:
     def _terms(
         self, output: PretrainingOutput, batch: dict[str, jax.Array], positives: jax.Array
     ) -> Metrics:
-        """The unweighted losses; those with weight 0, or without their head, are left out."""
+        """The unweighted losses of the heads that there are: those whose weight is not 0."""
         config = self._config.loss
         contrastive = functools.partial(
             losses.supervised_contrastive_loss,
@@ -120,11 +120,11 @@ class Pretraining:
             axis_name=self._axis_name,
         )
         terms = {}
-        if config.weights.cnn:
+        if output.cnn is not None:
             terms["cnn"] = contrastive(output.cnn)
-        if config.weights.kaf and output.kaf is not None:
+        if output.kaf is not None:
             terms["kaf"] = contrastive(output.kaf)
-        if config.weights.matching and output.log_assignment is not None:
+        if output.log_assignment is not None:
             masks = batch["keypoint_mask"][:, 0], batch["keypoint_mask"][:, 1]
             pairs = matching_loss(output.log_assignment, batch["correspondence"], *masks)
             terms["matching"] = jnp.mean(pairs)
@@ -132,18 +132,4 @@ class Pretraining:
 
     def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch's first pair as training sees it: name -> uint8 [h, w, 3]."""
-        from kafjax.drawing import draw_pair  # matplotlib is needed for nothing else here
-
-        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
-        view = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
-        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
-        drawn = draw_pair(
-            image[0],
-            image[1],
-            keypoints[0],
-            mask[0],
-            keypoints[1],
-            mask[1],
-            view["correspondence"],
-        )
-        return {"pair": drawn}
+        return draw_first_pair(self._jitted_augment, batch)

@@ -63,11 +63,15 @@ def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(config.learning_rate, num_steps, alpha)
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
     """SGD or Adam with L2 regularisation in the gradient, as docs/method.md section 7.
 
     Its updates are those of a learning rate of 1: the step multiplies them by the schedule's, which
     is an argument, so that runs of other lengths share one compiled step.
+
+    Args:
+      config: `config.optimizer`.
+      frozen: modules whose parameters stay as they are, weight decay included.
 
     Raises:
       ValueError: `config.name` is neither 'sgd' nor 'adam'.
@@ -78,7 +82,11 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
         rule = optax.scale_by_adam()
     else:
         raise ValueError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule, optax.scale(-1.0))
+    steps = [optax.add_decayed_weights(config.weight_decay), rule, optax.scale(-1.0)]
+    if frozen:
+        stays = optax.masked(optax.set_to_zero(), lambda params: {n: n in frozen for n in params})
+        steps.append(stays)
+    return optax.chain(*steps)
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:

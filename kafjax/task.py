@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kafjax import augment
 from kafjax.models import build_model
@@ -31,8 +32,31 @@ def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., A
 
 
 def make_model(config: Any, axis_name: str | None) -> nn.Module:
-    """The run's network; batch statistics go over the mapped axis if the config says so."""
-    return build_model(config.model, axis_name=axis_name if config.sync_batch_norm else None)
+    """The run's network.
+
+    Batch statistics go over the mapped axis if the config says so; of the pretraining heads there
+    are those whose loss has a weight.
+    """
+    axis_name = axis_name if config.sync_batch_norm else None
+    if config.model.head != "pretraining":
+        return build_model(config.model, axis_name=axis_name)
+    heads = tuple(name for name, weight in config.loss.weights.items() if weight)
+    return build_model(config.model, axis_name=axis_name, heads=heads)
+
+
+def draw_first_pair(
+    augment: Callable[[dict[str, Any]], dict[str, Any]], batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A batch's first pair of views after a task's `augment`: 'pair' -> uint8 [h, w, 3]."""
+    from kafjax.drawing import draw_pair  # matplotlib is needed for nothing else here
+
+    first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
+    view = {field: np.asarray(x[0]) for field, x in augment(first).items()}
+    image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
+    drawn = draw_pair(
+        image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
+    )
+    return {"pair": drawn}
 
 
 def apply_training(

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -23,15 +23,11 @@ from kafjax.environment import write_environment
 from kafjax.input_pipeline import (
     BatchOptions,
     SliceDataset,
-    pretraining_batches,
-    segmentation_batches,
     steps_per_epoch,
 )
 from kafjax.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricMeans, MetricWriter, read_metrics
 from kafjax.preflight import check_devices, open_run_dataset, split_run
 from kafjax.preparation import write_preparation
-from kafjax.pretrain import Pretraining
-from kafjax.segment import Segmentation
 from kafjax.step import (
     AXIS_NAME,
     Batch,
@@ -44,23 +40,9 @@ from kafjax.step import (
     shard,
     unreplicate,
 )
+from kafjax.tasks import TASKS
 from kafjax.transfer import check_facts_alike, start_from
 from kafjax.validation import Validation
-
-
-class _Kind(NamedTuple):
-    """A task, the batches that it takes, and the metric whose best checkpoint is kept."""
-
-    task: Callable[..., Any]
-    batches: Callable[..., Any]
-    best_metric: str
-    best_mode: Literal["max", "min"]
-
-
-TASKS = {
-    "pretrain": _Kind(Pretraining, pretraining_batches, "loss", "min"),
-    "segment": _Kind(Segmentation, segmentation_batches, "validation_dice", "max"),
-}
 
 
 class _Signals:
@@ -168,7 +150,7 @@ class _Run:
         schedule = make_schedule(config.optimizer, schedule_steps)
         # All at once: computed step by step, each rate would wait for the device's step before.
         self._rates = np.asarray(schedule(np.arange(schedule_steps)), np.float32)
-        self._optimizer = make_optimizer(config.optimizer)
+        self._optimizer = make_optimizer(config.optimizer, frozen=self.kind.frozen)
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._last_loss = float("nan")
 

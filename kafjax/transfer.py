@@ -1,5 +1,7 @@
 """Beginning a run with the encoder of another: what few labels get from pretraining.
 
+Of a run of local contrast the decoder's blocks come too: they are what it trained.
+
 Variables are {'params', 'batch_stats'}, nested dicts of NumPy arrays as `kafjax.checkpoint` gives
 them. Every network has its encoder under that name, whatever its head, so the encoder of any run
 fits any other of the same architecture, running statistics included.
@@ -50,23 +52,30 @@ class TransferReport(NamedTuple):
 
 
 def transfer_encoder(
-    variables: Variables, pretrained: Variables
+    variables: Variables, pretrained: Variables, *, with_decoder: bool = False
 ) -> tuple[Variables, TransferReport]:
     """Replaces the encoder of a network's variables by a pretrained one.
 
     Args:
       variables: of the new network.
       pretrained: of any network with the same encoder.
+      with_decoder: take what there is of a decoder too; the rest of the new one starts fresh.
 
     Returns:
       Variables with the structure, shapes and types of `variables`, and what came from where.
 
     Raises:
-      ValueError: the encoders differ; everything that is missing, unknown or of another shape is
+      ValueError: the networks differ; everything that is missing, unknown or of another shape is
         listed.
     """
     ours, theirs = (flax.traverse_util.flatten_dict(v, sep="/") for v in (variables, pretrained))
-    wanted, offered = ({n: a for n, a in v.items() if _is_encoder(n)} for v in (ours, theirs))
+    taken = ("encoder", "decoder") if with_decoder else ("encoder",)
+    offered = {name: array for name, array in theirs.items() if _module(name) in taken}
+    wanted = {
+        name: array
+        for name, array in ours.items()
+        if _module(name) == "encoder" or (_module(name) in taken and name in offered)
+    }
     faults = [
         *(f"missing: {n} {list(wanted[n].shape)}" for n in sorted(wanted.keys() - offered.keys())),
         *(f"unknown: {n} {list(offered[n].shape)}" for n in sorted(offered.keys() - wanted.keys())),
@@ -77,7 +86,7 @@ def transfer_encoder(
         ),
     ]
     if faults:
-        title = f"the pretrained encoder does not fit, {len(faults)} of its arrays:"
+        title = f"the pretrained {' and '.join(taken)} does not fit, {len(faults)} of its arrays:"
         raise ValueError("\n  ".join([title, *faults]))
     loaded = {name: np.asarray(offered[name], array.dtype) for name, array in wanted.items()}
     report = TransferReport(
@@ -114,6 +123,8 @@ def start_from(
 ) -> tuple[Variables, TransferReport]:
     """Puts the encoder of the newest checkpoint in `workdir` into a new network's variables.
 
+    With it the decoder's blocks, where `workdir` is of local contrast.
+
     Args:
       workdir: of a run, or of an import of the authors' weights.
       config: of the new run.
@@ -123,17 +134,18 @@ def start_from(
       ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
     """
     check_facts_alike(workdir, config)
-    return transfer_encoder(variables, load_variables(workdir))
+    is_local = _look_up(read_config(workdir), "model", "head") == "local_contrast"
+    return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
 
 
-def _is_encoder(name: str) -> bool:
-    return name.split("/")[1] == "encoder"
+def _module(name: str) -> str:
+    return name.split("/")[1]
 
 
 def _count_by_module(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, array in arrays.items():
-        module = name.split("/")[1]
+        module = _module(name)
         counts[module] = counts.get(module, 0) + int(array.size)
     return counts
 

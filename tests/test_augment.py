@@ -384,3 +384,17 @@ def test_same_key_same_result_vmapped_jitted_or_not(mode):
         assert_same(augment_pair(*one[0], **options), one[1])
     key_1, _ = jax.random.split(one[0][0])
     assert_same(augment.augment_view(key_1, *one[0][1], **options), one[1][0])
+
+
+def test_intensity_is_scaled_about_the_mean_and_shifted() -> None:
+    image = np.random.default_rng(0).standard_normal((6, 5, 1)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    changed = np.asarray(jax.vmap(augment.change_intensity, (0, None))(keys, image))
+    slopes = np.std(changed, axis=(1, 2, 3)) / np.std(image)
+    shifts = (np.mean(changed, axis=(1, 2, 3)) - np.mean(image)) / np.ptp(image)
+    expected = image.mean() + (image - image.mean()) * slopes[:, None, None, None]
+    shifted = expected + (shifts * np.ptp(image))[:, None, None, None]
+    np.testing.assert_allclose(changed, shifted, atol=1e-5)
+    for found, low, high in ((slopes, 0.8, 1.2), (shifts, -0.1, 0.1)):
+        assert low - 1e-5 <= found.min() < low + (high - low) / 20
+        assert high - (high - low) / 20 < found.max() <= high + 1e-5

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain
+from configs import chd_pretrain, phantom_finetune, phantom_pretrain
 from kafjax.config_checks import check_fields
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*_*.py"))
@@ -22,7 +22,35 @@ def changed(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_passes(name: str) -> None:
-    check_fields(importlib.import_module(f"configs.{name}").get_config())
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    for method in chd_pretrain.METHODS if name.endswith("pretrain") else ():
+        check_fields(get_config(method))
+    check_fields(get_config())
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"model__name": "swin_unet"},
+            "config.model.name is 'swin_unet', expected one of unet, unet_c2, kaf_unet for local "
+            "contrast, which trains blocks of the UNet's decoder",
+        ),
+        (
+            {"model__num_decoder_blocks": 1, "data__patch_size": (64, 48)},
+            "config.data.patch_size is (64, 48), expected more, or more decoder blocks: maps of at "
+            "least 8 pixels",
+        ),
+        (
+            {"loss__method": "pcl"},
+            "config.loss.method is not a field of task 'local_contrast', expected no such field",
+        ),
+    ],
+)
+def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_fields(changed(phantom_pretrain.get_config("glcl"), **fields))
+    assert str(error.value) == line
 
 
 @pytest.mark.parametrize(
@@ -32,7 +60,10 @@ def test_every_config_passes(name: str) -> None:
         ({"batch_size": True}, "config.batch_size is True, expected a whole number from 1 on"),
         ({"num_steps": 0}, "config.num_steps is 0, expected a whole number from 1 on, or none"),
         ({"seed": -1}, "config.seed is -1, expected a whole number from 0 to 4294967295"),
-        ({"task": "train"}, "config.task is 'train', expected one of pretrain, segment"),
+        (
+            {"task": "train"},
+            "config.task is 'train', expected one of pretrain, local_contrast, segment",
+        ),
         ({"sync_batch_norm": 1}, "config.sync_batch_norm is 1, expected True or False"),
         (
             {"data__patch_size": (64, 60)},
@@ -63,8 +94,13 @@ def test_every_config_passes(name: str) -> None:
             "with low <= high",
         ),
         (
-            {"model__name": "unet", "loss__weights__cnn": 0.0},
-            "config.loss.weights.cnn is 0.0, expected above 0, or another loss that the model has",
+            {"model__name": "unet", "loss__weights__matching": 0.0},
+            "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
+            "configs/*_pretrain.py:pcl has it",
+        ),
+        (
+            {f"loss__weights__{name}": 0.0 for name in ("cnn", "kaf", "matching")},
+            "config.loss.weights.cnn is 0.0, expected above 0, or the weight of another loss",
         ),
         (
             {"data__fold": 0},

@@ -6,7 +6,7 @@ import pytest
 
 from kafjax.describe import count_parameters
 from kafjax.step import make_optimizer
-from kafjax.train import TASKS
+from kafjax.tasks import TASKS
 from tests.runs import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -23,7 +23,7 @@ def test_config_builds(name: str) -> None:
     assert f"--config configs/{name}.py" in module.__doc__
     TASKS[config.task].task(config)
     make_optimizer(config.optimizer)
-    assert sum(count_parameters(config.model).values()) > 1e5
+    assert sum(count_parameters(config).values()) > 1e5
     assert all(size % 16 == 0 for size in config.data.patch_size)
     assert config.to_json()
 

@@ -31,7 +31,7 @@ def test_table_ends_in_our_count_and_the_appendixs(
 
 
 def test_rows_add_up_to_the_total() -> None:
-    counts = count_parameters(chd_pretrain.get_config().model)
+    counts = count_parameters(chd_pretrain.get_config())
     assert sum(counts.values()) == 63_330_977
     assert {"encoder/level_0/kaf", "encoder/center_1", "matcher/layer_3"} <= counts.keys()
 

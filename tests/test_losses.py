@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from kafjax.losses import cross_entropy, positive_pairs, supervised_contrastive_loss
+from kafjax.losses import (
+    cross_entropy,
+    local_contrastive_loss,
+    local_regions,
+    positive_pairs,
+    supervised_contrastive_loss,
+)
 from tests.devices import run_on_four_devices
 from tests.release_weights import GOLDEN
 
@@ -162,3 +168,30 @@ def test_cross_entropy_is_the_mean_over_pixels() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     rounded = cross_entropy(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(label))
     assert rounded.dtype == jnp.float32
+
+
+def test_local_contrastive_loss_equals_a_loop() -> None:
+    first, second = np.random.default_rng(0).standard_normal((2, 2, 12, 9, 3))
+    terms = []
+    for maps in ((first, second), (second, first)):
+        for b in range(2):
+            centres = list(zip(*local_regions(12, 9), strict=True))
+            cut = [[m[b, r - 1 : r + 2, c - 1 : c + 2].ravel() for r, c in centres] for m in maps]
+            here, there = ([x / np.linalg.norm(x) for x in regions] for regions in cut)
+            for i, region in enumerate(here):
+                similar = [np.exp(region @ other / 0.2) for other in there]
+                terms.append(-np.log(similar[i] / sum(similar)))
+    found = jax.jit(local_contrastive_loss)(first, second, temperature=0.2)
+    np.testing.assert_allclose(found, np.mean(terms), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 30), (256, 176)])
+def test_local_regions_are_13_places_inside(size: tuple[int, int]) -> None:
+    places = set(zip(*local_regions(*size), strict=True))
+    assert len(places) == 13
+    assert all(1 <= x < edge - 1 for place in places for x, edge in zip(place, size, strict=True))
+
+
+def test_local_contrast_of_small_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match="7 x 9 pixels, expected at least 8"):
+        local_contrastive_loss(jnp.zeros((1, 7, 9, 2)), jnp.zeros((1, 7, 9, 2)))

@@ -12,6 +12,7 @@ from kafjax.pretrain import Pretraining, skipped_shares
 from tests.runs import random_batch, tiny_config
 
 DATASET = Path("a/b/c")  # configs only name it
+NO_KEYPOINTS = {"loss.weights.kaf": 0.0, "loss.weights.matching": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,31 @@ def test_terms_follow_weights_and_heads() -> None:
     without = metrics_of(batch, **{"loss.weights.matching": 0.0})
     assert "loss_matching" not in without
     assert "loss_kaf" in without
-    plain = metrics_of(batch, **{"model.name": "unet"})
+    plain = metrics_of(batch, **{"model.name": "unet"}, **NO_KEYPOINTS)
     assert "loss_cnn" in plain
     assert not {"loss_kaf", "loss_matching"} & plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("weights", "heads"),
+    [
+        ((1.0, 1.0, 0.01), {"cnn_head", "kaf_head", "matcher", "fuse_levels"}),
+        ((1.0, 1.0, 0.0), {"cnn_head", "kaf_head", "fuse_levels"}),
+        ((0.0, 0.0, 1.0), {"matcher", "fuse_levels"}),
+        ((1.0, 0.0, 0.0), {"cnn_head"}),
+    ],
+)
+def test_a_weight_of_0_takes_its_head_away(weights: tuple[float, ...], heads: set[str]) -> None:
+    names = ("cnn", "kaf", "matching")
+    fields = {f"loss.weights.{name}": w for name, w in zip(names, weights, strict=True)}
+    task = Pretraining(tiny_config(DATASET, **fields))
+    variables = task.init()
+    assert set(variables["params"]) == {"encoder", *heads}
+    inputs = variables["params"], variables["batch_stats"], random_batch(2, 16)
+    _, (metrics, statistics) = jax.eval_shape(task.loss, *inputs)
+    weighted = {name for name, w in zip(names, weights, strict=True) if w}
+    assert {name for name in names if f"loss_{name}" in metrics} == weighted
+    assert set(statistics) <= {"encoder", *heads}
 
 
 def test_what_losses_pass_over_is_counted() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from configs import phantom_finetune, phantom_pretrain
 from kafjax.checkpoint import Checkpointer
+from kafjax.local_contrast import LocalContrast
 from kafjax.pretrain import Pretraining
 from kafjax.segment import Segmentation
 from kafjax.transfer import check_facts_alike, start_from, transfer_encoder
@@ -18,8 +19,9 @@ from kafjax.transfer import check_facts_alike, start_from, transfer_encoder
 TINY = {"model.filters": 4, "model.num_attention_layers": 2}
 
 
-def tiny(module: Any, **overrides: Any) -> ml_collections.ConfigDict:
-    config = module.get_config()
+def tiny(source: Any, **overrides: Any) -> ml_collections.ConfigDict:
+    """A module's config, or a config, made tiny."""
+    config = source.get_config() if hasattr(source, "get_config") else source
     config.update_from_flattened_dict({**TINY, **overrides})
     return config
 
@@ -126,3 +128,19 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
     with pytest.raises(ValueError, match=r"init_from is not given; .*_scratch\.py"):
         check_facts_alike(None, tiny(phantom_finetune))
+
+
+def test_of_local_contrast_the_decoders_blocks_come_too(fresh, tmp_path) -> None:
+    local = tiny(phantom_pretrain.get_config("glcl"), seed=1, **{"model.name": "kaf_unet"})
+    trained = LocalContrast(local).init()
+    write_run(tmp_path, local, trained)
+    variables, report = start_from(tmp_path, tiny(phantom_finetune), fresh)
+    found, theirs, before = flat(variables), flat(trained), flat(fresh)
+    blocks = {f"{kind}_{level}" for kind in ("up", "level") for level in (1, 2, 3)}
+    for name, array in found.items():
+        _, module, part, *_ = name.split("/")
+        source = theirs if module == "encoder" or part in blocks else before
+        np.testing.assert_array_equal(array, source[name], err_msg=name)
+    assert set(report.loaded) == {"encoder", "decoder"}
+    assert report.fresh == {"decoder": count(before, "decoder") - report.loaded["decoder"]}
+    assert set(report.unused) == {"project_1", "project_2"}

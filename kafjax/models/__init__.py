@@ -2,8 +2,9 @@
 
 Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)`
 with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and give
-logits [b, h, w, d]; models without keypoints ignore them. The pretraining network takes the same
-with a view axis of 2 after b and gives a `PretrainingOutput`. h and w must be divisible by 16.
+logits [b, h, w, d]; models without keypoints ignore them. The pretraining networks take the same
+with a view axis of 2 after b; they give a `PretrainingOutput`, or two feature maps for local
+contrast. h and w must be divisible by 16.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,20 @@ import jax.numpy as jnp
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
 from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
-from kafjax.models.pretraining import PretrainingNetwork, PretrainingOutput
+from kafjax.models.pretraining import (
+    PRETRAINING_HEADS,
+    LocalContrastNetwork,
+    PretrainingNetwork,
+    PretrainingOutput,
+)
 from kafjax.models.swin import SwinEncoder, SwinUNetDecoder
 from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
 
 __all__ = [
+    "LOCAL_MODELS",
     "MODELS",
     "Encoding",
+    "LocalContrastNetwork",
     "PretrainingNetwork",
     "PretrainingOutput",
     "SegmentationNetwork",
@@ -32,7 +40,7 @@ __all__ = [
     "variable_shapes",
 ]
 
-HEADS = ("segmentation", "pretraining")
+HEADS = ("segmentation", "pretraining", "local_contrast")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -49,6 +57,8 @@ MODELS = {
     "kaf_fcn": _Backbone(partial(FCNEncoder, widening="kaf"), FCNDecoder),
     "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
 }
+# Whose decoder has blocks that local contrast can train.
+LOCAL_MODELS = tuple(name for name, model in MODELS.items() if model.decoder is UNetDecoder)
 
 
 class SegmentationNetwork(nn.Module):
@@ -65,20 +75,24 @@ class SegmentationNetwork(nn.Module):
         return self.decoder(encoding, train=train)
 
 
-def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
+def build_model(
+    config: Any, *, axis_name: str | None = None, heads: tuple[str, ...] = PRETRAINING_HEADS
+) -> nn.Module:
     """Builds a network from `config.model`.
 
     Args:
-      config: with the fields `name` (one of `MODELS`), `head` ('segmentation' or 'pretraining'),
-        `filters`, `num_attention_layers` (of each KAF layer; of the whole Swin Transformer),
-        `dtype` (of the computation; parameters and statistics are at least float32), `remat`
-        (compute blocks again in the backward pass in place of keeping what is inside them); for
-        segmentation `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
-        `num_sinkhorn_iterations`.
+      config: with the fields `name` (one of `MODELS`), `head` (one of `HEADS`), `filters`,
+        `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
+        computation; parameters and statistics are at least float32), `remat` (compute blocks again
+        in the backward pass in place of keeping what is inside them); for segmentation
+        `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
+        `num_sinkhorn_iterations`; for local contrast `embedding` and `num_decoder_blocks`.
       axis_name: the mapped axis whose devices share batch statistics.
+      heads: of the pretraining network, those of 'cnn', 'kaf' and 'matching' that it shall have.
 
     Raises:
-      ValueError: a name, head or dtype that there is not; float64 where JAX has it switched off.
+      ValueError: a name, head or dtype that there is not; float64 where JAX has it switched off;
+        local contrast of a network without the UNet's decoder.
     """
     _check_choice("name", config.name, MODELS)
     _check_choice("head", config.head, HEADS)
@@ -103,8 +117,13 @@ def build_model(config: Any, *, axis_name: str | None = None) -> nn.Module:
             config.embedding,
             config.num_matcher_layers,
             config.num_sinkhorn_iterations,
+            heads=heads,
             **common,
         )
+    if config.head == "local_contrast":
+        _check_choice("name", config.name, LOCAL_MODELS)
+        blocks = UNetDecoder(0, remat=config.remat, num_blocks=config.num_decoder_blocks, **common)
+        return LocalContrastNetwork(encoder, blocks, config.embedding, common["dtype"])
     decoder = backbone.decoder(config.num_classes, remat=config.remat, **common)
     return SegmentationNetwork(encoder, decoder)
 

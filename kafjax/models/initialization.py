@@ -65,7 +65,7 @@ def example_inputs(head: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     Enough for `init_variables` and `variable_shapes`: variables' shapes depend neither on the
     image's size nor on the number of keypoints.
     """
-    views = (2,) if head == "pretraining" else ()
+    views = () if head == "segmentation" else (2,)
     return (
         jax.ShapeDtypeStruct((1, *views, 16, 16, 1), jnp.float32),
         jax.ShapeDtypeStruct((1, *views, 1, 2), jnp.int32),

@@ -1,4 +1,5 @@
-"""The pretraining network: an encoder, two global heads and the keypoint matcher.
+"""The pretraining networks: an encoder with global heads and the keypoint matcher; and, for local
+contrast, a frozen encoder with the first blocks of a decoder.
 
 The two views of a pair go through the same weights one after the other, so that batch statistics
 are each view's own and running statistics take the first view, then the second (docs/method.md 5).
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 
 from kafjax.assignment import log_optimal_transport
 from kafjax.models.attention import KEYPOINT_FEATURES, AttentionLayer, PositionalEncoder
-from kafjax.models.layers import BatchNorm, Linear
+from kafjax.models.layers import BatchNorm, Conv, Linear
+
+PRETRAINING_HEADS = ("cnn", "kaf", "matching")
 
 
 class PretrainingOutput(NamedTuple):
-    """What the losses need. Places of heads that the network lacks hold None.
+    """What the losses need. Places of heads that the network has not hold None.
 
     Attributes:
       cnn: the CNN head's embeddings of the two views, each [b, e].
@@ -24,7 +27,7 @@ class PretrainingOutput(NamedTuple):
       log_assignment: [b, k + 1, k + 1], of the first view's keypoints to the second's.
     """
 
-    cnn: tuple[jax.Array, jax.Array]
+    cnn: tuple[jax.Array, jax.Array] | None
     kaf: tuple[jax.Array, jax.Array] | None
     log_assignment: jax.Array | None
 
@@ -108,6 +111,7 @@ class PretrainingNetwork(nn.Module):
     Attributes:
       encoder: gives an `Encoding`; without KAF layers only the CNN head exists.
       embedding: e.
+      heads: which of 'cnn', 'kaf' and 'matching' to have; the others cost nothing.
     """
 
     encoder: nn.Module
@@ -116,6 +120,7 @@ class PretrainingNetwork(nn.Module):
     num_sinkhorn_iterations: int = 100
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    heads: tuple[str, ...] = PRETRAINING_HEADS
 
     @nn.compact
     def __call__(
@@ -130,25 +135,61 @@ class PretrainingNetwork(nn.Module):
           train: normalise by the batch's statistics and update the running ones.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
-        cnn_head = CNNHead(self.embedding, dtype=self.dtype, name="cnn_head")
         positions = (keypoints[:, 0], keypoints[:, 1])
         masks = (keypoint_mask[:, 0], keypoint_mask[:, 1])
         first, second = (
             self.encoder(image[:, i], positions[i], masks[i], train=train) for i in range(2)
         )
-        cnn = (cnn_head(first.center), cnn_head(second.center))
-        if not first.points:
+        cnn = kaf = assignment = None
+        if "cnn" in self.heads:
+            cnn_head = CNNHead(self.embedding, dtype=self.dtype, name="cnn_head")
+            cnn = (cnn_head(first.center), cnn_head(second.center))
+        if not first.points or not {"kaf", "matching"} & set(self.heads):
             return PretrainingOutput(cnn, None, None)
 
         fuse = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="fuse_levels")
         points_1 = fuse(jnp.concatenate(first.points, axis=-1))
         points_2 = fuse(jnp.concatenate(second.points, axis=-1))
-        kaf_head = KAFHead(self.embedding, **common, name="kaf_head")
-        kaf_1 = kaf_head(points_1, masks[0], train=train)
-        kaf_2 = kaf_head(points_2, masks[1], train=train)
-        matcher = Matcher(
-            self.num_matcher_layers, self.num_sinkhorn_iterations, **common, name="matcher"
-        )
-        shape = (image.shape[2], image.shape[3])
-        assignment = matcher((points_1, points_2), positions, masks, shape, train=train)
-        return PretrainingOutput(cnn, (kaf_1, kaf_2), assignment)
+        if "kaf" in self.heads:
+            kaf_head = KAFHead(self.embedding, **common, name="kaf_head")
+            kaf_1 = kaf_head(points_1, masks[0], train=train)
+            kaf = (kaf_1, kaf_head(points_2, masks[1], train=train))
+        if "matching" in self.heads:
+            matcher = Matcher(
+                self.num_matcher_layers, self.num_sinkhorn_iterations, **common, name="matcher"
+            )
+            shape = (image.shape[2], image.shape[3])
+            assignment = matcher((points_1, points_2), positions, masks, shape, train=train)
+        return PretrainingOutput(cnn, kaf, assignment)
+
+
+class LocalContrastNetwork(nn.Module):
+    """A frozen encoder, the first blocks of a decoder, and two 1x1 convolutions for the local loss.
+
+    The second stage of Chaitanya et al. (NeurIPS 2020).
+
+    Attributes:
+      encoder: gives an `Encoding`, by its running statistics; no gradient reaches it.
+      decoder: gives features [b, h', w', c].
+      embedding: e.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    embedding: int = 512
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gives features of two views, each [b, h', w', e]; arguments as `PretrainingNetwork`'s."""
+        wide = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_1")
+        narrow = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_2")
+
+        def features(i: int) -> jax.Array:
+            inputs = image[:, i], keypoints[:, i], keypoint_mask[:, i]
+            encoding = jax.lax.stop_gradient(self.encoder(*inputs, train=False))
+            return narrow(nn.relu(wide(self.decoder(encoding, train=train))))
+
+        return features(0), features(1)

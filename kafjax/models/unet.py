@@ -136,22 +136,32 @@ class UNetEncoder(Encoder):
 
 
 class UNetDecoder(nn.Module):
-    """From the centre back to the image's size, and to logits; `remat` as the encoder's."""
+    """From the centre back to the image's size, and to logits.
+
+    Attributes:
+      num_classes: d.
+      remat: as the encoder's.
+      num_blocks: of the blocks, coarsest first. With fewer than all four there are no logits: the
+        last block's features [b, h / 2^n, w / 2^n, c] are what comes out, n = 4 - num_blocks.
+    """
 
     num_classes: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
+    num_blocks: int = NUM_LEVELS
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes]."""
+        """Gives logits [b, h, w, num_classes], or features."""
         x = encoding.center
-        for level in reversed(range(NUM_LEVELS)):
+        for level in reversed(range(NUM_LEVELS - self.num_blocks, NUM_LEVELS)):
             features = x.shape[-1] // 2
             x = UpConv(features, dtype=self.dtype, name=f"up_{level}")(x)
             x = jnp.concatenate([x, encoding.levels[level]], axis=-1)
             block = ConvBlock(features, self.axis_name, self.dtype, name=f"level_{level}")
             x = apply_block(block, x, train=train, remat=self.remat)
+        if self.num_blocks < NUM_LEVELS:
+            return x
         head = Conv(self.num_classes, kernel_size=1, use_bias=False, dtype=self.dtype, name="head")
         return head(x)

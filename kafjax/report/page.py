@@ -29,7 +29,11 @@ from kafjax.report.tables import cross_validation, evaluations, extremes
 
 NUM_SAMPLES = 4
 
-_TASKS = {"pretrain": "Pretraining", "segment": "Segmentation"}
+_TASKS = {
+    "pretrain": "Pretraining",
+    "local_contrast": "Local contrast",
+    "segment": "Segmentation",
+}
 
 
 def report(
