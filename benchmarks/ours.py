@@ -61,7 +61,7 @@ class TrainingStep:
         optimizer = step.make_optimizer(config.optimizer)
         with stopwatch() as init_seconds:
             state = step.init_state(task, optimizer)
-        self._state = jax.pmap(lambda x: x)(step.replicate(state))
+        self._state = step.on_devices(state)
         n = jax.local_device_count()
         self._rest = (
             jax.pmap(lambda x: x)(step.shard(inputs(case))),

@@ -7,7 +7,16 @@ import numpy as np
 
 from faults.campaign import Settings, Tally
 from kafjax.pretrain import Pretraining
-from kafjax.step import AXIS_NAME, Batch, init_state, make_optimizer, make_update, replicate, shard
+from kafjax.step import (
+    AXIS_NAME,
+    Batch,
+    init_state,
+    make_optimizer,
+    make_update,
+    on_devices,
+    replicate,
+    shard,
+)
 from tests.runs import random_batch, tiny_config
 
 USUAL = 1000
@@ -98,7 +107,7 @@ def run(settings: Settings) -> Iterator[Tally]:
     task = Pretraining(config, axis_name=AXIS_NAME)
     optimizer = make_optimizer(config.optimizer)
     update = make_update(task, optimizer)
-    state = replicate(init_state(task, optimizer))
+    state = on_devices(init_state(task, optimizer))
     scalars = replicate((np.float32(config.optimizer.learning_rate), np.int32(0)))
     tally = Tally("degenerate batches: steps without NaN")
     names = list(KINDS)

@@ -145,7 +145,7 @@ def make_predict(task: Predicting, variables: Any) -> Callable[[Batch], np.ndarr
         return jax.nn.softmax(task.predict(variables, batch).astype(jax.numpy.float32))
 
     mapped = jax.pmap(predict, axis_name=AXIS_NAME)
-    resident = jax.pmap(lambda x: x)(replicate(variables))
+    resident = on_devices(variables)
 
     def run(batch: Batch) -> np.ndarray:
         probabilities = mapped(resident, shard(batch))
@@ -158,6 +158,14 @@ def replicate(tree: Any) -> Any:
     """Host arrays with a leading axis of local devices, ready for a mapped step."""
     n = jax.local_device_count()
     return jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), tree)
+
+
+def on_devices(tree: Any) -> Any:
+    """Host arrays replicated on the devices, placed as a mapped step places what it returns.
+
+    Given a first state that is on the host, a step would be traced and compiled again for the next.
+    """
+    return jax.pmap(lambda x: x, axis_name=AXIS_NAME)(replicate(tree))
 
 
 def unreplicate(tree: Any) -> Any:

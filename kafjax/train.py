@@ -36,6 +36,7 @@ from kafjax.step import (
     make_optimizer,
     make_schedule,
     make_update,
+    on_devices,
     replicate,
     shard,
     unreplicate,
@@ -173,7 +174,7 @@ class _Run:
             ) as self._writer,
             _Signals() as signals,
         ):
-            return self._train(replicate(state), start, signals)
+            return self._train(on_devices(state), start, signals)
 
     def _begin(self) -> tuple[TrainState, dict[str, Any]]:
         """The state of the last checkpoint and what was saved with it, or that of a new run."""

@@ -17,6 +17,7 @@ from kafjax.step import (
     make_optimizer,
     make_schedule,
     make_update,
+    on_devices,
     replicate,
     shard,
     unreplicate,
@@ -37,7 +38,7 @@ from tests.runs import random_batch, tiny_config
 config = tiny_config(Path("a/b/c"), **{"model.dtype": "float64"})
 task = Pretraining(config, axis_name=AXIS_NAME)
 optimizer = make_optimizer(config.optimizer)
-state, losses = replicate(init_state(task, optimizer)), []
+state, losses = on_devices(init_state(task, optimizer)), []
 update = make_update(task, optimizer)
 scalars = replicate((np.float32(config.optimizer.learning_rate), np.int32(0)))
 for step in range(3):
@@ -125,5 +126,27 @@ def test_unknown_optimizer_names_the_choices() -> None:
 
 def test_replicate_and_unreplicate_are_inverse() -> None:
     tree = {"a": np.arange(3), "b": np.float32(2)}
-    mapped = jax.pmap(lambda x: x)(replicate(tree))
-    jax.tree.map(np.testing.assert_array_equal, unreplicate(mapped), tree)
+    jax.tree.map(np.testing.assert_array_equal, unreplicate(on_devices(tree)), tree)
+
+
+class Line:
+    """Fits a number; counts how often its loss is traced."""
+
+    traces = 0
+
+    def init(self):
+        return {"params": {"w": np.float32(3)}, "batch_stats": {}}
+
+    def loss(self, params, batch_stats, batch):
+        self.traces += 1
+        loss = ((params["w"] - batch["x"]) ** 2).mean()
+        return loss, ({"loss": loss}, batch_stats)
+
+
+def test_later_steps_are_not_traced_again() -> None:
+    task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    update, state = make_update(task, optimizer), on_devices(init_state(task, optimizer))
+    for step in range(3):
+        scalars = replicate((np.float32(0.1), np.int32(0)))
+        state, _ = update(state, shard({"x": np.ones(8, np.float32)}), *scalars)
+        assert (task.traces, int(unreplicate(state).step)) == (1, step + 1)
