@@ -1,0 +1,23 @@
+"""Methods of pretraining beside each other (docs/method.md 6), as the paper's own table 1.
+
+python -m kafjax.experiment --table configs/tables/methods.py --dataset chd
+"""
+
+from kafjax.experiment_plan import Row, Table
+
+_NAMES = {"simclr": "SimCLR", "gcl": "GCL", "glcl": "GLCL", "pcl": "PCL"}
+
+
+def get_table() -> Table:
+    """The UNet pretrained by each method, and KAF-UNet."""
+    return Table(
+        title="Methods of pretraining",
+        rows=(
+            Row("UNet from scratch", "unet"),
+            *(Row(f"UNet, {name}", "unet", method) for method, name in _NAMES.items()),
+            Row("KAF-UNet from scratch", "kaf_unet"),
+            Row("KAF-UNet, KAF", "kaf_unet", "kaf"),
+        ),
+        num_labeled={"chd": (2, 6, 15), "acdc": (2, 6, 15), "phantom": (2,)},
+        reference="UNet from scratch",
+    )

@@ -1,0 +1,37 @@
+"""The appendix's table 1: what the network's width gives, and what KAF gives.
+
+python -m kafjax.experiment --table configs/tables/table1.py --dataset chd
+"""
+
+from kafjax.experiment_plan import Row, Table
+
+
+def get_table() -> Table:
+    """The plain UNets from scratch, and KAF-UNet pretrained; then both the other way round."""
+    return Table(
+        title="Networks of different width, and KAF-UNet pretrained (the appendix's table 1)",
+        rows=(
+            Row(
+                "UNet (c1)",
+                "unet",
+                paper={"chd": {15: "0.627(.05)"}, "acdc": {6: "0.782(.03)"}},
+            ),
+            Row(
+                "UNet (c2)",
+                "unet_c2",
+                paper={"chd": {15: "0.646(.04)"}, "acdc": {6: "0.796(.03)"}},
+            ),
+            Row(
+                "KAF-UNet, pretrained",
+                "kaf_unet",
+                "kaf",
+                paper={"chd": {15: "0.712(.03)"}, "acdc": {6: "0.873(.01)"}},
+            ),
+            # What of the last row's lead is the network's, and what the pretraining's.
+            Row("KAF-UNet", "kaf_unet", beyond=True),
+            Row("UNet (c1), pretrained with PCL", "unet", "pcl", beyond=True),
+        ),
+        num_labeled={"chd": (15,), "acdc": (6,), "phantom": (2,)},
+        reference="UNet (c1)",
+        with_parameters=True,
+    )

@@ -1,0 +1,212 @@
+"""Runs a table of the paper on a dataset, and collects what it found.
+
+    python -m kafjax.experiment --table configs/tables/table1.py --dataset chd
+    python -m kafjax.experiment --table configs/tables/table1.py --dataset phantom --small
+
+The table's jobs are `kafjax.main` and `kafjax.cross_validate` commands, which are printed and can
+be repeated by hand. One runs on each local device, or each core of a CPU. What is complete, for
+this table or another, is not run again, and what was stopped goes on. `--shard 2/8` takes every
+8th job, from the 2nd on, of a workdir that machines share. `--plan` tells what there is to do,
+`--collect` makes the table of what there is, and neither runs anything.
+
+    runs/experiments/chd/table1.{md,csv,png,svg}    the table, with standard errors
+    runs/experiments/chd/{pretrain,segment,logs}/   the runs (`kafjax.experiment_plan`)
+
+`--small` is for CPUs: DATASET_small's configs, and two folds by default.
+Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signal when stopped.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kafjax.cross_validate import parse_numbers
+from kafjax.experiment_plan import Experiment, Planned, Table, load
+from kafjax.experiment_results import write_results
+from kafjax.jobs import find_slots, run_jobs
+
+_SMALL_FOLDS = (0, 1)
+
+
+def make_experiment(
+    table: Table,
+    dataset: str,
+    *,
+    workdir: str = "runs/experiments",
+    data_dir: str = "data",
+    small: bool = False,
+    num_labeled: Sequence[int] | None = None,
+    folds: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Experiment:
+    """A table on a dataset, with the defaults of both.
+
+    Args:
+      table: as a file of `configs/tables/` has it.
+      dataset: there are `configs/DATASET_{pretrain,finetune,scratch}.py`.
+      workdir: its folder DATASET holds or will hold the runs.
+      data_dir: where the prepared dataset is.
+      small: take DATASET_small.
+      num_labeled: values of M; the table's by default.
+      folds: numbers from 0; all of the config's by default, two where it is small.
+      seeds: the config's by default.
+
+    Raises:
+      ValueError: there is no such dataset, or the table has no M for it.
+    """
+    name = f"{dataset}_small" if small else dataset
+    config = load(f"configs/{name}_scratch.py", "get_config")()
+    if num_labeled is None:
+        base = name.split("_")[0]
+        if base not in table.num_labeled:
+            raise ValueError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
+        num_labeled = table.num_labeled[base]
+    if folds is None:
+        folds = _SMALL_FOLDS if small else range(config.data.num_folds)
+    return Experiment(
+        table=table,
+        dataset=name,
+        root=Path(workdir) / name,
+        data_dir=data_dir,
+        num_labeled=tuple(num_labeled),
+        folds=tuple(folds),
+        seeds=tuple([config.seed] if seeds is None else seeds),
+        # Small ones spend their time on starting; large ones should keep many devices busy.
+        fold_jobs=not small,
+    )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Of '2/8' the first job, from 0, and the step; `ValueError` for other text."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard: found {text!r}, expected 1/N to N/N")
+    return int(match[1]) - 1, int(match[2])
+
+
+def format_plan(
+    planned: Sequence[Planned], step_seconds: tuple[float, float, float] | None = None
+) -> str:
+    """The jobs, what is done, and how much work is left for each network.
+
+    Args:
+      planned: of `Experiment.plan`.
+      step_seconds: of a step of pretraining, one of fine-tuning and a batch of validation, on one
+        device; with them the hours are told.
+    """
+    lines: list[str] = []
+    left: dict[str, list[int]] = {}
+    for job, work in planned:
+        is_done = job.is_done()
+        lines.append(f"{'done' if is_done else 'to do':<6} {job.name}\n       {job}")
+        if work is None or is_done:
+            continue
+        model, *counts = work
+        left[model] = [a + b for a, b in zip(left.get(model, (0, 0, 0)), counts, strict=True)]
+    lines.append("")
+    for model, counts in left.items():
+        what = ("steps of pretraining", "steps of training with labels", "batches of validation")
+        told = ", ".join(f"{n:,} {name}" for n, name in zip(counts, what, strict=True))
+        if step_seconds is not None:
+            seconds = sum(n * s for n, s in zip(counts, step_seconds, strict=True))
+            told += f": {seconds / 3600:.1f} device hours"
+        lines.append(f"to do for {model}, about: {told}")
+    if not left:
+        lines.append("nothing is left to do but the table")
+    return "\n".join(lines)
+
+
+def _run_from_command_line() -> None:
+    # Inside a function, so that importing this module defines no flag.
+    from absl import flags
+
+    from kafjax.commands import run_app
+
+    string, boolean = flags.DEFINE_string, flags.DEFINE_bool
+    table = string("table", None, "File of the table, as in configs/tables/.", required=True)
+    dataset = string("dataset", None, "chd, acdc, phantom, or another's name.", required=True)
+    small = boolean("small", False, "The configs of DATASET_small, for CPUs.")
+    numbers = {
+        "num_labeled": string("num_labeled", None, "Values of M. Default: the table's."),
+        "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
+        "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
+    }
+    workdir = string("workdir", "runs/experiments", "Where the runs live.")
+    data_dir = string("data_dir", "data", "Where the prepared dataset is.")
+    shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
+    slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
+    plan = boolean("plan", False, "Only tell what there is to do.")
+    step_seconds = flags.DEFINE_list(
+        "step_seconds", None, "For --plan: of pretraining, fine-tuning, validation: 1.1,0.3,0.1."
+    )
+    only_collect = boolean("collect", False, "Only make the table of the runs there are.")
+
+    def command() -> int | None:
+        # This process trains nothing, and must not take the devices' memory.
+        jax.config.update("jax_platforms", "cpu")
+        experiment = make_experiment(
+            load(table.value, "get_table")(),
+            dataset.value,
+            workdir=workdir.value,
+            data_dir=data_dir.value,
+            small=small.value,
+            **{name: _parse(name, flag.value) for name, flag in numbers.items()},
+        )
+        first, every = parse_shard(shard.value)
+        planned = experiment.plan()
+        if plan.value:
+            ours = planned[first::every]
+            print(format_plan(ours, _parse_seconds(step_seconds.value)), flush=True)
+            return None
+        outcome = None
+        if not only_collect.value:
+            experiment.check_dataset()
+            jobs = [job for job, _ in planned]
+            outcome = run_jobs(jobs, find_slots(slots.value), is_ours=lambda i: i % every == first)
+            if outcome.received:
+                return outcome.received
+        print(write_results(experiment, Path(table.value).stem, _repeat()), flush=True)
+        if outcome and outcome.failed:
+            print(f"error: failed: {', '.join(outcome.failed)}", file=sys.stderr)
+            sys.exit(1)
+        return None
+
+    run_app(command)
+
+
+def _parse(name: str, value: str | None) -> list[int] | None:
+    try:
+        return None if value is None else parse_numbers(value)
+    except ValueError as error:
+        raise ValueError(f"--{name}: {error}") from None
+
+
+def _parse_seconds(parts: list[str] | None) -> Any:
+    try:
+        seconds = None if parts is None else tuple(map(float, parts))
+    except ValueError:
+        seconds = ()
+    if seconds is not None and len(seconds) != 3:
+        raise ValueError(
+            f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1"
+        )
+    return seconds
+
+
+def _repeat() -> str:
+    """The command, without what does not change the table."""
+    arguments = [
+        argument
+        for argument in sys.argv[1:]
+        if not re.match(r"--(no)?(collect|shard|slots|plan|step_seconds)\b", argument)
+    ]
+    return shlex.join(["python", "-m", "kafjax.experiment", *arguments])
+
+
+if __name__ == "__main__":
+    _run_from_command_line()
