@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-slow bench faults lint clean
+.PHONY: demo test test-slow bench faults docs lint clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ bench: $(INSTALLED)
 # Damages files, fills disks and kills runs; the table is printed and written.
 faults: $(INSTALLED)
 	$(RUN) faults.main --output faults_table
+
+# The reference of all functions, from their docstrings.
+docs: $(INSTALLED)
+	$(RUN) pdoc --docformat google --output-directory build/docs kafjax data_prep
+	@echo "build/docs/index.html"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,299 @@
+"""Writes docs/configuration.md, the reference of all config fields: `python -m docs.configuration`.
+
+What a field must be comes from `kafjax.config_checks`, values from the config files, explanations
+from their comments and, where those say nothing, from `_MEANINGS` here.
+"""
+
+import ast
+import importlib
+import io
+import re
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from configs import chd_pretrain
+from kafjax.config_checks import check_fields
+
+PAGE = Path(__file__).with_name("configuration.md")
+DATASETS = ("chd", "acdc", "phantom")
+TASKS = ("pretrain", "finetune")
+_COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others change
+
+_INTRODUCTION = """\
+# Configuration
+
+A run is a Python file in `configs/` and what the command line changes in it:
+
+<!-- needs: CHD -->
+```sh
+python -m kafjax.main --config configs/chd_pretrain.py --config.batch_size=16
+```
+
+`configs/<dataset>_pretrain.py`, `_finetune.py` and `_scratch.py` are the paper's runs on CHD and
+ACDC, and small ones on phantoms. `_scratch` is `_finetune` without `init_from`. A name after a
+colon chooses the method of pretraining, as in `configs/chd_pretrain.py:simclr`
+([methods](#methods)). Every field is checked before a run starts: its name, type and range, and
+that fields fit each other. A pair is given as `--config.data.patch_size='(256, 256)'`.
+
+A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
+such field, and giving one is an error.
+
+This page is written by `python -m docs.configuration`.
+"""
+_SECTIONS = {
+    "": ("The run", ""),
+    "data": ("Data", ""),
+    "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
+    "augment": (
+        "Augmentation",
+        "`augment` is none in fine-tuning on CHD and phantoms: slices are cropped at random, and "
+        "nothing else.",
+    ),
+    "loss": ("Loss", "Of pretraining; fine-tuning has cross-entropy and nothing to set."),
+    "optimizer": ("Optimiser", ""),
+    "every": ("How often", "In steps, where nothing else is said."),
+    "checkpoint": ("Checkpoints", ""),
+}
+_MEANINGS = {
+    "task": "What is learnt; a config file decides it.",
+    "seed": "Of initial values, the order of the data and augmentation.",
+    "num_epochs": "How long, and the length of the learning rate's schedule.",
+    "batch_size": "Pairs (fine-tuning: slices) of a step, over all devices of all hosts.",
+    "data.name": "Of the prepared dataset.",
+    "data.dir": "Where prepared datasets are: the `--data_dir` of the preparation.",
+    "data.patch_size": "What of a slice the network sees, in pixels; smaller slices are padded.",
+    "data.num_threads": "Threads that read and cut slices.",
+    "data.fold": "Which of the folds is kept for validation, from 0.",
+    "data.num_folds": "How many folds the labelled subjects are cut into.",
+    "data.max_keypoints": "K of the preparation: the places for a slice's keypoints; checked.",
+    "data.radius": "Of the preparation, pixels within which keypoints correspond; checked.",
+    "model.name": "The network (5).",
+    "model.num_classes": "Of the dataset, with the background; checked.",
+    "model.head": "What follows the encoder; the task decides it.",
+    "model.filters": "f, the channels of the first level.",
+    "model.num_attention_layers": "Of each KAF layer; of the whole encoder of `swin_unet`.",
+    "model.embedding": "Size of the embeddings that are contrasted.",
+    "model.num_matcher_layers": "Attention layers of the matcher, self and cross in turn.",
+    "model.num_sinkhorn_iterations": "Of the optimal transport (6).",
+    "model.num_decoder_blocks": "Blocks of the decoder that local contrast trains, coarsest first.",
+    "model.dtype": "Of the computation; parameters and sums stay at least float32.",
+    "augment.keypoints": "How keypoints follow the warped image (3).",
+    "augment.transform.mirror_probability": "Of each axis.",
+    "augment.transform.spatial_probability": "Of elastic displacement, rotation and scaling.",
+    "augment.transform.elastic_sigma": "Smoothness of the displacement, pixels.",
+    "augment.transform.elastic_alpha": "Strength of the displacement.",
+    "augment.transform.rotation": "Angle, radians.",
+    "augment.transform.magnify_probability": "Of magnifying; else the slice is shrunk.",
+    "augment.transform.magnify_scale": "Scale of the sampling grid: below 1 magnifies.",
+    "augment.transform.shrink_scale": "The same, above 1.",
+    "loss.method": "Which slices are each other's positives (6).",
+    "loss.position_threshold": "t of `pcl`: slices closer than this are positives.",
+    "loss.temperature": "T of the contrastive losses.",
+    "loss.weights.cnn": "w1, of the CNN head's contrastive loss.",
+    "loss.weights.kaf": "w2, of the KAF head's; 0 for networks without keypoints.",
+    "loss.weights.matching": "w3, of the keypoint matching; 0 for networks without keypoints.",
+    "optimizer.name": "Which.",
+    "optimizer.momentum": "Of SGD.",
+    "optimizer.weight_decay": "L2, added to the gradient.",
+    "optimizer.learning_rate": "At the start.",
+    "optimizer.final_learning_rate": "At the end of the cosine.",
+    "every.log": "A line of metrics.",
+    "every.checkpoint": "A checkpoint, beside those of validation, signals and the end.",
+    "every.picture": "Pictures in TensorBoard.",
+    "checkpoint.keep_newest": "How many.",
+    "checkpoint.keep_best": "How many, by loss or (fine-tuning) validation Dice.",
+}
+
+
+class _Wrong:
+    """A value that no field may have."""
+
+    def __repr__(self) -> str:
+        return "wrong"
+
+
+def page() -> str:
+    """The page's text.
+
+    Raises:
+      ValueError: `_MEANINGS` explains a field that there is not, or a field is not explained.
+    """
+    runs = {
+        (task, dataset): _fields(importlib.import_module(f"configs.{dataset}_{task}").get_config())
+        for task in TASKS
+        for dataset in DATASETS
+    }
+    methods = {name: _fields(chd_pretrain.get_config(name)) for name in chd_pretrain.METHODS}
+    rules = _rules([*runs.values(), *methods.values()])
+    comments = _comments()
+    if stale := _MEANINGS.keys() - rules.keys():
+        raise ValueError(f"no such config fields: {', '.join(sorted(stale))}")
+    if bare := rules.keys() - _MEANINGS.keys() - comments.keys():
+        raise ValueError(f"config fields that nothing explains: {', '.join(sorted(bare))}")
+    parts = [_INTRODUCTION]
+    for section, (title, lead) in _SECTIONS.items():
+        parts += [f"## {title}\n", *([f"{lead}\n"] if lead else [])]
+        parts.append("| field | | must be | pretraining | fine-tuning |\n|---|---|---|---|---|")
+        for path, rule in rules.items():
+            if path.rpartition(".")[0].split(".")[0] == section:
+                text = _MEANINGS.get(path) or _sentence(comments[path])
+                values = " | ".join(_values(path, task, runs, methods) for task in TASKS)
+                parts.append(f"| `{path}` | {text} | {rule} | {values} |")
+        parts.append("")
+    return "\n".join([*parts, *_methods(methods)])
+
+
+def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All fields by dotted path; none of `augment`'s where it is None."""
+
+    def flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{name}.")
+            elif f"{prefix}{name}" != "augment":
+                yield f"{prefix}{name}", value
+
+    return dict(flatten(config.to_dict(), ""))
+
+
+def _rules(runs: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """What each field must be, in the words of the check itself."""
+    rules: dict[str, str] = {}
+    for fields in runs:
+        wrong: dict[str, Any] = {}
+        for path in fields:
+            *parents, name = path.split(".")
+            place = wrong
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[name] = fields[path] if path == "task" else _Wrong()
+        for config in (wrong, {"task": _Wrong()}):
+            found = re.findall(r"config\.(\S+) is wrong, expected (.*)", _complaints(config))
+            for path, words in found:
+                # A head's rule depends on the task.
+                known = rules.setdefault(path, words)
+                if words not in known:
+                    rules[path] = f"{known}; {words}"
+    return {path: rules[path] for path in dict.fromkeys(p for f in runs for p in f)}
+
+
+def _complaints(config: dict[str, Any]) -> str:
+    try:
+        check_fields(config)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{config} passed")
+
+
+def _values(
+    path: str,
+    task: str,
+    runs: dict[tuple[str, str], dict[str, Any]],
+    methods: dict[str, dict[str, Any]],
+) -> str:
+    """CHD's value, and others' where they differ; a dash where there is no such field."""
+    fields = runs[task, DATASETS[0]]
+    cells = [_value(fields, path)]
+    for dataset in DATASETS[1:]:
+        cell = _value(runs[task, dataset], path)
+        if cell != cells[0]:
+            cells.append(f"{dataset} {cell}")
+    if task == "pretrain" and path not in fields:
+        cells += [f"{name} {_value(of, path)}" for name, of in methods.items() if path in of]
+    # A dash is said only where it is all that there is.
+    return ", ".join(cells[1:] if cells[0] == "-" and len(cells) > 1 else cells)
+
+
+def _value(fields: dict[str, Any], path: str) -> str:
+    if path not in fields:
+        return "-"
+    value = fields[path]
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"({', '.join(f'{x:g}' for x in value)})"
+    return f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def _methods(methods: dict[str, dict[str, Any]]) -> list[str]:
+    base = methods["kaf"]
+    lines = [
+        "## Methods",
+        "",
+        "After a colon behind any `configs/*_pretrain.py`; the default is `kaf`, the paper's. The",
+        "last column is how a method's config differs from it; [the method](method.md#6-losses)",
+        "says what they are.",
+        "",
+        "| method | fields |",
+        "|---|---|",
+    ]
+    for name, fields in methods.items():
+        changed = [f"`{p}` {_value(fields, p)}" for p in fields if fields[p] != base.get(p, fields)]
+        gone = [f"no `{path}`" for path in base if path not in fields]
+        lines.append(f"| `{name}` | {', '.join(changed + gone) or 'as above'} |")
+    return [*lines, ""]
+
+
+def _comments() -> dict[str, str]:
+    """The config files' comments by field: beside it, or on the lines above it."""
+    found: dict[str, str] = {}
+    for name in _COMMENTED:
+        source = Path(f"{importlib.import_module(f'configs.{name}').__file__}").read_text()
+        beside, above = _comment_lines(source)
+        for path, line in _places(ast.parse(source)):
+            text = beside.get(line) or _block_above(above, line)
+            if text:
+                found.setdefault(path, text)
+    return found
+
+
+def _comment_lines(source: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Comments that follow code, and those that have lines of their own, by line number."""
+    beside: dict[int, str] = {}
+    alone: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            (alone if token.line.strip() == token.string else beside)[token.start[0]] = text
+    return beside, alone
+
+
+def _block_above(alone: dict[int, str], line: int) -> str:
+    lines: list[str] = []
+    while (line := line - 1) in alone:
+        lines.insert(0, alone[line])
+    return " ".join(lines)
+
+
+def _places(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Fields of `ConfigDict({...})` and of `config.a.b = ...`, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ConfigDict"):
+            yield from _keys(node.args[0], "")
+        elif isinstance(node, ast.Assign):
+            target = ast.unparse(node.targets[0])
+            if target.startswith("config."):
+                yield target.removeprefix("config."), node.lineno
+
+
+def _keys(node: ast.expr, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                path = prefix + str(key.value)
+                yield path, key.lineno
+                yield from _keys(value, f"{path}.")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
