@@ -116,9 +116,8 @@ def _configs(
 def _build(config: ml_collections.ConfigDict) -> str:
     """Makes the parts of a run, as training does; what is not a clear refusal."""
     from kafjax.preflight import check_devices, open_run_dataset, split_run
-    from kafjax.pretrain import Pretraining
-    from kafjax.segment import Segmentation
-    from kafjax.step import make_optimizer, make_schedule
+    from kafjax.step import learning_rates, make_optimizer
+    from kafjax.tasks import TASKS
 
     try:
         check_devices(config)
@@ -128,9 +127,9 @@ def _build(config: ml_collections.ConfigDict) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     try:
-        {"pretrain": Pretraining, "segment": Segmentation}[config.task](config)
+        TASKS[config.task].task(config)
         make_optimizer(config.optimizer)
-        float(make_schedule(config.optimizer, 10)(3))
+        learning_rates(config.optimizer, 10)
         json.dumps(config.to_dict())
     except ValueError as error:
         return "" if str(error).startswith("config.") else f"ValueError: {error}"

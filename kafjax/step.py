@@ -57,10 +57,15 @@ class TrainState:
     opt_state: Any
 
 
-def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
-    """Cosine from `learning_rate` to `final_learning_rate` over `num_steps` (docs/method.md 7)."""
-    alpha = config.final_learning_rate / config.learning_rate
-    return optax.cosine_decay_schedule(config.learning_rate, num_steps, alpha)
+def learning_rates(config: Any, num_steps: int) -> np.ndarray:
+    """The rate of each step, float32 [num_steps] (docs/method.md 7).
+
+    A cosine from `learning_rate` towards `final_learning_rate`. On the host and all at once: on the
+    device, each rate would wait for the step before, and each length of run compile anew.
+    """
+    cosine = (1 + np.cos(np.pi * np.arange(num_steps) / num_steps)) / 2
+    span = config.learning_rate - config.final_learning_rate
+    return (config.final_learning_rate + span * cosine).astype(np.float32)
 
 
 def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:

@@ -33,8 +33,8 @@ from kafjax.step import (
     Batch,
     TrainState,
     init_state,
+    learning_rates,
     make_optimizer,
-    make_schedule,
     make_update,
     on_devices,
     replicate,
@@ -148,9 +148,7 @@ class _Run:
         self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size, self._split.train)
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
-        schedule = make_schedule(config.optimizer, schedule_steps)
-        # All at once: computed step by step, each rate would wait for the device's step before.
-        self._rates = np.asarray(schedule(np.arange(schedule_steps)), np.float32)
+        self._rates = learning_rates(config.optimizer, schedule_steps)
         self._optimizer = make_optimizer(config.optimizer, frozen=self.kind.frozen)
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._last_loss = float("nan")
