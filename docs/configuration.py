@@ -34,10 +34,11 @@ python -m kafjax.main --config configs/chd_pretrain.py --config.batch_size=16
 ```
 
 `configs/<dataset>_pretrain.py`, `_finetune.py` and `_scratch.py` are the paper's runs on CHD and
-ACDC, and small ones on phantoms. `_scratch` is `_finetune` without `init_from`. A name after a
-colon chooses the method of pretraining, as in `configs/chd_pretrain.py:simclr`
-([methods](#methods)). Every field is checked before a run starts: its name, type and range, and
-that fields fit each other. A pair is given as `--config.data.patch_size='(256, 256)'`.
+ACDC, and small ones on phantoms; `phantom_small` is smaller still, for `kafjax.experiment --small`.
+`_scratch` is `_finetune` without `init_from`. A name after a colon chooses the method of
+pretraining, as in `configs/chd_pretrain.py:simclr` ([methods](#methods)). Every field is checked
+before a run starts: its name, type and range, and that fields fit each other. A pair is given as
+`--config.data.patch_size='(256, 256)'`.
 
 A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
 such field, and giving one is an error.
