@@ -170,7 +170,7 @@ def _run_from_command_line() -> None:
             outcome = run_jobs(jobs, find_slots(slots.value), is_ours=lambda i: i % every == first)
             if outcome.received:
                 return outcome.received
-        print(write_results(experiment, Path(table.value).stem, _repeat()), flush=True)
+        print(write_results(experiment, Path(table.value).stem, _repeat(flags.FLAGS)), flush=True)
         if outcome and outcome.failed:
             print(f"error: failed: {', '.join(outcome.failed)}", file=sys.stderr)
             sys.exit(1)
@@ -198,13 +198,10 @@ def _parse_seconds(parts: list[str] | None) -> Any:
     return seconds
 
 
-def _repeat() -> str:
+def _repeat(flags: Any) -> str:
     """The command, without what does not change the table."""
-    arguments = [
-        argument
-        for argument in sys.argv[1:]
-        if not re.match(r"--(no)?(collect|shard|slots|plan|step_seconds)\b", argument)
-    ]
+    names = ("table", "dataset", "small", "num_labeled", "folds", "seeds", "workdir", "data_dir")
+    arguments = [flags[name].serialize() for name in names if flags[name].present]
     return shlex.join(["python", "-m", "kafjax.experiment", *arguments])
 
 

@@ -60,10 +60,17 @@ class Line(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The lines, row by row, and the Dice of drawing classes by their frequency, if known."""
+    """All that is in the files.
+
+    Attributes:
+      lines: row by row.
+      chance: Dice of pixels drawn with the frequencies of classes; None without any run.
+      parameters: of the segmentation networks, by row's name.
+    """
 
     lines: tuple[Line, ...]
     chance: float | None
+    parameters: Mapping[str, int]
 
 
 def collect(experiment: Experiment) -> Results:
@@ -84,7 +91,9 @@ def collect(experiment: Experiment) -> Results:
         for row in experiment.table.rows
         for m in experiment.num_labeled
     ]
-    return Results(tuple(lines), float(np.mean(chance)) if chance else None)
+    return Results(
+        tuple(lines), float(np.mean(chance)) if chance else None, _count_parameters(experiment)
+    )
 
 
 def write_results(experiment: Experiment, name: str, command: str) -> str:
@@ -163,7 +172,7 @@ def format_csv(experiment: Experiment, results: Results) -> str:
             *(row.name, row.model, row.pretraining, *(row.weights or (None,) * 3)),
             *(line.num_labeled, len(line.dice), mean.mean, mean.error, line.std),
             *(difference.mean, difference.error, *line.folds),
-            *(_paper(experiment, line), _parameters(experiment, row)),
+            *(_paper(experiment, line), results.parameters[row.name]),
         ]
         body.append([None if value != value else value for value in values])
     return _csv([header, *body])
@@ -259,7 +268,7 @@ def _columns(experiment: Experiment, results: Results) -> dict[str, list[str]]:
         "Paper": [_paper(experiment, line) or "" for line in lines],
     }
     if table.with_parameters:
-        parameters = [_parameters(experiment, line.row) for line in lines]
+        parameters = [results.parameters[line.row.name] for line in lines]
         columns["#params"] = [f"{number / 1e6:.1f} M" for number in parameters]
     return {name: cells for name, cells in columns.items() if any(cells)}
 
@@ -286,9 +295,13 @@ def _paper(experiment: Experiment, line: Line) -> str | None:
     return line.row.paper.get(experiment.dataset, {}).get(line.num_labeled)
 
 
-def _parameters(experiment: Experiment, row: Row) -> int:
-    config = experiment.segmentation(row, experiment.seeds[0]).config()
-    return sum(count_parameters(config).values())
+def _count_parameters(experiment: Experiment) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in experiment.table.rows:
+        if row.model not in counts:
+            config = experiment.segmentation(row, experiment.seeds[0]).config()
+            counts[row.model] = sum(count_parameters(config).values())
+    return {row.name: counts[row.model] for row in experiment.table.rows}
 
 
 def _digits(value: float | None, digits: int) -> str:
