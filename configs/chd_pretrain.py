@@ -28,7 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "glcl": {
         "task": "local_contrast",
         "model": {"name": "unet", "head": "local_contrast", "num_decoder_blocks": 3},
-        "init_from": config_dict.placeholder(str),
     },
 }
 _OF_PAIRS = {
@@ -44,6 +43,8 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = _kaf()
     config.update(METHODS[method])
     if config.task == "local_contrast":
+        # The workdir of the `gcl` run, whose encoder this run takes.
+        config.init_from = config_dict.placeholder(str)
         for part, fields in _OF_PAIRS.items():
             for field in fields:
                 del config[part][field]

@@ -41,3 +41,15 @@ def test_chd_pretraining_is_the_papers_run() -> None:
         "learning_rate": 0.002,
         "final_learning_rate": 0.0,
     }
+
+
+def test_what_is_set_in_one_config_is_not_set_in_the_next() -> None:
+    get_config = importlib.import_module("configs.chd_pretrain").get_config
+    for method in ("kaf", "pcl", "glcl"):
+        config, before = get_config(method), get_config(method).to_dict()
+        config.model.filters, config.loss.temperature = 1, 9.0
+        if method == "glcl":
+            config.init_from = "elsewhere"
+        else:
+            config.loss.weights.cnn = 7.0
+        assert get_config(method).to_dict() == before
