@@ -11,6 +11,8 @@ import numpy as np
 from faults.campaign import Settings, Tally
 from faults.damage import DAMAGES, damage_file
 from kafjax.checkpoint import Checkpointer, load_variables
+from kafjax.preparation import read_preparation, write_preparation
+from kafjax.workdir import read_config
 
 USUAL = 200
 STEPS = (1, 2, 3)
@@ -53,6 +55,7 @@ def run(settings: Settings) -> Iterator[Tally]:
     place = settings.scratch / "checkpoints/trial"
     yield _damaged(good, place, rng, settings.tries(USUAL))
     yield _another(good, place)
+    yield _facts(settings.folder("checkpoints/facts"), rng, settings.tries(USUAL) // 2)
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -214,6 +217,28 @@ def _another(good: Path, place: Path) -> Tally:
             tally.add("silent", f"{name}: {'started afresh' if restored is None else 'restored'}")
         if name != "another config" and "config" not in name and _contents(place) != before:
             tally.add("unclear", f"{name}: the refused workdir was changed")
+    return tally
+
+
+def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
+    """What evaluation and prediction believe of a run: another value is refused, with the file."""
+    tally = Tally("config.json and preparation.json of a run")
+    config = {"task": "segment", "data": {"max_keypoints": 32, "fold": 0, "seed": 1}}
+    config["model"] = {"num_classes": 2, "filters": 32}
+    facts = {"kind": "chd", "classes": ["a", "b"], "max_keypoints": 32, "seed": 0, "spacing": 1.25}
+    facts["keypoint_selection"] = "random"
+    for i in range(count):
+        open_checkpointer(folder, config).close()
+        write_preparation(folder, facts)
+        path = folder / ("config.json", "preparation.json")[i % 2]
+        kind = _KINDS[i % len(_KINDS)]
+        damage_file(path, DAMAGES[kind], rng)
+        try:
+            same = read_config(folder) == config and read_preparation(folder) == facts
+            tally.add("harmless" if same else "silent", f"{kind} of {path.name}, try {i}")
+        except ValueError as error:
+            tally.expect(path.name in str(error), f"{kind} of {path.name}: {error}")
+        path.unlink()
     return tally
 
 

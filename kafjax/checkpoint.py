@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved asynchronously, verified leaf by leaf when read, resumed from.
 
-    WORKDIR/config.json               the run's config
+    WORKDIR/config.json               the run's config, with a checksum
     WORKDIR/checkpoints/<step>/       `state`, the pytree of arrays, and `meta`, which describes it
     WORKDIR/damaged/<step>/           what `restore_latest` could not read and moved aside
 
@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from kafjax.checked_json import read_checked, write_checked
 from kafjax.checkpoint_files import (
     STEPS,
     DamagedCheckpointError,
@@ -40,7 +41,6 @@ from kafjax.checkpoint_files import (
     read_variables,
     scores,
 )
-from kafjax.files import write_text
 
 __all__ = [
     "MAY_CHANGE",
@@ -269,11 +269,13 @@ def check_config(
     """
     path = Path(workdir) / "config.json"
     try:
-        there = _flatten(json.loads(path.read_text(encoding="utf-8")))
+        there = _flatten(read_checked(path))
     except FileNotFoundError:
         return
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a run's config ({error})") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not a run's config ({error}); without the file the config that is given holds"
+        ) from None
     here = _flatten(json.loads(json.dumps(config)))
     absent = object()
     differing = [
@@ -290,7 +292,7 @@ def check_config(
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+    write_checked(workdir / "config.json", config)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kafjax.checked_json import checksum
 from kafjax.files import write_text
 
 PyTree = Any
@@ -107,12 +108,7 @@ def describe_state(
         "metrics": dict(metrics),
         "data": dict(data),
     }
-    return {**body, "checksum": _checksum(body)}
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return {**body, "checksum": checksum(body)}
 
 
 def newest_good(
@@ -141,7 +137,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """
     meta = _read_item(directory / "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
     body = {name: value for name, value in meta.items() if name != "checksum"}
-    if _checksum(body) != meta.get("checksum"):
+    if checksum(body) != meta.get("checksum"):
         raise DamagedCheckpointError(f"{directory}: damaged, its meta has a wrong checksum")
     if body["format"] != _FORMAT:
         raise ValueError(f"{directory}: has format {body['format']}; expected {_FORMAT}")

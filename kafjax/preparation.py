@@ -1,18 +1,17 @@
 """How the dataset of a run was prepared: what prediction must do alike with raw volumes.
 
-    WORKDIR/preparation.json    the dataset's metadata but for its volumes
+    WORKDIR/preparation.json    the dataset's metadata but for its volumes, with a checksum
 
 makes a workdir sufficient for prediction, wherever the dataset is. Without that file the dataset
 itself is asked.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kafjax.files import write_text
+from kafjax.checked_json import read_checked, write_checked
 from kafjax.records import find_dataset, open_builder
 from kafjax.workdir import read_config
 
@@ -28,7 +27,7 @@ _FREE = ("dataset", "libraries", "reach", "image_dtype")
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """Notes in a run's workdir how its dataset was prepared, by the dataset's metadata."""
     facts = {name: value for name, value in metadata.items() if name != "volumes"}
-    write_text(Path(workdir) / FILE, json.dumps(facts, indent=2) + "\n")
+    write_checked(Path(workdir) / FILE, facts)
 
 
 def read_preparation(
@@ -86,12 +85,9 @@ def _find(
 
 def _read_file(path: Path) -> Preparation:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_checked(path)
     except ValueError as error:
         raise ValueError(f"{path}: not a dataset's metadata ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a dataset's metadata (no fields)")
-    return found
 
 
 def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:

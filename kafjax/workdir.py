@@ -1,11 +1,11 @@
 """What a run's folder tells about the run: its config, and which of its checkpoints is the best."""
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from kafjax.checked_json import read_checked
 from kafjax.checkpoint import saved_metrics
 
 
@@ -17,17 +17,15 @@ def read_config(workdir: str | os.PathLike[str], *, task: str | None = None) -> 
       task: what `config.task` must be, if it matters.
 
     Raises:
-      ValueError: the folder holds no run, or one of another task.
+      ValueError: the folder holds no run, one of another task, or a config that was changed.
     """
     path = Path(workdir) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_checked(path)
     except FileNotFoundError:
         raise ValueError(f"{workdir}: has no config.json; expected the workdir of a run") from None
     except ValueError as error:
         raise ValueError(f"{path}: not a run's config ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a run's config (no fields)")
     if task is not None and config.get("task") != task:
         raise ValueError(f"{workdir}: a run of task {config.get('task')!r}; expected {task!r}")
     return config

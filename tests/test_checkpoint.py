@@ -1,6 +1,5 @@
 """Checkpoints: bit equality, damage, retention, configs, and two processes on one machine."""
 
-import json
 import os
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kafjax.checked_json import read_checked
 from kafjax.checkpoint import (
     Checkpointer,
     SaveError,
@@ -252,7 +252,7 @@ def test_load_variables_refuses_another_programs_steps(tmp_path):
 
 def test_config_is_stored_and_another_refused_with_all_differences(tmp_path):
     open_checkpointer(tmp_path).close()
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert read_checked(tmp_path / "config.json") == CONFIG
     other = {"model": {"filters": 8}, "num_steps": 20, "seed": 1}
     with pytest.raises(ValueError) as error:
         open_checkpointer(tmp_path, config=other)
@@ -261,7 +261,7 @@ def test_config_is_stored_and_another_refused_with_all_differences(tmp_path):
         "  model.levels: [1, 2] there, 'absent' here",
         "  seed: 'absent' there, 1 here",
     ]
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert read_checked(tmp_path / "config.json") == CONFIG
 
 
 def test_config_may_change_in_length_and_tuples_equal_lists(tmp_path):
@@ -269,7 +269,7 @@ def test_config_may_change_in_length_and_tuples_equal_lists(tmp_path):
     longer = {"model": {"filters": 4, "levels": (1, 2)}, "num_steps": 20}
     check_config(tmp_path, longer)
     open_checkpointer(tmp_path, config=longer).close()
-    assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 20
+    assert read_checked(tmp_path / "config.json")["num_steps"] == 20
     with pytest.raises(ValueError, match="num_steps: 20 there, 10 here"):
         check_config(tmp_path, CONFIG, may_change=())
 

@@ -3,12 +3,12 @@
 A folder of `kafjax.cross_validate` stands for its runs.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kafjax.checked_json import read_checked
 from kafjax.environment import FILE as ENVIRONMENT_FILE
 from kafjax.evaluate import SPLITS
 from kafjax.metrics import METRICS_FILE, read_metrics
@@ -154,11 +154,9 @@ def _read_json(path: Path, needed: Sequence[str] = ()) -> tuple[Fields, list[str
     if not path.exists():
         return {}, []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_checked(path)
     except ValueError as error:
         return {}, [f"{path}: damaged ({error})"]
-    if not isinstance(found, dict):
-        return {}, [f"{path}: damaged (no fields)"]
     if missing := [name for name in needed if name not in found]:
         return {}, [f"{path}: damaged (no {', '.join(missing)})"]
     return found, []
