@@ -23,6 +23,7 @@ import numpy as np
 
 from faults import tiny
 from faults.campaign import Settings, Tally
+from tests.runs import PLAIN
 
 KILLS, RESUMES, SIGNALS, PAIRS = 100, 12, 8, 2  # tries by default
 DEVICES = (1, 2, 8)
@@ -147,7 +148,7 @@ class Case:
         if self.task == "segment":
             fields |= {"every.validation_epochs": 1, "model.num_classes": 8}
         else:
-            fields["model.name"] = "unet"
+            fields |= PLAIN
         return make(self.dataset, **{**fields, "num_epochs": 5, **self.overrides})
 
     def train(self, address: str | None = None, index: int = 0, count: int = 1) -> int:

@@ -13,7 +13,7 @@ from kafjax import checkpoint
 from kafjax.metrics import read_metrics
 from kafjax.pretrain import Pretraining
 from kafjax.step import init_state, make_optimizer
-from tests.runs import run_command, start_command, tiny_config
+from tests.runs import PLAIN, run_command, start_command, tiny_config
 
 # Steps of four pairs take half the time; the signal needs a run that does not end before it comes.
 LONG = ("--config.batch_size=4", "--config.num_epochs=1000")
@@ -99,7 +99,7 @@ def test_two_processes_train_as_one_of_two_devices(phantom_dataset: Path, tmp_pa
     # The plain UNet compiles in a third of the time and shares all that processes share.
     extra = (
         "--config.model.dtype=float64",
-        "--config.model.name=unet",
+        *(f"--config.{field}={value}" for field, value in PLAIN.items()),
         "--config.num_steps=2",
     )
     with socket.socket() as s:

@@ -16,7 +16,7 @@ from tests import runs
 
 def tiny_config(dataset: Path, **overrides: Any) -> Any:
     """Of the plain UNet, which is traced in a third of the time."""
-    return runs.tiny_config(dataset, **{"model.name": "unet", **overrides})
+    return runs.tiny_config(dataset, **{**runs.PLAIN, **overrides})
 
 
 def test_a_sound_run_passes_and_nothing_is_written(phantom_dataset: Path, tmp_path: Path) -> None:

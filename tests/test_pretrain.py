@@ -9,10 +9,9 @@ import pytest
 
 from kafjax.augment import AugmentConfig, augment_pair
 from kafjax.pretrain import Pretraining, skipped_shares
-from tests.runs import random_batch, tiny_config
+from tests.runs import PLAIN, random_batch, tiny_config
 
 DATASET = Path("a/b/c")  # configs only name it
-NO_KEYPOINTS = {"loss.weights.kaf": 0.0, "loss.weights.matching": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_terms_follow_weights_and_heads() -> None:
     without = metrics_of(batch, **{"loss.weights.matching": 0.0})
     assert "loss_matching" not in without
     assert "loss_kaf" in without
-    plain = metrics_of(batch, **{"model.name": "unet"}, **NO_KEYPOINTS)
+    plain = metrics_of(batch, **PLAIN)
     assert "loss_cnn" in plain
     assert not {"loss_kaf", "loss_matching"} & plain.keys()
 
