@@ -28,6 +28,7 @@ from tests.runs import PLAIN
 KILLS, RESUMES, SIGNALS, PAIRS = 100, 12, 8, 2  # tries by default
 DEVICES = (1, 2, 8)
 EVERY = 3  # steps between checkpoints
+_DRIFT = 1e-5  # of parameters, relative to an array's largest
 HEARTBEAT = 10  # seconds, of jax.distributed
 _LIMIT = 300.0  # seconds, for what should not take ten
 
@@ -157,6 +158,7 @@ class Case:
 
         from kafjax.train import train
 
+        jax.config.update("jax_enable_x64", self.config.model.dtype == "float64")
         if address is not None:
             jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT)
         received = train(self.config, self.workdir)
@@ -325,6 +327,54 @@ def resumes(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tall
             problem = f"ended with {status}: {case.output()}" if status else differences(case, good)
             tally.expect(not problem, f"stopped at {stops}: {problem}", otherwise="silent")
         yield tally
+    yield _other_devices(folder, dataset)
+
+
+def _other_devices(folder: Path, dataset: Path) -> Tally:
+    """Stopped on two devices 20 steps before the end, and resumed on one and on eight.
+
+    In float64: an untrained network amplifies float32 rounding beyond any useful bound.
+    """
+    tally = Tally(f"resume on another number of devices: parameters within {_DRIFT:g}")
+    good = Case("pretrain", dataset, folder / "good_other", {"model.dtype": "float64"})
+    with good.fork(devices=2) as run:
+        run.wait()
+    for devices in (1, 8):
+        case = dataclasses.replace(good, workdir=folder / f"other_{devices}")
+        _stop_at(case, good.step() - 20, 2, signal.SIGTERM)
+        stopped = case.step()
+        with case.fork(devices) as run:
+            status = run.wait()
+        if status or not 0 < stopped <= good.step() - 10:
+            tally.add("unclear", f"stopped at {stopped}, ended with {status}: {case.output()}")
+            continue
+        problem = drift(case, good)
+        tally.expect(not problem, f"on {devices} devices: {problem}", otherwise="silent")
+    return tally
+
+
+def drift(a: Case, b: Case) -> str:
+    """How far the last parameters and the metrics of two runs are apart, or nothing."""
+    from kafjax.checkpoint import load_variables
+
+    def compare() -> int:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        trees = (load_variables(case.workdir, step=case.saved()[-1])["params"] for case in (a, b))
+        apart = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), *trees)
+        worst = float(np.max(jax.tree.leaves(apart)))
+        print(f"parameters differ by {worst:.1e} of an array's largest")
+        return 0 if worst <= _DRIFT else 1
+
+    rows = [case.rows() for case in (a, b)]
+    if len(rows[0]) != len(rows[1]):
+        return f"{len(rows[0])} and {len(rows[1])} metrics are logged"
+    for one, two in zip(*rows, strict=True):
+        if one.keys() != two.keys() or not np.allclose(list(one.values()), list(two.values())):
+            return f"other metrics are logged at step {one['step']}"
+    with Fork(compare, a.workdir.with_suffix(".log")) as comparing:
+        return "" if comparing.wait() == 0 else a.output()
 
 
 def _stop_at(case: Case, step: int, devices: int, number: int, **options: Any) -> tuple[Any, float]:
@@ -339,9 +389,8 @@ def _stop_at(case: Case, step: int, devices: int, number: int, **options: Any) -
 def signals(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tally]:
     """With jax.distributed and without: the status is the signal's, and no step is lost."""
     dataset = _make_dataset(folder)
-    good = Case("segment", dataset, folder / "good", {"num_epochs": 40})
-    warm = Tally("")
-    _undisturbed(good, warm)
+    warm = Tally("")  # compiles what the runs share, whatever their length
+    _undisturbed(Case("segment", dataset, folder / "good", {"num_epochs": 1}), warm)
     for number in (signal.SIGTERM, signal.SIGINT):
         for distributed in (False, True):
             tally = Tally(f"{number.name} {'with' if distributed else 'without'} jax.distributed")
