@@ -62,6 +62,8 @@ _SECTIONS = {
 _MEANINGS = {
     "task": "What is learnt; a config file decides it.",
     "seed": "Of initial values, the order of the data and augmentation.",
+    "init_from": "Workdir of a pretraining run or an import, whose encoder it begins with (glcl: "
+    "of the `gcl` run).",
     "num_epochs": "How long, and the length of the learning rate's schedule.",
     "batch_size": "Pairs (fine-tuning: slices) of a step, over all devices of all hosts.",
     "data.name": "Of the prepared dataset.",
