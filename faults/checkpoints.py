@@ -234,8 +234,10 @@ def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
         kind = _KINDS[i % len(_KINDS)]
         damage_file(path, DAMAGES[kind], rng)
         try:
-            same = read_config(folder) == config and read_preparation(folder) == facts
-            tally.add("harmless" if same else "silent", f"{kind} of {path.name}, try {i}")
+            found = (read_config(folder), read_preparation(folder))
+            # Damage to the name of the checksum leaves a field too many, and every value as it was.
+            same = all(a.items() <= b.items() for a, b in zip((config, facts), found, strict=True))
+            tally.add("harmless" if same else "silent", f"{kind} of {path.name}, try {i}: {found}")
         except ValueError as error:
             tally.expect(path.name in str(error), f"{kind} of {path.name}: {error}")
         path.unlink()

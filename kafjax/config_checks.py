@@ -155,7 +155,7 @@ def check_fields(config: Any) -> None:
     """
     fields = _flatten(config.to_dict() if hasattr(config, "to_dict") else config)
     task = fields.get("task")
-    if task not in TASK_HEADS:
+    if not _COMMON["task"].holds(task):
         raise ValueError(_line("task", fields, _COMMON["task"]))
     needed = {**_COMMON, **_OF_TASK[task]}
     if fields.get("optimizer.name") == "sgd":
