@@ -118,7 +118,8 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
         )
     if arguments.dataset == AcdcReader.kind:
         return AcdcReader(cine=bool(arguments.cine))
-    return READERS["chd"]  # which phantoms are like
+    kind = "chd" if arguments.dataset == "phantom" else arguments.dataset  # phantoms are like CHD
+    return READERS[kind]
 
 
 def _write_phantoms(raw_dir: Path, arguments: argparse.Namespace) -> None:

@@ -223,9 +223,15 @@ def _another(good: Path, place: Path) -> Tally:
 def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
     """What evaluation and prediction believe of a run: another value is refused, with the file."""
     tally = Tally("config.json and preparation.json of a run")
-    config = {"task": "segment", "data": {"max_keypoints": 32, "fold": 0, "seed": 1}}
+    config: dict[str, Any] = {"task": "segment", "data": {"max_keypoints": 32, "fold": 0}}
     config["model"] = {"num_classes": 2, "filters": 32}
-    facts = {"kind": "chd", "classes": ["a", "b"], "max_keypoints": 32, "seed": 0, "spacing": 1.25}
+    facts: dict[str, Any] = {
+        "kind": "chd",
+        "classes": ["a", "b"],
+        "max_keypoints": 32,
+        "seed": 0,
+        "spacing": 1.25,
+    }
     facts["keypoint_selection"] = "random"
     for i in range(count):
         open_checkpointer(folder, config).close()

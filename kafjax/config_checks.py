@@ -154,7 +154,7 @@ def check_fields(config: Any) -> None:
         what was found and what was expected.
     """
     fields = _flatten(config.to_dict() if hasattr(config, "to_dict") else config)
-    task = fields.get("task")
+    task: Any = fields.get("task")
     if not _COMMON["task"].holds(task):
         raise ValueError(_line("task", fields, _COMMON["task"]))
     needed = {**_COMMON, **_OF_TASK[task]}
