@@ -186,6 +186,12 @@ class Case:
         steps = folder.iterdir() if folder.is_dir() else ()
         return sorted(int(path.name) for path in steps if path.name.isdigit())
 
+    def begun(self) -> list[int]:
+        """The steps of checkpoints that are there or were being written."""
+        folder = self.workdir / "checkpoints"
+        names = [path.name.split(".")[0] for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
     def description(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself, with a hash of each array."""
         path = self.workdir / "checkpoints" / str(step) / "meta" / "metadata"
@@ -253,8 +259,9 @@ def kills(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tally]
     while done < count:
         case = Case("segment", dataset, folder / f"run_{number}")
         number += 1
+        begun = 0
         for _ in range(10):  # a run that is killed ten times may then end
-            reached = max(case.step(), 0)
+            reached = case.step()
             with case.fork() as run:
                 run.wait(limit=float(rng.uniform(0.1, 1.0)) * seconds)
                 ended = run.status
@@ -262,7 +269,8 @@ def kills(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tally]
             if ended is not None:
                 break
             done += 1
-            tally.expect(*_judge_kill(case, reached))
+            begun = max(begun, *case.begun(), 0)
+            tally.expect(*_judge_kill(case, reached, begun))
             if done == count:
                 break
         with case.fork() as run:
@@ -274,12 +282,17 @@ def kills(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tally]
     yield _preparation_kills(folder, rng, max(1, count // 5))
 
 
-def _judge_kill(case: Case, reached: int) -> tuple[bool, str]:
-    """Every listed step can be read, and no more than the last interval and its save are lost."""
+def _judge_kill(case: Case, reached: int, begun: int) -> tuple[bool, str]:
+    """Every listed step can be read, and no more than an interval and a save in work are lost.
+
+    Steps go on while a checkpoint is written, here at a few milliseconds each; the next one waits
+    for it.
+    """
     if problem := unreadable(case):
         return False, problem
     now, saved = max(case.step(), reached), (case.saved() or [0])[-1]
-    return now - saved <= 2 * EVERY, f"at step {now} the newest checkpoint is of {saved}"
+    holds = now - max(saved, begun) <= EVERY and now - saved <= 2 * EVERY
+    return holds, f"at step {now} the newest checkpoint is of {saved}, the newest begun of {begun}"
 
 
 def _preparation_kills(folder: Path, rng: np.random.Generator, count: int) -> Tally:
