@@ -126,8 +126,8 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
 
     What the backward pass keeps of the forward one, found by tracing and not by compiling;
     parameters, gradients, updates and the optimiser's state; the batch. Fusion makes the first
-    less, temporary arrays make it more. Beside what XLA says of the compiled step on CPU: 5 % and 8 %
-    more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
+    less, temporary arrays make it more. Beside what XLA says of the compiled step on CPU: 5 % and
+    8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
     """
     kind = TASKS[config.task]
     share = max(1, config.batch_size // jax.device_count())
