@@ -207,7 +207,10 @@ def test_a_fold_is_validated_on_its_own_volumes(phantom_dataset: Path, tmp_path:
         ({"data.fold": 2}, "fold is 2, expected a number below config.data.num_folds"),
         ({"data.num_labeled": 3}, "num_labeled is 3; expected 1 to 2"),
         ({"model.num_classes": 5}, "num_classes is 5, expected 8: .* has background, "),
-        ({"task": "classify"}, "task is 'classify', expected one of pretrain, local_contrast, segment"),
+        (
+            {"task": "classify"},
+            "task is 'classify', expected one of pretrain, local_contrast, segment",
+        ),
     ],
 )
 def test_mistakes_leave_no_workdir(
