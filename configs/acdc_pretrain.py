@@ -15,6 +15,6 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.data.update({"name": "acdc", "patch_size": (352, 352), "radius": 30})
     config.model.filters = 48
-    if method != "glcl":
+    if "position_threshold" in config.loss:
         config.loss.position_threshold = 0.35
     return config

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from configs import chd_pretrain
-from kafjax.config_checks import check_fields
+from kafjax.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
 DATASETS = ("chd", "acdc", "phantom")
@@ -152,15 +152,8 @@ def page() -> str:
 
 def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """All fields by dotted path; none of `augment`'s where it is None."""
-
-    def flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{name}.")
-            elif f"{prefix}{name}" != "augment":
-                yield f"{prefix}{name}", value
-
-    return dict(flatten(config.to_dict(), ""))
+    fields = flatten(config.to_dict())
+    return {path: value for path, value in fields.items() if path != "augment"}
 
 
 def _rules(runs: Iterable[dict[str, Any]]) -> dict[str, str]:

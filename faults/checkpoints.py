@@ -223,16 +223,19 @@ def _another(good: Path, place: Path) -> Tally:
 def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
     """What evaluation and prediction believe of a run: another value is refused, with the file."""
     tally = Tally("config.json and preparation.json of a run")
-    config: dict[str, Any] = {"task": "segment", "data": {"max_keypoints": 32, "fold": 0}}
-    config["model"] = {"num_classes": 2, "filters": 32}
+    config: dict[str, Any] = {
+        "task": "segment",
+        "data": {"max_keypoints": 32, "fold": 0},
+        "model": {"num_classes": 2, "filters": 32},
+    }
     facts: dict[str, Any] = {
         "kind": "chd",
         "classes": ["a", "b"],
         "max_keypoints": 32,
         "seed": 0,
         "spacing": 1.25,
+        "keypoint_selection": "random",
     }
-    facts["keypoint_selection"] = "random"
     for i in range(count):
         open_checkpointer(folder, config).close()
         write_preparation(folder, facts)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kafjax.augment import KEYPOINT_MODES, AugmentConfig
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE
-from kafjax.models import DTYPES, LOCAL_MODELS, MODELS
+from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, PRETRAINING_HEADS
 
 TASK_HEADS = {
     "pretrain": "pretraining",
@@ -113,9 +113,7 @@ _OF_TASK = {
         "loss.method": _choice(CONTRASTIVE_METHODS),
         "loss.position_threshold": _number(0, 1),
         "loss.temperature": _POSITIVE,
-        "loss.weights.cnn": _number(0),
-        "loss.weights.kaf": _number(0),
-        "loss.weights.matching": _number(0),
+        **{f"loss.weights.{name}": _number(0) for name in PRETRAINING_HEADS},
     },
     "local_contrast": {
         "model.head": _choice(("local_contrast",)),
@@ -153,7 +151,7 @@ def check_fields(config: Any) -> None:
       ValueError: a line for each field that is missing, unknown, or not what it must be: its name,
         what was found and what was expected.
     """
-    fields = _flatten(config.to_dict() if hasattr(config, "to_dict") else config)
+    fields = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
     task: Any = fields.get("task")
     if not _COMMON["task"].holds(task):
         raise ValueError(_line("task", fields, _COMMON["task"]))
@@ -189,11 +187,12 @@ def _unknown(path: str, task: str, known: Mapping[str, Rule]) -> str:
     )
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of nested dicts by dotted path."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
 
 
@@ -255,6 +254,6 @@ _TOGETHER: dict[str, Rule] = {
     "loss.weights.matching": _weighs_keypoints("matching"),
     "loss.weights.cnn": Rule(
         "above 0, or the weight of another loss",
-        lambda f: any(f[f"loss.weights.{name}"] > 0 for name in ("cnn", "kaf", "matching")),
+        lambda f: any(f[f"loss.weights.{name}"] > 0 for name in PRETRAINING_HEADS),
     ),
 }

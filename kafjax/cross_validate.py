@@ -203,7 +203,7 @@ def format_markdown(folds: Sequence[int], rows: Sequence[Row]) -> str:
     lines = [_header(folds, "Mean/Std"), ["---"] * (len(folds) + 2)]
     for row in rows:
         cells = ["" if cell is None else f"{cell:.4f}" for cell in row.folds]
-        lines.append([str(row.num_labeled), *cells, _mean_and_std(row)])
+        lines.append([str(row.num_labeled), *cells, mean_and_std(row.mean, row.std)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -349,10 +349,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
-def _mean_and_std(row: Row) -> str:
-    if row.mean is None or row.std is None:
+def mean_and_std(mean: float | None, std: float | None) -> str:
+    """As the appendix prints them, 0.392(.062); nothing where one is missing."""
+    if mean is None or std is None:
         return ""
-    return f"{row.mean:.3f}({f'{row.std:.3f}'.removeprefix('0')})"
+    return f"{mean:.3f}({f'{std:.3f}'.removeprefix('0')})"
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -5,8 +5,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from kafjax.models import example_inputs, variable_shapes
-from kafjax.task import make_model
+from kafjax.task import network_shapes
 
 # In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
 # dustbin score; the appendix's table 1 counts them (docs/method.md section 5).
@@ -15,7 +14,7 @@ _RELEASE_UNUSED_PER_KAF = 256 * 256 + 256 + 1
 
 def count_parameters(config: Any) -> dict[str, int]:
     """Parameters by module path, two names deep, of a run's network."""
-    shapes = variable_shapes(make_model(config, None), *example_inputs(config.model.head))
+    shapes = network_shapes(config)
     counts: dict[str, int] = {}
     for path, leaf in flax.traverse_util.flatten_dict(shapes["params"]).items():
         module = "/".join(path[:-1][:3] if "kaf" in path else path[:-1][:2])

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kafjax.checkpoint import check_config, saved_steps
-from kafjax.config_checks import check_fields
+from kafjax.config_checks import check_fields, flatten
 from kafjax.cross_validate import Run, has_trained, is_complete, plan_runs, run_config
 from kafjax.dataset_files import find_dataset
 from kafjax.input_pipeline import SliceDataset
 from kafjax.jobs import Job
 from kafjax.metrics import read_metrics
+from kafjax.models import PRETRAINING_HEADS
 from kafjax.splits import subject_of
 
-LOSSES = ("cnn", "kaf", "matching")  # whose weights are w1, w2, w3
 SCRATCH = "none"
 # Where a method goes on from the encoder of another.
 _STAGES = {"glcl": "gcl"}
@@ -123,7 +123,7 @@ class Command(NamedTuple):
 
     def config(self) -> Any:
         """The run's config; `ValueError` where there is no such file, or a field is refused."""
-        config = load(self.file, "get_config")(*filter(None, [self.variant]))
+        config = self._base()
         try:
             config.update_from_flattened_dict(self.changes)
         except (AttributeError, KeyError, TypeError) as error:
@@ -134,19 +134,21 @@ class Command(NamedTuple):
             raise ValueError(f"{self}: {'; '.join(str(error).splitlines())}") from None
         return config
 
+    def _base(self) -> Any:
+        return load(self.file, "get_config")(*filter(None, [self.variant]))
+
     def __str__(self) -> str:
         return ":".join(filter(None, (self.file, self.variant)))
 
     def arguments(self) -> list[str]:
         """The same on the command line; what the file says by itself is left out."""
-        base = load(self.file, "get_config")(*filter(None, [self.variant]))
-        fields = base.to_dict()
+        fields = flatten(self._base().to_dict())
         return [
             *("--config", str(self)),
             *(
                 f"--config.{path}={f'{value:g}' if isinstance(value, float) else value}"
                 for path, value in self.changes.items()
-                if _look_up(fields, path) != value
+                if fields.get(path) != value
             ),
         ]
 
@@ -195,7 +197,7 @@ class Experiment(NamedTuple):
         changes: dict[str, Any] = {"seed": seed, "model.name": row.model}
         if stage := _earlier(row):
             changes["init_from"] = str(self._pretraining_dir(stage, seed))
-        weights = zip(LOSSES, row.weights or (), strict=False)
+        weights = zip(PRETRAINING_HEADS, row.weights or (), strict=False)
         changes |= {f"loss.weights.{name}": float(weight) for name, weight in weights}
         return self._command("pretrain", row.pretraining, changes)
 
@@ -337,6 +339,7 @@ class Experiment(NamedTuple):
         return _NOMINAL.get(name, (0, 0))
 
 
+@functools.cache
 def load(file: str, function: str) -> Callable[..., Any]:
     """A function of a Python file, as `get_config` of a config; `ValueError` without."""
     if not Path(file).is_file():
@@ -381,13 +384,6 @@ def _count(directory: str) -> tuple[int, float]:
     dataset = SliceDataset(Path(directory))
     subjects = len({subject_of(volume) for volume in dataset.volumes})
     return subjects, sum(map(len, dataset.volumes.values())) / subjects
-
-
-def _look_up(fields: Mapping[str, Any], path: str) -> Any:
-    value: Any = fields
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

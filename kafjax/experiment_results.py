@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from kafjax.cross_validate import Run, collect_results, tabulate
+from kafjax.cross_validate import Run, collect_results, mean_and_std, tabulate
 from kafjax.describe import count_parameters
 from kafjax.drawing import FONT_SIZE, WIDTH, save_figure
 from kafjax.experiment_plan import Experiment, Row
@@ -264,7 +264,7 @@ def _columns(experiment: Experiment, results: Results) -> dict[str, list[str]]:
         "Dice": [_with_error(line.mean) for line in lines],
         "n": [_count(experiment, line) for line in lines],
         "Difference": [_with_error(line.difference, sign="+") for line in lines],
-        "Mean(Std)": [_as_appendix(line) for line in lines],
+        "Mean(Std)": [mean_and_std(line.mean and line.mean.mean, line.std) for line in lines],
         "Paper": [_paper(experiment, line) or "" for line in lines],
     }
     if table.with_parameters:
@@ -283,12 +283,6 @@ def _with_error(mean: Mean | None, *, sign: str = "") -> str:
         return ""
     error = "" if mean.error is None else f" ± {mean.error:.3f}"
     return f"{mean.mean:{sign}.3f}{error}"
-
-
-def _as_appendix(line: Line) -> str:
-    if line.mean is None or line.std is None:
-        return ""
-    return f"{line.mean.mean:.3f}({f'{line.std:.3f}'.removeprefix('0')})"
 
 
 def _paper(experiment: Experiment, line: Line) -> str | None:

@@ -9,17 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kafjax import augment
 from kafjax.losses import local_contrastive_loss
-from kafjax.models import example_inputs, init_variables
-from kafjax.task import apply_training, draw_first_pair, make_model, make_transform, sample_keys
+from kafjax.task import NetworkTask, make_transform, sample_keys
 
 Metrics = dict[str, jax.Array]
 
 
-class LocalContrast:
+class LocalContrast(NetworkTask):
     """Self-supervised pretraining of a decoder's first blocks on a frozen encoder.
 
     Args:
@@ -31,14 +29,8 @@ class LocalContrast:
     """
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
-        self._config = config
+        super().__init__(config, axis_name=axis_name)
         self._transform = make_transform(augment.augment_view, config)
-        self._model = make_model(config, axis_name)
-        self._jitted_augment = jax.jit(self.augment)
-
-    def init(self) -> dict[str, Any]:
-        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        return init_variables(self._model, self._config.seed, *example_inputs("local_contrast"))
 
     def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Two views of every anchor: one spatial transform for both, intensities of their own.
@@ -63,19 +55,8 @@ class LocalContrast:
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """The loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)
-        inputs = (batch["image"], batch["keypoints"], batch["keypoint_mask"])
-        (first, second), batch_stats = apply_training(
-            self._model,
-            params,
-            batch_stats,
-            inputs,
-            num_microbatches=self._config.num_microbatches,
-        )
+        (first, second), batch_stats = self.apply(params, batch_stats, batch)
         temperature = self._config.loss.temperature
         total = local_contrastive_loss(first, second, temperature=temperature)
         keypoints = jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1))
         return total, ({"loss": total, "keypoints": keypoints}, batch_stats)
-
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch's first pair as training sees it: name -> uint8 [h, w, 3]."""
-        return draw_first_pair(self._jitted_augment, batch)

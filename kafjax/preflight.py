@@ -24,10 +24,9 @@ from kafjax.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
-from kafjax.models import example_inputs, variable_shapes
 from kafjax.splits import Split, split_volumes
 from kafjax.step import make_optimizer
-from kafjax.task import make_model
+from kafjax.task import make_model, network_shapes
 from kafjax.tasks import TASKS
 from kafjax.transfer import start_from
 
@@ -222,8 +221,7 @@ def _see_start(config: Any) -> str:
 
 def _shapes(config: Any) -> dict[str, Any]:
     """Shapes of the variables of the run's network."""
-    shapes = variable_shapes(make_model(config, None), *example_inputs(config.model.head))
-    return {"batch_stats": {}, **shapes}
+    return {"batch_stats": {}, **network_shapes(config)}
 
 
 def _state_bytes(config: Any) -> int:

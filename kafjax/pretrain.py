@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
-from kafjax.models import PretrainingOutput, example_inputs, init_variables
-from kafjax.task import apply_training, draw_first_pair, make_model, make_transform, sample_keys
+from kafjax.models import PretrainingOutput
+from kafjax.task import NetworkTask, make_transform, sample_keys
 
 Metrics = dict[str, jax.Array]
 
@@ -39,7 +38,7 @@ def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Ar
     }
 
 
-class Pretraining:
+class Pretraining(NetworkTask):
     """Self-supervised pretraining of an encoder with KAF's heads.
 
     Args:
@@ -51,15 +50,8 @@ class Pretraining:
     """
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
-        self._config = config
-        self._axis_name = axis_name
+        super().__init__(config, axis_name=axis_name)
         self._transform = make_transform(augment.augment_pair, config)
-        self._model = make_model(config, axis_name)
-        self._jitted_augment = jax.jit(self.augment)
-
-    def init(self) -> dict[str, Any]:
-        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        return init_variables(self._model, self._config.seed, *example_inputs("pretraining"))
 
     def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Transforms both views of every sample, by keys that only seed and sample decide."""
@@ -79,13 +71,7 @@ class Pretraining:
         """The total loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)
         mask = batch["keypoint_mask"]
-        output, batch_stats = apply_training(
-            self._model,
-            params,
-            batch_stats,
-            (batch["image"], batch["keypoints"], mask),
-            num_microbatches=self._config.num_microbatches,
-        )
+        output, batch_stats = self.apply(params, batch_stats, batch)
         positives = self._positives(batch["position"])
         terms = self._terms(output, batch, positives)
         weights = self._config.loss.weights
@@ -129,7 +115,3 @@ class Pretraining:
             pairs = matching_loss(output.log_assignment, batch["correspondence"], *masks)
             terms["matching"] = jnp.mean(pairs)
         return terms
-
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch's first pair as training sees it: name -> uint8 [h, w, 3]."""
-        return draw_first_pair(self._jitted_augment, batch)

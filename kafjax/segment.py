@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment, losses
-from kafjax.models import example_inputs, init_variables
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
-from kafjax.task import apply_training, make_model, make_transform, sample_keys
+from kafjax.task import NetworkTask, make_transform, sample_keys
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-class Segmentation:
+class Segmentation(NetworkTask):
     """Supervised segmentation, from scratch or from a pretrained encoder.
 
     Args:
@@ -31,18 +30,11 @@ class Segmentation:
     """
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
-        self._config = config
-        self._axis_name = axis_name
+        super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
         self._transform = None
         if config.augment is not None:
             self._transform = make_transform(augment.augment_view, config)
-        self._model = make_model(config, axis_name)
-        self._jitted_augment = jax.jit(self.augment)
-
-    def init(self) -> dict[str, Any]:
-        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        return init_variables(self._model, self._config.seed, *example_inputs("segmentation"))
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms every slice with its label, by keys that only seed and sample decide."""
@@ -69,13 +61,7 @@ class Segmentation:
         its predictions have, and 1 where there are none.
         """
         batch = self.augment(batch)
-        logits, batch_stats = apply_training(
-            self._model,
-            params,
-            batch_stats,
-            (batch["image"], batch["keypoints"], batch["keypoint_mask"]),
-            num_microbatches=self._config.num_microbatches,
-        )
+        logits, batch_stats = self.apply(params, batch_stats, batch)
         total = losses.cross_entropy(logits, batch["label"])
         counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
         if self._axis_name is not None:
@@ -121,7 +107,6 @@ class Segmentation:
         """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""
         from kafjax.overlay import draw_sample
 
-        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
-        seen = {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+        seen = self.first_seen(batch)
         image, label = seen["image"][..., 0], seen["label"]
         return {"slice": draw_sample(image, label, seen["keypoints"], seen["keypoint_mask"])}

@@ -1,4 +1,4 @@
-"""What the two tasks share: random keys of samples, their transform, and the network in training.
+"""What the tasks share: random keys of samples, their transform, and the network in training.
 
 A batch's fields have its samples as their first axis, [b, ...].
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment
-from kafjax.models import build_model
+from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
 
 
 def sample_keys(batch: dict[str, jax.Array]) -> jax.Array:
@@ -44,19 +44,9 @@ def make_model(config: Any, axis_name: str | None) -> nn.Module:
     return build_model(config.model, axis_name=axis_name, heads=heads)
 
 
-def draw_first_pair(
-    augment: Callable[[dict[str, Any]], dict[str, Any]], batch: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """A batch's first pair of views after a task's `augment`: 'pair' -> uint8 [h, w, 3]."""
-    from kafjax.drawing import draw_pair  # matplotlib is needed for nothing else here
-
-    first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
-    view = {field: np.asarray(x[0]) for field, x in augment(first).items()}
-    image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
-    drawn = draw_pair(
-        image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
-    )
-    return {"pair": drawn}
+def network_shapes(config: Any) -> dict[str, Any]:
+    """Shapes and types of the variables of the run's network (`variable_shapes`)."""
+    return variable_shapes(make_model(config, None), *example_inputs(config.model.head))
 
 
 def apply_training(
@@ -102,3 +92,52 @@ def apply_training(
     outputs, statistics = jax.lax.map(jax.checkpoint(apply), parts)
     outputs = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), outputs)
     return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), statistics)
+
+
+class NetworkTask:
+    """What all tasks have: the run's network, its variables, and what training sees of a batch.
+
+    Args:
+      config: the run's config.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        self._config = config
+        self._axis_name = axis_name
+        self._model = make_model(config, axis_name)
+        self._jitted_augment = jax.jit(self.augment)
+
+    def init(self) -> dict[str, Any]:
+        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
+        inputs = example_inputs(self._config.model.head)
+        return init_variables(self._model, self._config.seed, *inputs)
+
+    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms every sample, by keys that only seed and sample decide."""
+        raise NotImplementedError  # each task has its own
+
+    def apply(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        """The network's outputs of an augmented batch, and its new running statistics."""
+        inputs = tuple(batch[field] for field in ("image", "keypoints", "keypoint_mask"))
+        parts = self._config.num_microbatches
+        return apply_training(self._model, params, batch_stats, inputs, num_microbatches=parts)
+
+    def first_seen(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first sample as training sees it, without the axis of samples."""
+        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
+        return {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
+        from kafjax.drawing import draw_pair  # matplotlib is needed for nothing else here
+
+        view = self.first_seen(batch)
+        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
+        drawn = draw_pair(
+            image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
+        )
+        return {"pair": drawn}

@@ -29,6 +29,7 @@ from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
 __all__ = [
     "LOCAL_MODELS",
     "MODELS",
+    "PRETRAINING_HEADS",
     "Encoding",
     "LocalContrastNetwork",
     "PretrainingNetwork",
