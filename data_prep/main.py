@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _report(error, 2)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _report(f"{where}{error.strerror or error}{kept}", 1)
+        # A write to a full disk does not name its file.
+        where = error.filename or arguments.data_dir
+        return _report(f"{where}: {error.strerror or error}{kept}", 1)
     except PreparationError as error:
         hint = "run the same command again, with a smaller --num_workers if memory ran out"
         return _report(f"{error}\n{hint}{kept}", 1)

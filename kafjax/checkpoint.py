@@ -120,8 +120,9 @@ class Checkpointer:
     ) -> bool:
         """Starts saving a pytree of host arrays, copied first, with metrics and JSON-able `data`.
 
-        Returns False, and saves nothing, if this step or a later one is there already. An error of
-        writing is a `SaveError`, raised by the next `check`, `save`, `wait` or `close`.
+        It first waits for the save before, so that one at most is in work. Returns False, and saves
+        nothing, if this step or a later one is there already. An error of writing is a `SaveError`,
+        raised by the next `check`, `save`, `wait` or `close`.
         """
         arrays = jax.tree.map(np.asarray, state)
         numbers = {name: float(value) for name, value in metrics.items()}

@@ -162,6 +162,8 @@ class _Run:
             print(f"{self._workdir} is complete: {start} of {self._num_steps} steps.", flush=True)
             return None
         self._means = MetricMeans(saved.get("means"))
+        # The newest steps whose checkpoints are known to be whole, and were begun.
+        self._whole = self._begun = start
         self._clock = _Clock(start)
         with (
             MetricWriter(
@@ -275,6 +277,7 @@ class _Run:
         received = 0
         while len(self._in_flight) > keep:
             step, device_metrics, records = self._in_flight.popleft()
+            self._secure(step)
             metrics = {name: float(x) for name, x in unreplicate(device_metrics).items()}
             received = max(received, int(metrics.pop("stop")))
             if not np.isfinite(metrics["loss"]):
@@ -287,6 +290,15 @@ class _Run:
             if step % self._config.every.log == 0 or step == self._num_steps:
                 self._log(step)
         return received
+
+    def _secure(self, step: int) -> None:
+        """Waits for the checkpoint in work if a kill after this step would lose over an interval.
+
+        The device goes on meanwhile: a save that takes no longer than the steps in flight is free.
+        """
+        if step - self._whole > self._config.every.checkpoint:
+            self._checkpointer.wait()
+            self._whole = self._begun
 
     def _log(self, step: int) -> None:
         metrics = {
@@ -304,6 +316,7 @@ class _Run:
             metrics={"loss": self._last_loss, **scores},
             data={"step": step, "means": self._means.state()},
         )
+        self._whole, self._begun = self._begun, step  # as a save waits for the one before
 
 
 class _Clock:

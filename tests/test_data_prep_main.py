@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit status, and a disk that takes no more."""
 
+import errno
 import os
 import re
 import resource
@@ -155,6 +156,19 @@ def test_a_disk_that_takes_no_more_is_one_line_and_can_be_continued(phantom_raw,
     assert not (tmp_path / "chd" / "1.0.0").exists()
     assert list((tmp_path / "chd" / ".1.0.0.preparing" / "dataset").iterdir()) == []
     assert run(*arguments).returncode == 0
+
+
+def test_a_full_disk_is_named_though_the_write_that_failed_names_nothing(
+    phantom_raw, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data_prep.prepare._write_json", full)
+    arguments = ["--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path]
+    assert main([*map(str, arguments), "--num_workers", "0"]) == 1
+    (line,) = lines_of(capsys)
+    assert line.startswith(f"error: {tmp_path}: No space left on device; volumes already finished")
 
 
 def test_a_data_folder_that_cannot_be_made_is_one_line(phantom_raw, tmp_path, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kafjax import train as train_module
+from kafjax.checkpoint import saved_steps
 from kafjax.metrics import read_metrics
 from kafjax.train import train
 from tests import runs
@@ -55,6 +56,27 @@ def test_logs_means_and_keeps_newest_and_best(phantom_dataset: Path, tmp_path: P
     assert rows[1]["epoch"] == 1.0
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [6, 7]
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_kill_at_any_moment_loses_no_more_than_an_interval(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a millisecond overtake a save, which takes fifty."""
+    lost = []
+    write = train_module.MetricWriter.write
+
+    def look(writer: Any, step: int, *values: Any) -> None:
+        write(writer, step, *values)
+        lost.append(step - max(saved_steps(tmp_path), default=0))
+
+    monkeypatch.setattr(train_module.MetricWriter, "write", look)
+    for num_steps in (7, 14):  # afresh and resumed
+        train(
+            tiny_config(phantom_dataset, num_steps=num_steps, **{"every.checkpoint": 3}), tmp_path
+        )
+    assert len(lost) == 14
+    assert max(lost) == 3
 
 
 @pytest.mark.usefixtures("cheap")
