@@ -10,7 +10,7 @@ import numpy as np
 
 from faults.campaign import Settings, Tally
 from faults.damage import DAMAGES, damage_file
-from kafjax.checkpoint import Checkpointer, load_variables
+from kafjax.checkpoint import Checkpointer, check_resumable, load_variables
 from kafjax.preparation import read_preparation, write_preparation
 from kafjax.workdir import read_config
 
@@ -199,7 +199,7 @@ ANOTHER: dict[str, tuple[Change, tuple[str, ...]]] = {
 
 def _another(good: Path, place: Path) -> Tally:
     """Each is refused with every difference, never begun anew, and nothing in it is changed."""
-    tally = Tally("checkpoints of another model, shape, type, config, program")
+    tally = Tally("checkpoints of another model, shape, type, config, program; none to resume")
     for name, (change, words) in ANOTHER.items():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(good, place)
@@ -217,7 +217,21 @@ def _another(good: Path, place: Path) -> Tally:
             tally.add("silent", f"{name}: {'started afresh' if restored is None else 'restored'}")
         if name != "another config" and "config" not in name and _contents(place) != before:
             tally.add("unclear", f"{name}: the refused workdir was changed")
+    _expect_no_fresh_start(tally, place)
     return tally
+
+
+def _expect_no_fresh_start(tally: Tally, place: Path) -> None:
+    """Asked to resume where there is nothing, a run is refused."""
+    shutil.rmtree(place)
+    for name in ("no folder", "an empty folder"):
+        try:
+            check_resumable(place)
+        except ValueError as error:
+            tally.expect(str(place) in str(error), f"{name}: {error}")
+        else:
+            tally.add("silent", f"{name}: would start afresh")
+        place.mkdir(exist_ok=True)
 
 
 def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:

@@ -25,7 +25,7 @@ from faults.campaign import Settings, Tally
 from kafjax.config_checks import check_fields
 
 USUAL = 1000
-USUAL_STEPS = 4  # accepted configs that run a step
+USUAL_STEPS = 10  # accepted configs that run a step
 _FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 0.3, 1.0, 7.5, 1e30)
 _INTEGERS = (-1, 0, 1, 2, 3, 4, 8, 16, 100, 10**12)
 _OTHERS: tuple[Any, ...] = (
@@ -44,7 +44,7 @@ _LINE = re.compile(r"config\.[\w.]+:? .*(expected|nearest|not a field)", re.DOTA
 
 
 def run(settings: Settings) -> Iterator[Tally]:
-    """Configs, then command lines, then steps of a few that were accepted."""
+    """Configs, command lines, the check of the accepted that are small, and steps of a few."""
     half = max(1, settings.tries(USUAL) // 2)
     rng = settings.generator("configs")
     raw = tiny.make_phantoms(settings.folder("configs/raw"), 5)
@@ -52,7 +52,9 @@ def run(settings: Settings) -> Iterator[Tally]:
     accepted: list[ml_collections.ConfigDict] = []
     yield _configs(dataset, rng, half, accepted)
     yield _command_lines(settings.seed, half)
-    yield _steps(accepted, settings, min(USUAL_STEPS, settings.tries(USUAL_STEPS)))
+    small = [config for config in accepted if _is_small(config)]
+    yield _checks(small, settings.scratch / "configs/none")
+    yield _steps(small, settings, min(USUAL_STEPS, settings.tries(USUAL_STEPS)))
 
 
 def small_config(dataset: Path, task: int) -> ml_collections.ConfigDict:
@@ -138,15 +140,28 @@ def _build(config: ml_collections.ConfigDict) -> str:
     return ""
 
 
+def _checks(accepted: list[ml_collections.ConfigDict], workdir: Path) -> Tally:
+    """The check traces a step with its gradients: that it fails on no shape or type."""
+    from kafjax.preflight import look
+
+    tally = Tally("the check of accepted configs traces a step, or tells why not")
+    for config in accepted:
+        try:
+            wrong = [finding.text for finding in look(config, workdir) if finding.wrong]
+        except Exception as error:
+            tally.add("unclear", f"{type(error).__name__}: {error}: {config}")
+        else:
+            tally.expect(all("expected" in text for text in wrong), f"{wrong}: {config}")
+    return tally
+
+
 def _steps(accepted: list[ml_collections.ConfigDict], settings: Settings, count: int) -> Tally:
-    """Some of the accepted configs that are small enough run a step; the others of look's."""
+    """Some of the accepted configs run a step."""
     from kafjax.preflight import look
     from kafjax.train import train
 
     tally = Tally("accepted configs run a step, or the check tells why not")
-    for i, config in enumerate(c for c in accepted if _is_small(c)):
-        if i == count:
-            break
+    for i, config in enumerate(accepted[:count]):
         config.num_steps = 1
         workdir = settings.folder(f"configs/run_{i}")
         wrong = [finding for finding in look(config, workdir) if finding.wrong]

@@ -1,8 +1,8 @@
 """Runs campaigns of faults and prints their table: `python -m faults.main [--only NAME,...]`.
 
-`--count` is the number of tries of each campaign instead of its own, `--output` a folder for the
-table as Markdown and JSON. The same seed damages the same places. Exit status 1 if anything was
-silent or unclear.
+`--count` is the number of tries of each campaign instead of its own, `--jobs` how many campaigns
+run at a time, `--output` a folder for the table as Markdown and JSON. The same seed damages the
+same places. Exit status 1 if anything was silent or unclear.
 """
 
 import argparse
@@ -10,13 +10,15 @@ import functools
 import importlib
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,20 +45,41 @@ CAMPAIGNS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     arguments = _parse(argv)
-    logging.disable(logging.ERROR)  # of what is damaged on purpose
-    tallies: list[Tally] = []
-    for name in arguments.only or CAMPAIGNS:
-        with tempfile.TemporaryDirectory(prefix=f"faults_{name}_") as scratch:
-            settings = Settings(arguments.seed, arguments.count, Path(scratch))
-            tallies += run_campaign(name, settings)
-        print(f"{name}: done", file=sys.stderr, flush=True)
-    table = f"{_title(arguments)}\n\n{as_markdown(tallies)}"
+    begin = time.perf_counter()
+    tallies = list(run_campaigns(arguments))
+    minutes = (time.perf_counter() - begin) / 60
+    table = f"{_title(arguments, minutes)}\n\n{as_markdown(tallies)}"
     print(table)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "faults.md").write_text(table + "\n")
         (arguments.output / "faults.json").write_text(json.dumps(as_json(tallies), indent=1) + "\n")
     return int(any(tally.wrong for tally in tallies))
+
+
+def run_campaigns(arguments: argparse.Namespace) -> Iterator[Tally]:
+    """The tallies of the campaigns in their order, each campaign in a process of its own.
+
+    The last ones take longest and are started first, so that no job waits for another at the end.
+    """
+    with ProcessPoolExecutor(
+        arguments.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        running = {
+            name: pool.submit(_run_alone, name, arguments.seed, arguments.count)
+            for name in reversed(arguments.only or CAMPAIGNS)
+        }
+        for name in reversed(running):
+            yield from running[name].result()
+
+
+def _run_alone(name: str, seed: int, count: int | None) -> list[Tally]:
+    logging.disable(logging.ERROR)  # of what is damaged on purpose
+    with tempfile.TemporaryDirectory(prefix=f"faults_{name}_") as scratch:
+        tallies = run_campaign(name, Settings(seed, count, Path(scratch)))
+    seconds = sum(tally.seconds for tally in tallies)
+    print(f"{name}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return tallies
 
 
 def run_campaign(name: str, settings: Settings) -> list[Tally]:
@@ -78,10 +101,12 @@ def run_campaign(name: str, settings: Settings) -> list[Tally]:
     return tallies
 
 
-def _title(arguments: argparse.Namespace) -> str:
+def _title(arguments: argparse.Namespace, minutes: float) -> str:
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     count = "" if arguments.count is None else f", {arguments.count} tries each"
-    return f"{when}, seed {arguments.seed}{count}, {platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    how = f"{minutes:.0f} minutes, {arguments.jobs} campaigns at a time"
+    return f"{when}, seed {arguments.seed}{count}, {machine}, {how}"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,6 +115,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names, help=f"of {', '.join(CAMPAIGNS)}")
     parser.add_argument("--seed", type=functools.partial(_at_least, 0), default=0)
     parser.add_argument("--count", type=positive, help="tries of each campaign")
+    parser.add_argument(
+        "--jobs", type=positive, default=os.cpu_count(), help="campaigns at a time (default: cores)"
+    )
     parser.add_argument("--output", type=Path, help="folder for faults.md and faults.json")
     return parser.parse_args(argv)
 

@@ -1,5 +1,6 @@
 """A small sample of each campaign of faults: damage is caught, and what is sound passes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from faults import checkpoints, datasets, degenerate, disks, hostile, runs, shar
 from faults.campaign import Settings, Tally, as_json, as_markdown
 from faults.configs import _LINE, change_fields
 from faults.damage import DAMAGES
+from faults.forks import Fork
 from faults.main import CAMPAIGNS, main
 from kafjax.config_checks import check_fields
 from tests.runs import tiny_config
@@ -29,6 +31,10 @@ def assert_held(tallies: list[Tally]) -> None:
 )
 def test_a_sample_of_the_campaign_holds(campaign, tmp_path):
     assert_held(list(campaign(settings(tmp_path, 12))))
+
+
+def test_a_run_and_a_preparation_that_are_killed_hold(tmp_path):
+    assert_held(list(runs.run_kills(settings(tmp_path, 2))))
 
 
 @pytest.mark.parametrize("action", [disks.try_save, disks.try_preparation])
@@ -86,9 +92,22 @@ def test_every_degenerate_batch_is_what_its_name_says(tmp_path):
         assert any(not np.array_equal(batch[field], before[field]) for field in batch)
 
 
+def test_what_is_skipped_and_not_counted_is_found():
+    batch = degenerate.random_batch(4, 16)
+    degenerate.KINDS["no keypoint"](batch, np.random.default_rng(0))
+    degenerate.KINDS["no positive pair"](batch, np.random.default_rng(0))
+    counted = {
+        "slices_without_keypoints": np.array(1.0),
+        "pairs_without_correspondence": np.array(0.0),
+        "samples_without_positive": np.array(0.5),
+    }
+    found = degenerate.uncounted(batch, counted, 0.1)
+    assert found == "samples_without_positive is 0.500 of at least 1.000"
+
+
 def test_a_fork_tells_how_it_ended(tmp_path):
     for function, expected in ((lambda: 3, 3), (lambda: 1 // 0, 1)):
-        with runs.Fork(function, tmp_path / "log") as fork:
+        with Fork(function, tmp_path / "log") as fork:
             assert fork.wait() == expected
     assert "ZeroDivisionError" in (tmp_path / "log").read_text()
 
@@ -101,6 +120,17 @@ def test_the_table_counts_and_lists_what_was_wrong():
     assert "| flips | 4 | 2 | 1 | 1 | 0 | 2 |" in text
     assert text.endswith("- flips: silent: record 3")
     assert as_json([tally])[0]["tries"] == 4
+
+
+def test_the_command_runs_campaigns_at_a_time_and_prints_them_in_order(tmp_path, capsys):
+    arguments = ["--only", "datasets,volumes", "--count", "3", "--jobs", "2"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert table == (tmp_path / "faults.md").read_text()
+    faults = [row["fault"] for row in json.loads((tmp_path / "faults.json").read_text())]
+    assert faults[0].endswith("bad volumes, in one pass")
+    assert faults[-1] == "damaged .nii.gz in preparation"
+    assert table.index(faults[0]) < table.index(faults[-1])
 
 
 def test_the_command_refuses_unknown_campaigns(capsys):
