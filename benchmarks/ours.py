@@ -14,7 +14,6 @@ from benchmarks.case import Case, inputs
 from benchmarks.profiles import profile_jax
 from benchmarks.workers import Side
 from kafjax import step
-from kafjax.models import build_model, example_inputs, init_variables
 from kafjax.segment import Segmentation
 
 
@@ -68,45 +67,46 @@ class TrainingStep:
             np.full(n, 5e-5, np.float32),
             np.zeros(n, np.int32),
         )
-        update: Any = step.make_update(task, optimizer)
+        self._task = task
+        self._update: Any = step.make_update(task, optimizer)
         with stopwatch() as compile_seconds:
-            self._compiled = update.lower(self._state, *self._rest).compile()
+            compiled = self._update.lower(self._state, *self._rest).compile()
         self.facts = {
             "init": init_seconds(),
             "compile": compile_seconds(),
-            "temporaries": float(self._compiled.memory_analysis().temp_size_in_bytes),
+            "temporaries": float(compiled.memory_analysis().temp_size_in_bytes),
         }
 
     def __call__(self) -> float:
         """Takes one step and waits for it; its loss."""
-        self._state, metrics = self._compiled(self._state, *self._rest)
+        self._state, metrics = self._update(self._state, *self._rest)
         jax.block_until_ready(self._state)
         return float(metrics["loss"][0])
 
+    def prediction(self) -> Callable[[], Any]:
+        """Prediction by the state's running statistics, compiled."""
+        batch = self._rest[0]
 
-def forward(case: Case) -> Callable[[], Any]:
-    """Prediction by running statistics, compiled for a case."""
-    model = build_model(model_config(case))
-    variables = jax.device_put(init_variables(model, 0, *example_inputs("segmentation")))
-    batch = inputs(case)
-    fields = ("image", "keypoints", "keypoint_mask")
-    arrays = jax.device_put(tuple(batch[name] for name in fields))
+        def predict(params: Any, batch_stats: Any, batch: Any) -> jax.Array:
+            variables = {"params": params, "batch_stats": batch_stats}
+            return self._task.predict(variables, batch)
 
-    def predict(variables: Any, *arrays: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, *arrays, train=False)
-        return logits
+        mapped = jax.pmap(predict, axis_name=step.AXIS_NAME)
 
-    compiled = jax.jit(predict).lower(variables, *arrays).compile()
-    return lambda: jax.block_until_ready(compiled(variables, *arrays))
+        def call() -> None:
+            jax.block_until_ready(mapped(self._state.params, self._state.batch_stats, batch))
+
+        mapped.lower(self._state.params, self._state.batch_stats, batch).compile()
+        step.return_freed_memory()
+        return call
 
 
 def make_side(case: Case) -> Side:
     """Our side of a comparison of `step` and `forward`."""
     train = TrainingStep(case)
-    facts = dict(train.facts)
     with stopwatch() as seconds:
-        predict = forward(case)
-    facts["compile_forward"] = seconds()
+        predict = train.prediction()
+    facts = {**train.facts, "compile_forward": seconds()}
     return Side({"step": train, "forward": predict, "device_peak": device_peak}, facts)
 
 
