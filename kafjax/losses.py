@@ -157,6 +157,6 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
       label: int [b, h, w], class numbers below d.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # Integer labels would be picked by a gather; its gradient, a scatter, is slow to compile and run.
+    # Integer labels are picked by a gather, whose gradient, a scatter, is slow to compile and run.
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     return jnp.mean(optax.softmax_cross_entropy(logits, of_label))
