@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     network_flags(flags)
     flags.add_argument("--networks", default="kaf_unet,unet", help="which to compare")
     flags.add_argument("--turns", type=int, default=5)
+    flags.add_argument(
+        "--limit", type=float, default=150, help="seconds, after which three turns are enough"
+    )
     return flags
 
 
@@ -38,14 +41,15 @@ def measure(arguments: argparse.Namespace) -> Result:
             batch_size=arguments.batch_size,
             filters=arguments.filters,
         )
-        compared = {name: compare(case, arguments.turns, env) for name, env in MALLOCS.items()}
+        turns = arguments.turns, arguments.limit
+        compared = {name: compare(case, *turns, env) for name, env in MALLOCS.items()}
         numbers[network] = compared
         tables.append(_table(case, compared))
     title = "Training step and forward pass on CPU"
     return Result("step", title, tables, numbers, settings(arguments))
 
 
-def compare(case: Case, turns: int, malloc: dict[str, str]) -> dict[str, Any]:
+def compare(case: Case, turns: int, limit: float, malloc: dict[str, str]) -> dict[str, Any]:
     """Facts, seconds of each turn and peak memory of every side."""
     # Names only: this process, which measures, imports neither JAX nor PyTorch.
     makers: dict[str, tuple[Any, ...]] = {"kafjax": ("benchmarks.ours:make_side", case)}
@@ -54,7 +58,7 @@ def compare(case: Case, turns: int, malloc: dict[str, str]) -> dict[str, Any]:
         if case.network == "unet" and version("monai"):
             makers["MONAI"] = ("benchmarks.peer_side:make_monai_side", case)
     with workers(makers, NO_CACHE | malloc) as sides:
-        timed = take_turns(sides, CALLS, turns)
+        timed = take_turns(sides, CALLS, turns, limit)
         return {
             name: {"facts": side.facts, "seconds": timed[name], "peak": side.peak_memory()}
             for name, side in sides.items()
@@ -77,14 +81,18 @@ def _table(case: Case, compared: dict[str, Any]) -> Table:
     ours = compared["default"]["kafjax"]["facts"]
     inits = [compared["default"][name]["facts"]["init"] for name in names]
     rows.append(_row("init", inits, seconds))
-    compile_seconds = [seconds(ours["compile"]), *[""] * (len(columns) - 2)]
-    rows.append(["compile of the step, no cache", *compile_seconds])
+    blank = [""] * (len(columns) - 2)
+    rows.append(["compile of the step, no cache", seconds(ours["compile"]), *blank])
+    rows.append(["temporaries of the step", gigabytes(ours["temporaries"]), *blank])
     missing = [
         n
         for n in ("torch", "monai")
         if not version(n) and (n, case.network) != ("monai", "kaf_unet")
     ]
-    notes = [f"Not installed, so not compared: {', '.join(missing)}."] if missing else []
+    taken = {len(side["seconds"]["step"]) for sides in compared.values() for side in sides.values()}
+    turns = " or ".join(map(str, sorted(taken)))
+    notes = [f"Medians of {turns} turns."]
+    notes += [f"Not installed, so not compared: {', '.join(missing)}."] if missing else []
     return Table(str(case), columns, rows, notes)
 
 

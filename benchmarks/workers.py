@@ -7,6 +7,7 @@ call twice, and the second is timed: a call after idling is slower, for XLA by u
 
 import contextlib
 import importlib
+import math
 import multiprocessing
 import os
 import resource
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_FEWEST_TURNS = 3
 # Compile times are of a first start.
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
@@ -113,13 +115,19 @@ def workers(
 
 
 def take_turns(
-    sides: Mapping[str, Worker], calls: Sequence[str], turns: int
+    sides: Mapping[str, Worker], calls: Sequence[str], turns: int, limit: float = math.inf
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each call of each side, [side][call], a number for each turn."""
+    """Seconds of each call of each side, [side][call], a number for each turn.
+
+    After three turns none is begun when `limit` seconds are over.
+    """
     seconds: dict[str, dict[str, list[float]]] = {
         side: {call: [] for call in calls} for side in sides
     }
-    for _ in range(turns):
+    begin = time.perf_counter()
+    for turn in range(turns):
+        if turn >= _FEWEST_TURNS and time.perf_counter() - begin > limit:
+            break
         for call in calls:
             for side, worker in sides.items():
                 seconds[side][call].append(worker.seconds(call))

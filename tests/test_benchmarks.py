@@ -52,6 +52,7 @@ def test_sides_are_called_turn_about_and_the_second_call_counts(tmp_path: Path) 
         seconds = take_turns(sides, ("step",), 3)
         assert log.read_text() == "aabb" * 3
         assert all(s < 0.2 for side in "ab" for s in seconds[side]["step"])
+        assert len(take_turns(sides, ("step",), 5, limit=0)["a"]["step"]) == 3
         assert sides["a"].facts == {"hugepages": 1.0}
         before = sides["a"].peak_memory()
         sides["a"].ask("fill")
