@@ -84,7 +84,13 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
 
 def open_run_dataset(config: Any) -> SliceDataset:
     """Opens the config's dataset; `ValueError` where it is not as the config says."""
-    dataset = open_dataset(config.data.dir, config.data.name)
+    try:
+        dataset = open_dataset(config.data.dir, config.data.name)
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise ValueError(
+            f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
+            f"{config.data.name!r} that can be read: {error}"
+        ) from error
     check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
     num_classes = config.model.get("num_classes", len(dataset.classes))
     if num_classes != len(dataset.classes):

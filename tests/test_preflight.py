@@ -55,6 +55,14 @@ def test_all_that_is_wrong_is_found_at_once(
     assert "seed: 5 there, 0 here" in wrong["workdir"]
 
 
+def test_a_folder_that_the_system_refuses_is_told_by_its_field(phantom_dataset: Path) -> None:
+    config = tiny_config(phantom_dataset, **{"data.dir": "x" * 300})
+    with pytest.raises(
+        ValueError, match=r"config\.data\.dir is 'xxx.*expected the folder .*too long"
+    ):
+        open_run_dataset(config)
+
+
 def test_a_wrong_config_hides_the_rest_and_a_missing_dataset_names_its_command(
     phantom_dataset: Path, tmp_path: Path
 ) -> None:
