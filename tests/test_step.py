@@ -1,6 +1,7 @@
 """The mapped step: the same result on any number of devices, and lowering for other platforms."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from kafjax import step as step_module
 from kafjax.pretrain import Pretraining
 from kafjax.step import (
     AXIS_NAME,
@@ -19,6 +21,7 @@ from kafjax.step import (
     make_update,
     on_devices,
     replicate,
+    return_freed_memory,
     shard,
     unreplicate,
 )
@@ -143,10 +146,26 @@ class Line:
         return loss, ({"loss": loss}, batch_stats)
 
 
-def test_later_steps_are_not_traced_again() -> None:
+def test_later_steps_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = []
+    monkeypatch.setattr(step_module, "return_freed_memory", lambda: returned.append(True))
     task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
     update, state = make_update(task, optimizer), on_devices(init_state(task, optimizer))
     for step in range(3):
         scalars = replicate((np.float32(0.1), np.int32(0)))
         state, _ = update(state, shard({"x": np.ones(8, np.float32)}), *scalars)
         assert (task.traces, int(unreplicate(state).step)) == (1, step + 1)
+    assert returned == [True]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives back on request")
+def test_freed_memory_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Blocks too small for a mapping of their own, and a last one that keeps them from the top.
+    blocks = [np.ones(2**13) for _ in range(2000)]
+    blocks = blocks[-1:]
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 64e6
