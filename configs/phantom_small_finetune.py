@@ -14,7 +14,12 @@ from configs import phantom_finetune, phantom_small_pretrain
 def get_config() -> ml_collections.ConfigDict:
     """The phantoms' run, smaller."""
     config = phantom_finetune.get_config()
-    config.data.update(phantom_small_pretrain.get_config().data)
-    config.num_epochs = 80
-    config.every.update({"checkpoint": 1000, "picture": 0, "validation_epochs": 40})
+    pretraining = phantom_small_pretrain.get_config()
+    config.data.update(pretraining.data)
+    config.model.num_attention_layers = pretraining.model.num_attention_layers
+    # Two volumes are 32 slices. Many small steps teach more in the same time than few large ones:
+    # with batches of 10, runs as long as these ended before the UNet had found the smaller classes.
+    config.batch_size = 4
+    config.num_epochs = 60
+    config.every.update({"checkpoint": 1000, "picture": 0, "validation_epochs": 60})
     return config
