@@ -211,15 +211,16 @@ def on_devices(tree: Any) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """The first local device's arrays as host copies, without the axis of devices."""
-    # A copy: the CPU's device buffer is shared with the array and donated to the next step.
-    return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data[0]), tree)
+    # A copy: the CPU's device buffer is shared with the array and donated to the next step. Indexed on
+    # the host, since on the device each shape would compile an index of its own.
+    return jax.tree.map(lambda x: np.array(np.asarray(x.addressable_shards[0].data)[0]), tree)
 
 
 def unshard(tree: Any) -> Any:
     """A process's own part of mapped results, on the host: [b, ...] over its devices together."""
 
     def join(x: jax.Array) -> np.ndarray:
-        return np.concatenate([np.asarray(part.data[0]) for part in x.addressable_shards])
+        return np.concatenate([np.asarray(part.data)[0] for part in x.addressable_shards])
 
     return jax.tree.map(join, tree)
 
