@@ -41,6 +41,8 @@ _TEXTS = (
 _CONFIGS = ("configs/phantom_pretrain.py", "configs/chd_finetune.py", "configs/acdc_scratch.py")
 # What a refusal may look like: fields by name, what was found, what was expected.
 _LINE = re.compile(r"config\.[\w.]+:? .*(expected|nearest|not a field)", re.DOTALL)
+# What a check may find: that, where config and dataset differ, or how to prepare one.
+_FINDING = re.compile(r"expected|the dataset has .*, the config says|this command prepares it")
 
 
 def run(settings: Settings) -> Iterator[Tally]:
@@ -149,9 +151,9 @@ def _checks(accepted: list[ml_collections.ConfigDict], workdir: Path) -> Tally:
         try:
             wrong = [finding.text for finding in look(config, workdir) if finding.wrong]
         except Exception as error:
-            tally.add("unclear", f"{type(error).__name__}: {error}: {config}")
+            tally.add("unclear", f"{type(error).__name__}: {error}: {config.to_json()}")
         else:
-            tally.expect(all("expected" in text for text in wrong), f"{wrong}: {config}")
+            tally.expect(all(map(_FINDING.search, wrong)), f"{wrong}: {config.to_json()}")
     return tally
 
 

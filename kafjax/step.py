@@ -211,8 +211,8 @@ def on_devices(tree: Any) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """The first local device's arrays as host copies, without the axis of devices."""
-    # A copy: the CPU's device buffer is shared with the array and donated to the next step. By the host:
-    # on the device each shape would compile an index of its own.
+    # A copy: the CPU's device buffer is shared with the array and donated to the next step. Made by
+    # the host: on the device each shape would compile an index of its own.
     return jax.tree.map(lambda x: np.array(np.asarray(x.addressable_shards[0].data)[0]), tree)
 
 

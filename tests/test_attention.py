@@ -10,6 +10,8 @@ import pytest
 from scipy.special import softmax
 
 from kafjax.models.attention import (
+    FEWEST_KEYPOINTS,
+    KEYPOINT_FEATURES,
     AttentionLayer,
     KeypointMLP,
     PositionalEncoder,
@@ -134,16 +136,26 @@ def test_attention_to_padding_alone_is_zero() -> None:
 
 
 def test_keypoint_mlp_equals_numpy() -> None:
-    mlp, x, mask = KeypointMLP((5, 6), 3), draw(2, 7, 4), random_mask(2, 7)
+    mlp, x, mask = KeypointMLP((5, 6), 3), draw(2, 27, 4), random_mask(2, 27)
+    assert mask.sum() >= FEWEST_KEYPOINTS
     variables = redrawn(mlp.init(jax.random.key(0), x, mask, train=True))
     found: Any = mlp.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
     expected = expected_mlp(variables["params"], x, mask)
     np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("real", [0, 1, FEWEST_KEYPOINTS - 1])
+def test_few_keypoints_are_normalised_by_the_running_statistics(real: int) -> None:
+    mlp, x, mask = KeypointMLP((5, 6), 3), draw(2, 9, 4), np.arange(18).reshape(2, 9) < real
+    variables = jax.tree.map(np.abs, redrawn(mlp.init(jax.random.key(0), x, mask, train=True)))
+    found, after = mlp.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(found, mlp.apply(variables, x, mask, train=False))
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
+
+
 def test_the_positional_code_is_an_mlp_of_normalised_positions() -> None:
-    keypoints = np.random.default_rng(0).integers(0, 40, (2, 9, 2))
-    mask = random_mask(2, 9)
+    keypoints = np.random.default_rng(0).integers(0, 40, (2, 25, 2))
+    mask = random_mask(2, 25)
     encoder = PositionalEncoder()
     init = encoder.init(jax.random.key(0), keypoints, mask, (40, 56), train=True)
     hidden = [init["params"]["mlp"][f"linear_{i}"]["dense"]["kernel"].shape for i in range(1, 6)]
@@ -170,7 +182,7 @@ def test_the_positional_code_tells_pixels_apart_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_an_attention_layer_equals_numpy(cross: bool) -> None:
-    x, mask = draw(2, 6, C), random_mask(2, 6)
+    x, mask = draw(2, 25, C), random_mask(2, 25)
     source, source_mask = (draw(2, 9, C, seed=1), random_mask(2, 9, 1)) if cross else (x, mask)
     layer = AttentionLayer(train=True)
     variables = redrawn(layer.init(jax.random.key(0), x, mask, source, source_mask))
@@ -180,7 +192,7 @@ def test_an_attention_layer_equals_numpy(cross: bool) -> None:
 
 
 def test_a_stack_is_its_layers_one_after_the_other() -> None:
-    x, mask = draw(2, 6, C), random_mask(2, 6)
+    x, mask = draw(2, 25, C), random_mask(2, 25)
     stack = SelfAttention(3)
     variables = redrawn(stack.init(jax.random.key(0), x, mask, train=True))
     found, updated = jax.jit(
@@ -227,7 +239,7 @@ def test_a_stack_of_any_depth_is_one_compiled_layer() -> None:
 
 
 def test_padding_changes_neither_outputs_nor_gradients_nor_statistics() -> None:
-    k, num_places = 5, 12
+    k, num_places = 9, 16
     places = np.sort(np.random.default_rng(0).permutation(num_places)[:k])
     few, mask = draw(2, k, C), np.ones((2, k), bool)
     many, many_mask = draw(2, num_places, C, seed=1), np.zeros((2, num_places), bool)
@@ -246,3 +258,24 @@ def test_padding_changes_neither_outputs_nor_gradients_nor_statistics() -> None:
     np.testing.assert_allclose(many_gradient[:, places], gradient, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(many_gradient[~many_mask], 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4), after, many_after)
+
+
+def test_keypoints_at_one_pixel_have_no_gradient_but_rounding() -> None:
+    keypoints, mask = np.full((3, 6, 2), 7, np.int32), np.ones((3, 6), bool)
+    encoder = PositionalEncoder()
+    variables = encoder.init(jax.random.key(0), keypoints, mask, (32, 32), train=False)
+    weights = draw(3, 6, KEYPOINT_FEATURES)
+
+    def loss(params: Any) -> jax.Array:
+        y, _ = encoder.apply(
+            {**variables, "params": params},
+            *(keypoints, mask, (32, 32)),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(y * weights)
+
+    mlp = jax.grad(loss)(variables["params"])["mlp"]
+    for i in range(1, 5):  # those before a norm, which takes away what all entries share
+        assert np.abs(mlp[f"linear_{i}"]["dense"]["kernel"]).max() < 1e-3
+    assert np.abs(mlp["linear_5"]["dense"]["bias"]).max() > 1

@@ -17,6 +17,9 @@ KEYPOINT_FEATURES = 256
 POSITION_MLP_FEATURES = (32, 64, 128, 256)
 # Queries that attend at a time: more take memory that grows as the square of the keypoints.
 QUERY_BLOCK = 256
+# Real keypoints of a batch, all slices together, that have statistics: with those of two or three,
+# gradients through the norms of the positional code alone reach a thousand times the loss's.
+FEWEST_KEYPOINTS = 16
 
 
 def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
@@ -89,7 +92,9 @@ class KeypointMLP(nn.Module):
         """Maps [b, k, c] to [b, k, features]."""
         for i, features in enumerate(self.hidden, start=1):
             x = Linear(features, dtype=self.dtype, name=f"linear_{i}")(x)
-            norm = BatchNorm(self.axis_name, dtype=self.dtype, name=f"norm_{i}")
+            norm = BatchNorm(
+                self.axis_name, dtype=self.dtype, fewest=FEWEST_KEYPOINTS, name=f"norm_{i}"
+            )
             x = nn.relu(norm(x, train=train, mask=mask))
         return Linear(self.features, dtype=self.dtype, name=f"linear_{len(self.hidden) + 1}")(x)
 

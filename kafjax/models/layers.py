@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from kafjax.models.convolution import conv3x3
 
 LEAKY_SLOPE = 0.01
+# Roundings of the mean that a channel's standard deviation is within if its entries are the same.
+_ALL_THE_SAME = 64
 
 
 def he_stddev(fan_in: int) -> float:
@@ -130,17 +132,25 @@ class BatchNorm(nn.Module):
     variance takes the unbiased variance; a batch without a real entry leaves the running
     statistics as they were.
 
+    And in one that only rounding tells: of masked sets, a channel whose real entries are all the
+    same becomes its bias and gives no gradient, as where all keypoints lie at one pixel. Rounding,
+    divided by sqrt(epsilon) in one layer after the other, would end in gradients of any size where
+    the exact ones are 0.
+
     Attributes:
       axis_name: the mapped axis whose devices share statistics, or None for each on its own.
       momentum: the share of the running statistics that a step keeps.
       epsilon: added to the variance.
       dtype: of the output; statistics are at least float32.
+      fewest: real entries that have statistics; fewer are normalised by the running ones, which
+        they leave as they were.
     """
 
     axis_name: str | None = None
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    fewest: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -151,18 +161,23 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        mean, var = running_mean.value, running_var.value
         if train:
-            mean, var, count = self._batch_statistics(x.astype(dtype), mask)
+            batch_mean, batch_var, count = self._batch_statistics(x.astype(dtype), mask)
+            enough = count >= self.fewest
+            mean, var = jnp.where(enough, batch_mean, mean), jnp.where(enough, batch_var, var)
             if not self.is_initializing():
                 # A batch of one entry has no unbiased variance; PyTorch refuses it, we keep var.
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
-                step = jnp.where(count > 0, 1 - self.momentum, 0.0).astype(dtype)
+                step = jnp.where(enough, 1 - self.momentum, 0.0).astype(dtype)
                 running_mean.value += step * (mean - running_mean.value)
                 running_var.value += step * (unbiased - running_var.value)
-        else:
-            mean, var = running_mean.value, running_var.value
         slope = scale * jax.lax.rsqrt(var + self.epsilon)
-        return ((x.astype(dtype) - mean) * slope + bias).astype(self.dtype)
+        y = (x.astype(dtype) - mean) * slope + bias
+        if train and mask is not None:
+            rounding = _ALL_THE_SAME * jnp.finfo(dtype).eps * mean
+            y = jnp.where(var <= jnp.square(rounding), bias, y)
+        return y.astype(self.dtype)
 
     def _batch_statistics(
         self, x: jax.Array, mask: jax.Array | None
