@@ -68,7 +68,7 @@ class TrainingStep:
             np.zeros(n, np.int32),
         )
         self._task = task
-        self._update: Any = step.make_update(task, optimizer)
+        self._update = step.make_update(task, optimizer)
         with stopwatch() as compile_seconds:
             compiled = self._update.lower(self._state, *self._rest).compile()
         self.facts = {

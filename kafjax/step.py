@@ -106,30 +106,6 @@ def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainStat
     )
 
 
-def make_update(
-    task: Task, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The mapped training step: (state, batch, learning_rate, stop) -> (state, metrics).
-
-    Every argument has a leading axis of local devices. `stop` is how many signals a process has
-    had; the metrics' `stop` is the greatest of all processes', so that all stop at the same step.
-    """
-
-    def update(
-        state: TrainState, batch: Any, learning_rate: jax.Array, stop: jax.Array
-    ) -> tuple[TrainState, Any]:
-        gradient = jax.value_and_grad(task.loss, has_aux=True)
-        (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
-        grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = optax.tree.scale(learning_rate, updates)
-        params = optax.apply_updates(state.params, updates)
-        metrics["stop"] = jax.lax.pmax(stop, AXIS_NAME)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
-
-    return MappedStep(jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0))
-
-
 class MappedStep:
     """A mapped function; what compiling it leaves in memory is given back before it first runs.
 
@@ -151,6 +127,28 @@ class MappedStep:
             return_freed_memory()
             self._compiled = True
         return self._mapped(*arguments)
+
+
+def make_update(task: Task, optimizer: optax.GradientTransformation) -> MappedStep:
+    """The mapped training step: (state, batch, learning_rate, stop) -> (state, metrics).
+
+    Every argument has a leading axis of local devices. `stop` is how many signals a process has
+    had; the metrics' `stop` is the greatest of all processes', so that all stop at the same step.
+    """
+
+    def update(
+        state: TrainState, batch: Any, learning_rate: jax.Array, stop: jax.Array
+    ) -> tuple[TrainState, Any]:
+        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
+        grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = optax.tree.scale(learning_rate, updates)
+        params = optax.apply_updates(state.params, updates)
+        metrics["stop"] = jax.lax.pmax(stop, AXIS_NAME)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return MappedStep(jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0))
 
 
 def return_freed_memory() -> None:
