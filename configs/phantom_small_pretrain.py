@@ -19,7 +19,9 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config.num_epochs = 12
     config.data.update({"name": "phantom_small", "patch_size": (48, 48), "max_keypoints": 24})
     # KAF layers and matching are most of the time of a step at this size.
-    config.model.update({"embedding": 32, "num_attention_layers": 1, "num_matcher_layers": 2})
+    config.model.update({"embedding": 32, "num_attention_layers": 1})
+    if "num_matcher_layers" in config.model:  # local contrast matches nothing
+        config.model.num_matcher_layers = 2
     # Pictures and checkpoints on the way would take longer than they are worth.
     config.every.update({"log": 10, "checkpoint": 1000, "picture": 0})
     return config
