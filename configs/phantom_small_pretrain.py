@@ -1,4 +1,4 @@
-"""Pretraining on small synthetic hearts in 3 minutes of one CPU core.
+"""Pretraining on small synthetic hearts in minutes of one CPU core.
 
     python -m data_prep.main --dataset phantom --name phantom_small \
         --raw_dir data/raw/phantom_small --num_subjects 10 --size 48x48x16 --max_keypoints 24
