@@ -4,7 +4,7 @@
         --raw_dir data/raw/phantom_small --num_subjects 10 --size 48x48x16 --max_keypoints 24
     python -m kafjax.main --config configs/phantom_small_pretrain.py
 
-What `kafjax.experiment --small` runs: 240 steps of 8 pairs, 48 x 48 slices, K = 24.
+What `kafjax.experiment --small` runs: 200 steps of 16 pairs, 48 x 48 slices, K = 24.
 """
 
 import ml_collections
@@ -15,8 +15,7 @@ from configs import phantom_pretrain
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """The phantoms' run, smaller."""
     config = phantom_pretrain.get_config(method)
-    config.batch_size = 8
-    config.num_epochs = 12
+    config.num_epochs = 20
     config.data.update({"name": "phantom_small", "patch_size": (48, 48), "max_keypoints": 24})
     # KAF layers and matching are most of the time of a step at this size.
     config.model.update({"embedding": 32, "num_attention_layers": 1})
