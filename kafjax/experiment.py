@@ -6,7 +6,8 @@
 The table's jobs are `kafjax.main` and `kafjax.cross_validate` commands, which are printed and can
 be repeated by hand. One runs on each local device, or each core of a CPU. What is complete, for
 this table or another, is not run again, and what was stopped goes on. `--shard 2/8` takes every
-8th job, from the 2nd on, of a workdir that machines share. `--plan` tells what there is to do,
+8th job, from the 2nd on, of a workdir that machines share. `--rows 1-3,5` takes a part of the
+table, beside the row that differences are from. `--plan` tells what there is to do,
 `--collect` makes the table of what there is, and neither runs anything.
 
     runs/experiments/chd/table1.{md,csv,png,svg}    the table, with standard errors
@@ -40,6 +41,7 @@ def make_experiment(
     workdir: str = "runs/experiments",
     data_dir: str = "data",
     small: bool = False,
+    rows: Sequence[int] | None = None,
     num_labeled: Sequence[int] | None = None,
     folds: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
@@ -52,13 +54,16 @@ def make_experiment(
       workdir: its folder DATASET holds or will hold the runs.
       data_dir: where the prepared dataset is.
       small: take DATASET_small.
+      rows: numbers of the table's rows from 1; all by default. The reference row is always there.
       num_labeled: values of M; the table's by default.
       folds: numbers from 0; all of the config's by default, two where it is small.
       seeds: the config's by default.
 
     Raises:
-      ValueError: there is no such dataset, or the table has no M for it.
+      ValueError: there is no such dataset or row, or the table has no M for it.
     """
+    if rows is not None:
+        table = _with_rows(table, rows)
     name = f"{dataset}_small" if small else dataset
     config = load(f"configs/{name}_scratch.py", "get_config")()
     if num_labeled is None:
@@ -79,6 +84,18 @@ def make_experiment(
         # Small ones spend their time on starting; large ones should keep many devices busy.
         fold_jobs=not small,
     )
+
+
+def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
+    total = len(table.rows)
+    if unknown := [n for n in numbers if not 1 <= n <= total]:
+        raise ValueError(
+            f"--rows: found {', '.join(map(str, unknown))}, expected numbers from 1 to {total}"
+        )
+    kept = (
+        row for i, row in enumerate(table.rows, 1) if i in numbers or row.name == table.reference
+    )
+    return table._replace(rows=tuple(kept))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -132,6 +149,7 @@ def _run_from_command_line() -> None:
     dataset = string("dataset", None, "chd, acdc, phantom, or another's name.", required=True)
     small = boolean("small", False, "The configs of DATASET_small, for CPUs.")
     numbers = {
+        "rows": string("rows", None, "The table's rows, as in 1-3,5. Default: all."),
         "num_labeled": string("num_labeled", None, "Values of M. Default: the table's."),
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
@@ -200,7 +218,8 @@ def _parse_seconds(parts: list[str] | None) -> Any:
 
 def _repeat(flags: Any) -> str:
     """The command, without what does not change the table."""
-    names = ("table", "dataset", "small", "num_labeled", "folds", "seeds", "workdir", "data_dir")
+    names = ("table", "dataset", "small", "rows", "num_labeled", "folds", "seeds")
+    names += ("workdir", "data_dir")
     arguments = [flags[name].serialize() for name in names if flags[name].present]
     return shlex.join(["python", "-m", "kafjax.experiment", *arguments])
 

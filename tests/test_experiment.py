@@ -324,6 +324,14 @@ def test_defaults_are_the_tables_and_the_configs(tmp_path: Path) -> None:
         experiment(tmp_path, ONE_ROW, "chd")
 
 
+def test_rows_are_chosen_by_number_beside_the_reference(tmp_path: Path) -> None:
+    some = experiment(tmp_path, of_file("table2"), rows=[8, 2])
+    assert [row.name for row in some.table.rows] == ["1, 1, 0.01", "0, 1, 0.005", "from scratch"]
+    assert experiment(tmp_path, of_file("table2"), rows=[11]).table.rows == (some.table.rows[-1],)
+    with pytest.raises(ValueError, match="--rows: found 0, 12, expected numbers from 1 to 11"):
+        experiment(tmp_path, of_file("table2"), rows=[0, 2, 12])
+
+
 @pytest.mark.parametrize("text", ["9/8", "0/2", "2", "a/b", "1/0"])
 def test_shards_are_counted_from_one(text: str) -> None:
     with pytest.raises(ValueError, match=f"found '{text}', expected 1/N to N/N"):
