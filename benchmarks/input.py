@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data_dir", type=Path, help="prepared data, in place of phantoms")
     flags.add_argument("--name", default="phantom", help="of the dataset")
     flags.add_argument("--size", type=int, default=512, help="pixels, both edges")
-    flags.add_argument("--num_slices", type=int, default=12, help="of each of two phantoms")
+    flags.add_argument("--num_slices", type=int, default=20, help="of each of two phantoms")
     flags.add_argument("--num_keypoints", type=int, default=512, help="of the phantoms' records")
     flags.add_argument("--batch_size", type=int, default=32, help="pairs")
     flags.add_argument("--num_batches", type=int, default=6, help="timed in each turn")

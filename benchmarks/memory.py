@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser(__doc__)
     network_flags(flags, size=256)
     flags.add_argument("--micro_size", type=int, default=128, help="pixels, for microbatches")
-    flags.add_argument("--micro_batch_size", type=int, default=4, help="slices, for microbatches")
-    flags.add_argument("--num_microbatches", type=integers, default=(1, 4))
+    flags.add_argument("--micro_batch_size", type=int, default=2, help="slices, for microbatches")
+    flags.add_argument("--num_microbatches", type=integers, default=(1, 2))
     flags.add_argument("--turns", type=int, default=3)
     return flags
 
