@@ -218,8 +218,10 @@ def _parse_seconds(parts: list[str] | None) -> Any:
 
 def _repeat(flags: Any) -> str:
     """The command, without what does not change the table."""
-    names = ("table", "dataset", "small", "rows", "num_labeled", "folds", "seeds")
-    names += ("workdir", "data_dir")
+    names = (
+        *("table", "dataset", "small", "rows", "num_labeled", "folds", "seeds"),
+        *("workdir", "data_dir"),
+    )
     arguments = [flags[name].serialize() for name in names if flags[name].present]
     return shlex.join(["python", "-m", "kafjax.experiment", *arguments])
 
