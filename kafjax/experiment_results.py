@@ -139,7 +139,7 @@ def format_markdown(experiment: Experiment, results: Results, command: str) -> s
         "",
         "Dice: mean over classes, pooled over the pixels of a fold; mean over folds and seeds ± "
         "its standard error, n runs.",
-        f"Difference: from {table.reference}, of runs with the same fold and seed. "
+        f"Difference: from the row {table.reference!r}, of runs with the same fold and seed. "
         "Std: over folds, of means over seeds.",
     ]
     if results.chance is not None:
