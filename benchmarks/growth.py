@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--base_num_attention_layers", type=int, default=4)
     flags.add_argument("--size", type=integers, default=(128, 256, 512, 1024))
     flags.add_argument("--num_keypoints", type=integers, default=(64, 256, 2048))
-    flags.add_argument("--num_attention_layers", type=integers, default=(4, 16, 32))
+    flags.add_argument("--num_attention_layers", type=integers, default=(4, 16))
     flags.add_argument("--batch_size", type=integers, default=(1, 4))
     flags.add_argument("--turns", type=int, default=3)
     return flags

@@ -1,8 +1,8 @@
 """How fast are training and prediction on this machine, against the same network in PyTorch?
 
 Each side starts fresh, without a compilation cache, and is called turn about; with the C library's
-malloc as it is, and with huge pages. The plain network is compared with MONAI's of the same widths
-too, where that is installed, by the first of these.
+malloc as it is, and KAF-UNet with huge pages too. The plain network is compared with MONAI's of the
+same widths as well, where that is installed.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def measure(arguments: argparse.Namespace) -> Result:
             filters=arguments.filters,
         )
         turns = arguments.turns, arguments.limit
-        compared = {name: compare(case, *turns, env) for name, env in MALLOCS.items()}
+        mallocs = MALLOCS if case.layers else {"default": MALLOCS["default"]}
+        compared = {name: compare(case, *turns, env) for name, env in mallocs.items()}
         numbers[network] = compared
         tables.append(_table(case, compared))
     title = "Training step and forward pass on CPU"
@@ -55,7 +56,7 @@ def compare(case: Case, turns: int, limit: float, malloc: dict[str, str]) -> dic
     makers: dict[str, tuple[Any, ...]] = {"kafjax": ("benchmarks.ours:make_side", case)}
     if version("torch"):
         makers["PyTorch"] = ("benchmarks.peer_side:make_side", case)
-        if case.network == "unet" and not malloc and version("monai"):
+        if case.network == "unet" and version("monai"):
             makers["MONAI"] = ("benchmarks.peer_side:make_monai_side", case)
     with workers(makers, NO_CACHE | malloc) as sides:
         timed = take_turns(sides, CALLS, turns, limit)
