@@ -74,15 +74,17 @@ def _table(case: Case, compared: dict[str, Any]) -> Table:
     rows = []
     for malloc, sides in compared.items():
         for call in CALLS:
-            values = [statistics.median(side["seconds"][call]) for side in sides.values()]
-            rows.append(_row(f"{call}, {malloc} malloc", values, seconds, columns))
-        peaks = [side["peak"] for side in sides.values()]
-        rows.append(_row(f"peak memory, {malloc} malloc", peaks, gigabytes, columns))
+            values = [statistics.median(sides[name]["seconds"][call]) for name in names]
+            rows.append(_row(f"{call}, {malloc} malloc", values, seconds))
+        rows.append(
+            _row(f"peak memory, {malloc} malloc", [sides[n]["peak"] for n in names], gigabytes)
+        )
     ours = compared["default"]["kafjax"]["facts"]
     inits = [compared["default"][name]["facts"]["init"] for name in names]
-    rows.append(_row("init", inits, seconds, columns))
-    rows.append(_row("compile of the step, no cache", [ours["compile"]], seconds, columns))
-    rows.append(_row("temporaries of the step", [ours["temporaries"]], gigabytes, columns))
+    rows.append(_row("init", inits, seconds))
+    blank = [""] * (len(columns) - 2)
+    rows.append(["compile of the step, no cache", seconds(ours["compile"]), *blank])
+    rows.append(["temporaries of the step", gigabytes(ours["temporaries"]), *blank])
     missing = [
         n
         for n in ("torch", "monai")
@@ -95,12 +97,11 @@ def _table(case: Case, compared: dict[str, Any]) -> Table:
     return Table(str(case), columns, rows, notes)
 
 
-def _row(label: str, values: list[float], write: Any, columns: list[str]) -> list[str]:
-    """Values of the first sides; what the others would have is blank."""
+def _row(label: str, values: list[float], write: Any) -> list[str]:
     cells = [label, write(values[0])]
     for value in values[1:]:
         cells += [write(value), ratio(value / values[0])]
-    return cells + [""] * (len(columns) - len(cells))
+    return cells
 
 
 if __name__ == "__main__":
