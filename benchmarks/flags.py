@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from kafjax.xla import leave_out_ynnpack
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def run(
 ) -> None:
     """Parses, measures and writes; a mistake is one line and status 2."""
     arguments = parser.parse_args()
+    leave_out_ynnpack()  # as the product's commands do; processes started later do as well
     try:
         report.write(measure(arguments), arguments.output)
     except (ValueError, OSError) as error:

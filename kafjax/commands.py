@@ -1,13 +1,12 @@
-"""What the commands share: one line for a user's mistake, exit statuses, the compile cache."""
+"""What the commands share: one line for a user's mistake, and exit statuses."""
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
+
+from kafjax.xla import set_up_xla
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -52,17 +51,10 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
 
 
 def run_app(command: Callable[[], int | None]) -> None:
-    """Parses the flags that are defined and runs a command, with the compile cache on."""
+    """Parses the flags that are defined and runs a command, with XLA set up."""
 
     def main(_: list[str]) -> None:
-        enable_compilation_cache()
+        set_up_xla()
         run_command(command)
 
     app.run(main, flags_parser=parse_flags)
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX is told of another."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "kafjax" / "xla"))

@@ -12,7 +12,7 @@ as the appendix's table 3; with several seeds a cell is their mean, and the JSON
 `{seed}` in `--config.init_from` stands for each run's own. A run that has trained to its end and is
 evaluated is not run again, and one that was stopped goes on. One process runs all, one after the
 other; what was compiled once is taken from JAX's persistent compilation cache
-(`kafjax.commands.enable_compilation_cache`), also when started again. Folds can be given to several
+(`kafjax.xla.set_up_xla`), also when started again. Folds can be given to several
 machines; `--collect` then makes the table of what is there and runs nothing.
 """
 

@@ -14,11 +14,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kafjax.checkpoint import check_resumable
-from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+from kafjax.commands import parse_flags, run_command
 from kafjax.config_checks import check_fields
 from kafjax.describe import describe
 from kafjax.preflight import look
 from kafjax.train import train
+from kafjax.xla import set_up_xla
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
@@ -50,7 +51,7 @@ def _run(config: Any, workdir: Path) -> int | None:
         return None
     if _RESUME.value:
         check_resumable(workdir)
-    enable_compilation_cache()
+    set_up_xla()
     return train(config, workdir)
 
 

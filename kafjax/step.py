@@ -100,7 +100,9 @@ def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.Gradie
 def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, of host arrays."""
     variables = task.init()
-    opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(variables["params"]))
+    # `make_optimizer`'s moments start at 0; hundreds of zeros are a second of compilation.
+    shapes = jax.eval_shape(optimizer.init, variables["params"])
+    opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return TrainState(
         np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state
     )
@@ -141,7 +143,8 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> MappedSt
     ) -> tuple[TrainState, Any]:
         gradient = jax.value_and_grad(task.loss, has_aux=True)
         (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
-        grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
+        if jax.lax.axis_size(AXIS_NAME) > 1:  # XLA would copy all gradients for a mean of one
+            grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = optax.tree.scale(learning_rate, updates)
         params = optax.apply_updates(state.params, updates)

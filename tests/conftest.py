@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kafjax.xla import leave_out_ynnpack
+
 # Before JAX starts: tests compile much and compute little, and this halves the compiling.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+leave_out_ynnpack()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pytest
 
 from kafjax.models import convolution
 from kafjax.models.convolution import (
-    bordered_conv3x3,
     conv3x3,
     kernel_gradient_by_products,
     native_conv3x3,
@@ -45,19 +44,10 @@ def test_products_give_xlas_gradient(shape: tuple[int, ...], features: int, dtyp
         close(found, expected.astype(dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_border_changes_no_number(dtype: str) -> None:
-    with jax.enable_x64(dtype == "float64"):
-        x = jnp.asarray(draw(2, 6, 5, 130), dtype)
-        kernel = jnp.asarray(draw(3, 3, 130, 4, seed=1), dtype)
-        close(jax.jit(bordered_conv3x3)(x, kernel), jax.jit(native_conv3x3)(x, kernel), dtype)
-
-
 @pytest.fixture
 def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU's forms for every map, also those that are too small to gain."""
+    """CPU's form for every map, also those that are too small to gain."""
     monkeypatch.setattr(convolution, "_products_are_faster", lambda shape: True)
-    monkeypatch.setattr(convolution, "_MANY_CHANNELS", 1)
 
 
 def gradients(conv: Any, x: Any, kernel: Any) -> Any:

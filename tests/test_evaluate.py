@@ -121,7 +121,7 @@ def test_results_are_written_as_json_and_csv_and_a_table(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs of the same shapes share their programs, as `enable_compilation_cache` lets commands."""
+    """Runs of the same shapes share their programs, as `set_up_xla` lets commands."""
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     yield

@@ -194,9 +194,15 @@ def test_running_means_after_a_step_are_the_releases(case: Case) -> None:
     found = by_release_names(results(case)["after"])
     names = [name for name in golden if name.startswith("after/")]
     assert names
+    # Means of thousands of features near 1, of which each library rounds the sum its own way.
+    tolerance = {"float64": 1e-7, "float32": 1e-6}[case.dtype]
     for name in names:
         np.testing.assert_allclose(
-            found[name.removeprefix("after/")], golden[name], rtol=1e-6, atol=1e-7, err_msg=name
+            found[name.removeprefix("after/")],
+            golden[name],
+            rtol=tolerance,
+            atol=tolerance,
+            err_msg=name,
         )
 
 

@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 from absl import app
 from absl.flags import argparse_flags
 
-from kafjax.commands import enable_compilation_cache, fail, run_command
+from kafjax.commands import fail, run_command
 from kafjax.drawing import check_output, save_figure
 from kafjax.figures import choice
 from kafjax.workdir import read_config
+from kafjax.xla import set_up_xla
 
 
 class _Parser(argparse_flags.ArgumentParser):
@@ -197,7 +198,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     if getattr(arguments, "seed", 0) < 0:
         raise ValueError(f"--seed is {arguments.seed}; expected 0 or more")
-    enable_compilation_cache()
+    set_up_xla()
     save_figure(arguments.draw(arguments), arguments.output)
     print(f"Wrote {arguments.output}", flush=True)
 

@@ -194,7 +194,8 @@ class BatchNorm(nn.Module):
     def _global_sum(self, x: jax.Array) -> jax.Array:
         if self.axis_name is None or self.is_initializing():
             return x
-        return jax.lax.psum(x, self.axis_name)
+        # A sum over one device is left out: XLA keeps it, and computes apart what lies around it.
+        return jax.lax.psum(x, self.axis_name) if jax.lax.axis_size(self.axis_name) > 1 else x
 
 
 class ConvBlock(nn.Module):

@@ -7,8 +7,9 @@ A cross-validation's folder stands for its runs. What a workdir lacks is said on
 
 from absl import app, flags
 
-from kafjax.commands import enable_compilation_cache, parse_flags, run_command
+from kafjax.commands import parse_flags, run_command
 from kafjax.report.page import NUM_SAMPLES, report
+from kafjax.xla import set_up_xla
 
 _WORKDIR = flags.DEFINE_list(
     "workdir", None, "Workdirs of runs or cross-validations: A B C, or A,B,C.", required=True
@@ -22,7 +23,7 @@ _SAMPLES = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     """Dispatches to `report`; what stands after a workdir is another one."""
-    enable_compilation_cache()
+    set_up_xla()
     workdirs = [*_WORKDIR.value, *argv[1:]]
     run_command(
         lambda: report(
