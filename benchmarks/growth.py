@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--base_size", type=int, default=128, help="pixels where others are varied")
     flags.add_argument("--base_num_keypoints", type=int, default=256)
     flags.add_argument("--base_num_attention_layers", type=int, default=4)
-    flags.add_argument("--size", type=integers, default=(128, 256, 512, 1024))
+    flags.add_argument("--size", type=integers, default=(128, 512, 1024))
     flags.add_argument("--num_keypoints", type=integers, default=(64, 256, 2048))
     flags.add_argument("--num_attention_layers", type=integers, default=(4, 16))
     flags.add_argument("--batch_size", type=integers, default=(1, 4))

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser(__doc__)
     flags.add_argument("--size", type=int, default=512, help="pixels, both edges")
     flags.add_argument("--num_slices", type=int, default=20, help="of a volume")
-    flags.add_argument("--num_volumes", type=integers, default=(2, 4))
+    flags.add_argument("--num_volumes", type=integers, default=(4,))
     flags.add_argument("--num_keypoints", type=int, default=512)
     flags.add_argument("--num_workers", type=integers, help="0 (in process), 1 and the cores")
     flags.add_argument("--turns", type=int, default=3)

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     network_flags(flags, num_keypoints=512)
     flags.set_defaults(batch_size=32)
     flags.add_argument("--num_iterations", type=int, default=100)
-    flags.add_argument("--memory_iterations", type=integers, default=(25, 50, 100, 200, 400))
+    flags.add_argument("--memory_iterations", type=integers, default=(25, 400))
     flags.add_argument("--turns", type=int, default=3)
     return flags
 

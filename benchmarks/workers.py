@@ -1,9 +1,9 @@
 """The protocol: each side in a fresh process, called turn about, medians of paired calls.
 
 A fresh process gives each side its own memory (so that its peak can be told), its own start, and
-the C library's settings, which only a process's start can change. In a turn every side makes each
-call twice, and the second is timed: a call after idling is slower, for XLA by up to 40 %. Where the
-first takes so long that what idling costs is lost in it, it is the one that counts.
+the C library's settings, which only a process's start can change. In its turn a side makes each
+call twice, and the second is timed: a call after idling is slower, for XLA by up to 40 %. A long
+call is made once; where there are shorter ones too, they come before it.
 """
 
 import contextlib
@@ -130,8 +130,8 @@ def take_turns(
     for turn in range(turns):
         if turn >= _FEWEST_TURNS and time.perf_counter() - begin > limit:
             break
-        for call in calls:
-            for side, worker in sides.items():
+        for side, worker in sides.items():
+            for call in calls:
                 seconds[side][call].append(worker.seconds(call))
     return seconds
 
