@@ -81,7 +81,7 @@ Curves = dict[Network, list[Point]]
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = make_parser(__doc__)
-    flags.add_argument("--edges", type=integers, default=(128, 352, 512, 1024), help="pixels")
+    flags.add_argument("--edges", type=integers, default=(128, 512, 1024), help="pixels")
     flags.add_argument("--num_keypoints", type=int, default=512)
     flags.add_argument("--filters", type=int, default=32)
     return flags
