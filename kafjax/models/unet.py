@@ -86,7 +86,7 @@ class Encoder(nn.Module):
       filters: f, the channels of the first block.
       widening: 'none', 'copy' or 'kaf'.
       remat: keep of each block its output alone for the backward pass: less memory, more time on
-        accelerators. XLA's CPU compiler merges most of what is computed again: little is won.
+        accelerators. XLA's CPU compiler merges what is computed again: nothing is won.
     """
 
     filters: int
