@@ -7,7 +7,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-_WITHOUT_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type="
+_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def set_up_xla() -> None:
@@ -30,6 +30,7 @@ def leave_out_ynnpack() -> None:
     from the cache is there in half the time: XLA looks for each of a thousand parts that it gave to
     YNNPACK among all the program's instructions. docs/performance.md has the numbers.
     """
+    flags = os.environ.get("XLA_FLAGS", "")
     # A TPU's library reads XLA_FLAGS too, and ends the process at one that it does not know.
-    if importlib.util.find_spec("libtpu") is None:
-        os.environ["XLA_FLAGS"] = f"{_WITHOUT_YNNPACK} {os.environ.get('XLA_FLAGS', '')}".strip()
+    if _YNNPACK not in flags and importlib.util.find_spec("libtpu") is None:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK}=".strip()

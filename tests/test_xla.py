@@ -7,7 +7,6 @@ import sys
 import pytest
 
 COMPILE = """
-import sys
 from kafjax.xla import leave_out_ynnpack, set_up_xla
 {call}
 import jax, numpy as np
