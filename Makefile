@@ -49,7 +49,7 @@ bench: $(INSTALLED)
 
 # Damages files, fills disks and kills runs; the table is printed and written.
 faults: $(INSTALLED)
-	$(RUN) faults.main --output faults_table
+	$(RUN) tests.campaigns.main --output faults_table
 
 # The reference of all functions, from their docstrings.
 docs: $(INSTALLED)

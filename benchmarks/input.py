@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arguments: argparse.Namespace) -> Result:
     """Reads with every number of threads, turn about, alone and before an accelerator."""
-    from kafjax.input_pipeline import open_dataset
+    from kafjax.data.input_pipeline import open_dataset
 
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = arguments.data_dir or prepare_phantoms(Path(scratch), arguments)
@@ -85,7 +85,7 @@ def _table(
 def prepare_phantoms(folder: Path, arguments: argparse.Namespace) -> Path:
     """Draws and prepares two phantoms; the data folder."""
     from data_prep.builder import Options
-    from data_prep.phantom import write_subjects
+    from data_prep.phantom.subjects import write_subjects
     from data_prep.prepare import prepare_dataset
     from data_prep.readers import READERS
 
@@ -138,7 +138,7 @@ def wait_share(dataset: Any, arguments: argparse.Namespace, num_threads: int) ->
 
 
 def _batches(dataset: Any, arguments: argparse.Namespace, num_threads: int) -> Any:
-    from kafjax.input_pipeline import BatchOptions, pretraining_batches
+    from kafjax.data.input_pipeline import BatchOptions, pretraining_batches
 
     options = BatchOptions(
         batch_size=arguments.batch_size,

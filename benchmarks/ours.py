@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.case import Case, inputs
 from benchmarks.profiles import profile_jax
 from benchmarks.workers import Side
-from kafjax import step
-from kafjax.segment import Segmentation
+from kafjax.tasks.segmentation import Segmentation
+from kafjax.training import step
 
 
 def model_config(case: Case, head: str = "segmentation") -> Any:

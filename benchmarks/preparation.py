@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace) -> Result:
 
 def write_phantoms(folder: Path, num_volumes: int, size: tuple[int, int, int]) -> Path:
     """Draws phantoms; their folder."""
-    from data_prep.phantom import write_subjects
+    from data_prep.phantom.subjects import write_subjects
 
     raw_dir = folder / f"raw_{num_volumes}"
     write_subjects(raw_dir, num_volumes, size=size)

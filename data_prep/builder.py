@@ -3,7 +3,7 @@
 A dataset has one split per volume, one shard per split and one record per slice, in slice order.
 Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds encodes features
 and serialises them as tf.train.Example by itself, and a TFRecord is the frame of
-`kafjax.records` around each. Nothing written depends on the time, the host or the worker.
+`kafjax.data.records` around each. Nothing written depends on the time, the host or the worker.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from data_prep import sift
 from data_prep.faults import DatasetError, Fault
 from data_prep.volumes import Prepared, Reader, Source
-from kafjax.records import masked_crc32c, records_digest, write_index
+from kafjax.data.records import masked_crc32c, records_digest, write_index
 
 VERSION = "1.0.0"  # of the records' format; the name of a dataset's folder
 # Level 1 takes a third of the time of zlib's default and 2 % more space on CT slices.
@@ -97,7 +97,7 @@ class Shard:
     volume_id: str
     file: str
     sha256: str
-    records: str  # `kafjax.records.records_digest`
+    records: str  # `kafjax.data.records.records_digest`
     num_bytes: int  # of the records' data, without frames
     keypoints_found: list[int]  # by slice, before the choice of K
     size: list[int]  # rows, columns

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep import phantom
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
 from data_prep.faults import DatasetError
 from data_prep.flags import make_parser, refuse_stray
 from data_prep.nnunet import NnunetReader, open_nnunet
+from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader
@@ -126,7 +126,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
 def _write_phantoms(raw_dir: Path, arguments: argparse.Namespace) -> None:
     total = arguments.num_subjects
     with tqdm(total=total, desc="phantoms", unit="subject", disable=None) as progress:
-        phantom.write_subjects(
+        write_subjects(
             raw_dir,
             total,
             size=arguments.size,

@@ -27,7 +27,7 @@ from data_prep.builder import Options, Plan, Shard
 from data_prep.faults import DatasetError, Fault
 from data_prep.volumes import Facts, Reader, Source, duplicate_faults, inspect
 from data_prep.workers import run_jobs
-from kafjax.records import RecordError, load_index
+from kafjax.data.records import RecordError, load_index
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Writes docs/configuration.md, the reference of all config fields: `python -m docs.configuration`.
 
-What a field must be comes from `kafjax.config_checks`, values from the config files, explanations
-from their comments and, where those say nothing, from `_MEANINGS` here.
+What a field must be comes from `kafjax.training.config_checks`, values from the config files,
+explanations from their comments and, where those say nothing, from `_MEANINGS` here.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from configs import chd_pretrain
-from kafjax.config_checks import check_fields, flatten
+from kafjax.training.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
 DATASETS = ("chd", "acdc", "phantom")

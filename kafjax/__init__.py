@@ -1,3 +1,13 @@
-"""Keypoint-augmented self-supervised pretraining and few-label segmentation in JAX."""
+"""Keypoint-augmented self-supervised pretraining and few-label segmentation in JAX.
+
+The packages, each of which lists its public names in `__all__`:
+
+    models, losses, assignment, augment, segmentation_metrics    the library: JAX and Flax only
+    data                      prepared datasets: records, slices, batches, patches, splits
+    checkpoint, workdir       checkpoints, and the folder of a run
+    tasks, training           what a run learns, and how it is trained
+    inference, study          prediction and evaluation, and studies of many runs
+    drawing, figures, report  what people look at
+"""
 
 __version__ = "0.1.0"

@@ -1,10 +1,20 @@
-"""Files that are there whole or not at all, wherever a process is killed."""
+"""Whole files, and JSON files with a checksum.
+
+A file is there whole or not at all, wherever a process is killed. A checked JSON file carries a
+checksum of its own fields in the field `checksum`, so that a changed value is found; a file
+without that field, written by hand, is taken as it is.
+"""
 
 import contextlib
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+CHECKSUM_FIELD = "checksum"
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
@@ -30,3 +40,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """A digest of what JSON keeps of the fields, whatever their order."""
+    text = json.dumps(json.loads(json.dumps(fields)), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_checked(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    """Writes fields and their checksum, whole or not at all."""
+    write_text(path, json.dumps({**fields, CHECKSUM_FIELD: checksum(fields)}, indent=2) + "\n")
+
+
+def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a file, without their checksum.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: its content is not JSON, not fields, or not what was written. The message does not
+        name the file.
+    """
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError("no fields")
+    if CHECKSUM_FIELD in fields and fields.pop(CHECKSUM_FIELD) != checksum(fields):
+        raise ValueError(
+            f"changed since it was written: wrong {CHECKSUM_FIELD}; without that field it is taken "
+            "as it is"
+        )
+    return fields

@@ -13,12 +13,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from kafjax.checkpoint import check_resumable
+from kafjax.checkpoint.checkpointer import check_resumable
 from kafjax.commands import parse_flags, run_command
-from kafjax.config_checks import check_fields
-from kafjax.describe import describe
-from kafjax.preflight import look
-from kafjax.train import train
+from kafjax.training.config_checks import check_fields
+from kafjax.training.describe import describe
+from kafjax.training.loop import train
+from kafjax.training.preflight import look
 from kafjax.xla import set_up_xla
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run.")

@@ -235,7 +235,7 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
       ValueError: the file does not fit `config.model`, or the workdir holds a run already. Nothing
         is written then.
     """
-    from kafjax.checkpoint import Checkpointer  # Orbax is needed for nothing else here
+    from kafjax.checkpoint.checkpointer import Checkpointer  # Orbax is needed for nothing else here
 
     state_dict = read_state_dict(source)
     variables = import_state_dict(state_dict, config.model)

@@ -18,7 +18,7 @@ leave_out_ynnpack()
 @pytest.fixture(scope="session")
 def phantom_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four phantom subjects, 64 x 64 x 12, in the CHD layout."""
-    from data_prep.phantom import write_subjects
+    from data_prep.phantom.subjects import write_subjects
 
     raw_dir = tmp_path_factory.mktemp("raw")
     write_subjects(raw_dir, 4, size=(64, 64, 12))

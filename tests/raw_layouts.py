@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from data_prep.phantom import render
+from data_prep.phantom.subjects import render
 
 # Phantom classes to ACDC's: right ventricle 1, myocardium 2, left ventricle 3.
 _TO_ACDC = np.array([0, 3, 1, 0, 0, 2, 0, 0], np.uint8)

@@ -12,8 +12,8 @@ from data_prep.builder import Options
 from data_prep.faults import DatasetError
 from data_prep.prepare import prepare_dataset
 from data_prep.volumes import inspect
-from kafjax.records import RecordReader, load_decoder
-from kafjax.splits import subject_of
+from kafjax.data.records import RecordReader, load_decoder
+from kafjax.data.splits import subject_of
 from tests.raw_layouts import SPACING, save, write_acdc
 
 ACDC, CINE = AcdcReader(), AcdcReader(cine=True)

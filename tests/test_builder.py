@@ -22,7 +22,7 @@ from data_prep.faults import DatasetError
 from data_prep.prepare import PreparationError, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Source
-from kafjax.records import RecordReader, load_decoder
+from kafjax.data.records import RecordReader, load_decoder
 
 ROOT = Path(__file__).parent.parent
 CHD = READERS["chd"]
@@ -128,7 +128,7 @@ find = PathFinder.find_spec  # as if TensorFlow were not installed
 PathFinder.find_spec = lambda name, *a: None if name.startswith("tensorflow.") or (
     name == "tensorflow") else find(name, *a)
 import numpy as np, tensorflow_datasets as tfds
-from kafjax.records import RecordReader
+from kafjax.data.records import RecordReader
 directory, out = sys.argv[1:]
 builder = tfds.builder_from_directory(directory)
 records = RecordReader(directory)

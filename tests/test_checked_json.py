@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kafjax.checked_json import read_checked, write_checked
+from kafjax.files import read_checked, write_checked
 
 FIELDS = {
     "name": "é",

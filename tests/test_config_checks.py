@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from configs import chd_pretrain, phantom_finetune, phantom_pretrain
-from kafjax.config_checks import check_fields
+from kafjax.training.config_checks import check_fields
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*_*.py"))
 

@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 
-from kafjax.describe import count_parameters
-from kafjax.step import make_optimizer
-from kafjax.tasks import TASKS
+from kafjax.tasks.registry import TASKS
+from kafjax.training.describe import count_parameters
+from kafjax.training.step import make_optimizer
 from tests.runs import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

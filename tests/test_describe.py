@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from configs import chd_finetune, chd_pretrain
-from kafjax.describe import count_parameters, describe
+from kafjax.training.describe import count_parameters, describe
 
 
 def acdc() -> ml_collections.ConfigDict:

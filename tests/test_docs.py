@@ -26,8 +26,8 @@ from ml_collections import config_flags
 from data_prep.flags import make_parser, refuse_stray
 from data_prep.readers import READERS
 from docs import configuration
-from kafjax.config_checks import check_fields
 from kafjax.models import MODELS
+from kafjax.training.config_checks import check_fields
 from tests.runs import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

@@ -9,10 +9,10 @@ import flax
 import numpy as np
 import pytest
 
-from kafjax import checkpoint
-from kafjax.metrics import read_metrics
-from kafjax.pretrain import Pretraining
-from kafjax.step import init_state, make_optimizer
+from kafjax.checkpoint import checkpointer as checkpoint
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.training.step import init_state, make_optimizer
+from kafjax.workdir.metrics import read_metrics
 from tests.runs import PLAIN, run_command, start_command, tiny_config
 
 # Steps of four pairs take half the time; the signal needs a run that does not end before it comes.

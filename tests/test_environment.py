@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import kafjax
-from kafjax.environment import describe_environment, write_environment
+from kafjax.workdir.environment import describe_environment, write_environment
 
 
 def test_environment_has_versions_and_devices_and_names_nobody(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from kafjax import experiment as command_module
-from kafjax import experiment_plan as plan_module
-from kafjax.cross_validate import Run, run_config
-from kafjax.experiment import format_plan, make_experiment, parse_shard
-from kafjax.experiment_plan import Experiment, Planned, Row, Table, is_pretrained, load
-from kafjax.experiment_results import collect, draw, format_csv, mean_of, write_results
-from kafjax.jobs import Slot, run_jobs
+from kafjax.study import experiment as command_module
+from kafjax.study import plan as plan_module
+from kafjax.study.cross_validation import Run, run_config
+from kafjax.study.experiment import format_plan, make_experiment, parse_shard
+from kafjax.study.jobs import Slot, run_jobs
+from kafjax.study.plan import Experiment, Planned, Row, Table, is_pretrained, load
+from kafjax.study.results import collect, draw, format_csv, mean_of, write_results
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/tables/*.py"))
@@ -371,7 +371,7 @@ def test_table_from_nothing(tmp_path: Path) -> None:
     """One row at the small size: prepares, pretrains, trains on one fold, makes the table."""
     table = tmp_path / "tiny.py"
     table.write_text(
-        "from kafjax.experiment_plan import Row, Table\n"
+        "from kafjax.study.plan import Row, Table\n"
         "def get_table():\n"
         "    row = Row('UNet, PCL', 'unet', 'pcl')\n"
         "    return Table('Tiny', (row,), {'phantom': (2,)}, 'UNet, PCL')\n"

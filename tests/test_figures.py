@@ -15,15 +15,15 @@ from scipy.spatial.distance import cosine
 
 from configs import phantom_finetune, phantom_pretrain
 from kafjax.augment import AugmentConfig
-from kafjax.checkpoint import Checkpointer
-from kafjax.drawing import save_figure
+from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.splits import split_volumes
+from kafjax.drawing.figures import save_figure
+from kafjax.drawing.overlay import draw_labels
 from kafjax.figures import choice, segmentation, similarity
 from kafjax.figures.__main__ import main, make_parser
-from kafjax.input_pipeline import SliceDataset, open_dataset
-from kafjax.overlay import draw_labels
-from kafjax.pretrain import Pretraining
-from kafjax.segment import Segmentation
-from kafjax.splits import split_volumes
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.tasks.segmentation import Segmentation
 
 TINY = {"model.filters": 4, "data.num_threads": 1}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kafjax.input_pipeline import (
+from kafjax.data.input_pipeline import (
     BatchOptions,
     Slice,
     check_facts,
@@ -27,7 +27,7 @@ from kafjax.input_pipeline import (
     select_volumes,
     steps_per_epoch,
 )
-from kafjax.records import RecordError
+from kafjax.data.records import RecordError
 
 
 class CoordinateDataset:
@@ -194,7 +194,7 @@ def refused(name, *rest, **options):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
     return import_(name, *rest, **options)
 importlib.util.find_spec, builtins.__import__ = hidden, refused
-from kafjax.input_pipeline import *
+from kafjax.data.input_pipeline import *
 dataset = open_dataset({str(phantom_dataset.parents[1])!r}, {phantom_dataset.parent.name!r})
 options = BatchOptions(batch_size=2, patch_size=(64, 64), seed=0)
 for make in (pretraining_batches, segmentation_batches, evaluation_batches):

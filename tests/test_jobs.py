@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kafjax import jobs as module
-from kafjax.jobs import Job, Outcome, Slot, find_slots, run_jobs
+from kafjax.study import jobs as module
+from kafjax.study.jobs import Job, Outcome, Slot, find_slots, run_jobs
 
 ONE, TWO = [Slot("a")], [Slot("a"), Slot("b")]
 # Notes its start, and is done.
@@ -112,7 +112,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from tests.test_jobs import ONE, SAVES, job
-from kafjax.jobs import run_jobs
+from kafjax.study.jobs import run_jobs
 root = Path(sys.argv[1])
 print(run_jobs([job(root, "a", code=SAVES), job(root, "b", "a")], ONE))
 """

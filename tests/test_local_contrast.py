@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 
 from configs import phantom_pretrain
-from kafjax.local_contrast import LocalContrast
-from kafjax.step import init_state, make_optimizer, make_update, replicate, shard, unreplicate
-from kafjax.tasks import TASKS
+from kafjax.tasks.local_contrast import LocalContrast
+from kafjax.tasks.registry import TASKS
+from kafjax.training.step import (
+    init_state,
+    make_optimizer,
+    make_update,
+    replicate,
+    shard,
+    unreplicate,
+)
 from tests.runs import random_batch
 
 TINY = {"data.patch_size": (32, 32), "model.filters": 4, "model.embedding": 8}

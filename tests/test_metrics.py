@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
-from kafjax.metrics import METRICS_FILE, MetricMeans, MetricWriter, read_metrics
+from kafjax.workdir.metrics import METRICS_FILE, MetricMeans, MetricWriter, read_metrics
 
 
 def test_means_are_of_the_steps_since_the_last_and_survive_json() -> None:

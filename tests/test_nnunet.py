@@ -16,7 +16,7 @@ from data_prep.nnunet import open_nnunet, split_name
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS, reader_of
 from data_prep.volumes import Source, Volume, inspect
-from kafjax.records import RecordReader, load_decoder
+from kafjax.data.records import RecordReader, load_decoder
 from tests.raw_layouts import save, write_nnunet
 
 

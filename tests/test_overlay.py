@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kafjax.overlay import CLASS_COLOURS, class_colours, draw_labels, draw_sample, grey
+from kafjax.drawing.overlay import CLASS_COLOURS, class_colours, draw_labels, draw_sample, grey
 
 
 def test_grey_runs_between_percentiles() -> None:

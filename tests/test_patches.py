@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kafjax.patches import blend_tiles, cut_patch, cut_view, patch_origin, tile_origins
+from kafjax.data.patches import blend_tiles, cut_patch, cut_view, patch_origin, tile_origins
 
 
 @pytest.mark.parametrize("size", [(9, 14), (10, 13), (5, 6), (12, 4), (7, 8)])

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_prep import anatomy, drawing, phantom, sift
-from data_prep.anatomy import AORTA, LA, LV, MYOCARDIUM, PULMONARY, RA, RV
+from data_prep import sift
+from data_prep.phantom import anatomy, drawing
+from data_prep.phantom import subjects as phantom
+from data_prep.phantom.anatomy import AORTA, LA, LV, MYOCARDIUM, PULMONARY, RA, RV
 
 BLOOD = (LV, RV, LA, RA, AORTA, PULMONARY)
 

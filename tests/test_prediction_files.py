@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from kafjax.prediction_files import Job, list_jobs, write_like
+from kafjax.inference.prediction_files import Job, list_jobs, write_like
 
 
 def names(jobs: list[Job]) -> list[tuple[str, str, str]]:

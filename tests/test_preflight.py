@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from kafjax import preflight
-from kafjax.checkpoint import Checkpointer, check_resumable
-from kafjax.preflight import estimate_memory, look, open_run_dataset
+from kafjax.checkpoint.checkpointer import Checkpointer, check_resumable
+from kafjax.training import preflight
+from kafjax.training.preflight import estimate_memory, look, open_run_dataset
 from tests import runs
 
 

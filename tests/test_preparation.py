@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from configs import phantom_finetune
-from kafjax.input_pipeline import open_dataset
-from kafjax.preparation import check_alike, read_preparation, write_preparation
+from kafjax.data.input_pipeline import open_dataset
+from kafjax.workdir.preparation import check_alike, read_preparation, write_preparation
 
 CHD = {
     "kind": "chd",

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from kafjax.records import (
+from kafjax.data.records import (
     INDEX_NAME,
     RecordError,
     RecordReader,
@@ -117,7 +117,7 @@ def test_index_holds_offsets_and_lengths_and_is_the_same_each_time(dataset):
 
 def test_a_good_index_is_used_without_a_scan(dataset, monkeypatch):
     write_index(dataset)
-    monkeypatch.setattr("kafjax.records._scan_dataset", None)
+    monkeypatch.setattr("kafjax.data.records._scan_dataset", None)
     assert len(RecordReader(dataset)) > 0
 
 

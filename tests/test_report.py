@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from configs import phantom_finetune, phantom_pretrain, phantom_scratch
-from kafjax.evaluate import summarize, write_results
-from kafjax.input_pipeline import open_dataset
-from kafjax.metrics import MetricWriter
-from kafjax.preparation import write_preparation
+from kafjax.data.input_pipeline import open_dataset
+from kafjax.inference.evaluation import summarize, write_results
 from kafjax.report import pictures, report
 from kafjax.report.html import Curve, chart, element, page, table
 from kafjax.report.pictures import Prediction, Sample, choose_volumes, read_sample
 from kafjax.report.runs import expand, flatten, mean_dice, read_runs
 from kafjax.segmentation_metrics import ClassMetrics
+from kafjax.workdir.metrics import MetricWriter
+from kafjax.workdir.preparation import write_preparation
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "br"}

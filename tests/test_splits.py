@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sklearn.model_selection import KFold
 
-from kafjax.splits import choose_labeled, folds, split_volumes, subject_of
+from kafjax.data.splits import choose_labeled, folds, split_volumes, subject_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
 

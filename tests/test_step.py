@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from kafjax import step as step_module
-from kafjax.pretrain import Pretraining
-from kafjax.step import (
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.training import step as step_module
+from kafjax.training.step import (
     AXIS_NAME,
     init_state,
     learning_rates,
@@ -33,9 +33,9 @@ THREE_STEPS = """
 import sys
 import jax, numpy as np
 from pathlib import Path
-from kafjax.pretrain import Pretraining
-from kafjax.step import *
-from kafjax.step import AXIS_NAME
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.training.step import *
+from kafjax.training.step import AXIS_NAME
 from tests.runs import random_batch, tiny_config
 
 config = tiny_config(Path("a/b/c"), **{"model.dtype": "float64"})

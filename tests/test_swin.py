@@ -26,7 +26,7 @@ from kafjax.models.swin import (
     stage_depths,
     tile,
 )
-from kafjax.task import apply_training
+from kafjax.tasks.base import apply_training
 from tests.small_models import model_config, spread_keypoints
 
 WINDOW = 4

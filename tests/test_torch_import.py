@@ -186,7 +186,7 @@ def command_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 def test_the_command_writes_a_workdir_that_others_read(
     command_files: tuple[Path, list[str]],
 ) -> None:
-    from kafjax.checkpoint import load_variables
+    from kafjax.checkpoint.checkpointer import load_variables
 
     folder, arguments = command_files
     run = run_import([*arguments, f"--output={folder / 'out'}"])

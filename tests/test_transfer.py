@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import phantom_finetune, phantom_pretrain
-from kafjax.checkpoint import Checkpointer
-from kafjax.local_contrast import LocalContrast
-from kafjax.pretrain import Pretraining
-from kafjax.segment import Segmentation
-from kafjax.transfer import check_facts_alike, start_from, transfer_encoder
+from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.tasks.local_contrast import LocalContrast
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.tasks.segmentation import Segmentation
+from kafjax.training.transfer import check_facts_alike, start_from, transfer_encoder
 
 TINY = {"model.filters": 4, "model.num_attention_layers": 2}
 

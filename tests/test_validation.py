@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from configs import phantom_scratch
-from kafjax import checkpoint, drawing, validation
-from kafjax import train as train_module
-from kafjax.input_pipeline import BatchOptions, labelled_volumes, open_dataset
-from kafjax.metrics import read_metrics
+from kafjax.checkpoint import checkpointer as checkpoint
+from kafjax.data.input_pipeline import BatchOptions, labelled_volumes, open_dataset
+from kafjax.data.splits import split_volumes
+from kafjax.drawing import figures as drawing
 from kafjax.segmentation_metrics import count_pixels
-from kafjax.splits import split_volumes
-from kafjax.step import TrainState, replicate
-from kafjax.train import train
-from kafjax.validation import Validation
+from kafjax.training import loop as train_module
+from kafjax.training import validation
+from kafjax.training.loop import train
+from kafjax.training.step import TrainState, replicate
+from kafjax.training.validation import Validation
+from kafjax.workdir.metrics import read_metrics
 
 NUM_CLASSES = 8
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kafjax.checkpoint import Checkpointer
-from kafjax.workdir import best_step, read_config
+from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.workdir.workdir import best_step, read_config
 
 
 def save(workdir: Path, scores: dict[int, float]) -> None:

@@ -3,7 +3,7 @@
 python -m kafjax.experiment --table configs/tables/methods.py --dataset chd
 """
 
-from kafjax.experiment_plan import Row, Table
+from kafjax.study.plan import Row, Table
 
 _NAMES = {"simclr": "SimCLR", "gcl": "GCL", "glcl": "GLCL", "pcl": "PCL"}
 

@@ -3,7 +3,7 @@
 python -m kafjax.experiment --table configs/tables/table1.py --dataset chd
 """
 
-from kafjax.experiment_plan import Row, Table
+from kafjax.study.plan import Row, Table
 
 
 def get_table() -> Table:

@@ -3,7 +3,7 @@
 python -m kafjax.experiment --table configs/tables/table2.py --dataset chd
 """
 
-from kafjax.experiment_plan import Row, Table
+from kafjax.study.plan import Row, Table
 
 # w1 of the CNN head's global loss, w2 of the KAF head's, w3 of the matching of keypoints.
 _PAPER = {

@@ -3,7 +3,7 @@
 python -m kafjax.experiment --table configs/tables/table3.py --dataset chd
 """
 
-from kafjax.experiment_plan import Row, Table
+from kafjax.study.plan import Row, Table
 
 _CHD = {
     2: "0.392(.062)",

@@ -4,7 +4,7 @@ python -m kafjax.experiment --table configs/tables/table4.py --dataset chd
 """
 
 from configs.tables import table3
-from kafjax.experiment_plan import Row, Table
+from kafjax.study.plan import Row, Table
 
 _FCN = {
     2: "0.286(.056)",

@@ -9,9 +9,9 @@ from absl import app
 from absl.flags import argparse_flags
 
 from kafjax.commands import fail, run_command
-from kafjax.drawing import check_output, save_figure
+from kafjax.drawing.figures import check_output, save_figure
 from kafjax.figures import choice
-from kafjax.workdir import read_config
+from kafjax.workdir.workdir import read_config
 from kafjax.xla import set_up_xla
 
 

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax.augment import AugmentConfig, augment_pair
-from kafjax.drawing import Pair
-from kafjax.input_pipeline import (
+from kafjax.data.input_pipeline import (
     Batch,
     SliceDataset,
     check_facts,
@@ -26,8 +25,9 @@ from kafjax.input_pipeline import (
     open_dataset,
     select_volumes,
 )
-from kafjax.patches import PatchSize
-from kafjax.task import sample_keys
+from kafjax.data.patches import PatchSize
+from kafjax.drawing.figures import Pair
+from kafjax.tasks.base import sample_keys
 
 _augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
 
@@ -81,7 +81,7 @@ def make_chosen_pair(
 ) -> Batch:
     """The first pretraining sample of a seed that pairs a slice with its neighbour at an offset.
 
-    Fields as `kafjax.input_pipeline.make_pair`, which makes it.
+    Fields as `kafjax.data.input_pipeline.make_pair`, which makes it.
     """
     records = next(r for r in dataset.volumes.values() if record in r)
     reach, index = neighbour_reach(dataset, record), record - records.start

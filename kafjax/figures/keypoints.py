@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kafjax.augment import AugmentConfig
-from kafjax.drawing import (
+from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.patches import PatchSize
+from kafjax.drawing.figures import (
     LINE_COLOUR,
     MASKED_COLOUR,
     MATCHED_COLOUR,
@@ -24,8 +26,6 @@ from kafjax.drawing import (
     write_beside,
 )
 from kafjax.figures.choice import as_pair, augment_sample, choose_offset, make_chosen_pair
-from kafjax.input_pipeline import SliceDataset
-from kafjax.patches import PatchSize
 
 _GAP = 0.03  # between the two slices, of their height
 

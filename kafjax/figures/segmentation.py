@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from kafjax.drawing import SegmentedSlice, draw_segmentations
+from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
+from kafjax.data.splits import Split
+from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
 from kafjax.figures.choice import check_run_dataset, find_record, name_runs
-from kafjax.inference import Predictor, load_predictor
-from kafjax.input_pipeline import SliceDataset, labelled_volumes, select_volumes
-from kafjax.preflight import split_run
+from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
-from kafjax.splits import Split
+from kafjax.training.preflight import split_run
 
 _SEEN = "*"
 

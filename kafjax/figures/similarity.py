@@ -18,8 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kafjax.augment import AugmentConfig
-from kafjax.checkpoint import load_variables
-from kafjax.drawing import FONT_SIZE, make_grid, wrap, write_above, write_beside
+from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.data.input_pipeline import Batch, SliceDataset
+from kafjax.data.patches import PatchSize, patch_origin
+from kafjax.drawing.figures import FONT_SIZE, make_grid, wrap, write_above, write_beside
+from kafjax.drawing.overlay import grey
 from kafjax.figures.choice import (
     augment_sample,
     check_run_dataset,
@@ -27,12 +30,9 @@ from kafjax.figures.choice import (
     make_chosen_pair,
     name_runs,
 )
-from kafjax.input_pipeline import Batch, SliceDataset
 from kafjax.models import build_model
 from kafjax.models.unet import NUM_LEVELS
-from kafjax.overlay import grey
-from kafjax.patches import PatchSize, patch_origin
-from kafjax.workdir import best_step, read_config
+from kafjax.workdir.workdir import best_step, read_config
 
 LEVELS = range(NUM_LEVELS + 1)
 _MULTIPLE = 2**NUM_LEVELS

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kafjax.environment import describe_environment
 from kafjax.files import write_text
 from kafjax.report.html import (
     Child,
@@ -26,6 +25,7 @@ from kafjax.report.html import (
 from kafjax.report.pictures import read_board, show_samples
 from kafjax.report.runs import Run, expand, flatten, read_runs
 from kafjax.report.tables import cross_validation, evaluations, extremes
+from kafjax.workdir.environment import describe_environment
 
 NUM_SAMPLES = 4
 

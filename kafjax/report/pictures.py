@@ -15,15 +15,15 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
-from kafjax.evaluate import SPLITS
-from kafjax.inference import load_predictor
-from kafjax.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
-from kafjax.metrics import TENSORBOARD_DIR
-from kafjax.overlay import class_colours, draw_labels, grey
+from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.inference.evaluation import SPLITS
+from kafjax.inference.predictor import load_predictor
 from kafjax.report.html import Element, element, note, number, picture, swatch
 from kafjax.report.runs import Fields, Run, mean_dice
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
-from kafjax.workdir import best_step
+from kafjax.workdir.metrics import TENSORBOARD_DIR
+from kafjax.workdir.workdir import best_step
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kafjax.checked_json import read_checked
-from kafjax.environment import FILE as ENVIRONMENT_FILE
-from kafjax.evaluate import SPLITS
-from kafjax.metrics import METRICS_FILE, read_metrics
-from kafjax.preparation import FILE as PREPARATION_FILE
-from kafjax.workdir import read_config
+from kafjax.files import read_checked
+from kafjax.inference.evaluation import SPLITS
+from kafjax.workdir.environment import FILE as ENVIRONMENT_FILE
+from kafjax.workdir.metrics import METRICS_FILE, read_metrics
+from kafjax.workdir.preparation import FILE as PREPARATION_FILE
+from kafjax.workdir.workdir import read_config
 
 Fields = dict[str, Any]
 

@@ -1,6 +1,0 @@
-"""Campaigns of faults, one module for each kind of file or moment: `python -m faults.main`."""
-
-import os
-
-# Before JAX starts: campaigns compile much and compute little. Not below what a caller asks for.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -1,0 +1,17 @@
+"""Checkpoints that know when they are damaged."""
+
+from kafjax._lazy import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        ".checkpointer": (
+            "Checkpointer",
+            "SaveError",
+            "load_variables",
+            "saved_metrics",
+            "saved_steps",
+        ),
+        ".files": ("DamagedCheckpointError",),
+    },
+)

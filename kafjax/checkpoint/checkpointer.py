@@ -1,0 +1,304 @@
+"""Checkpoints of a run: saved asynchronously, verified leaf by leaf when read, resumed from.
+
+    WORKDIR/config.json               the run's config, with a checksum
+    WORKDIR/checkpoints/<step>/       `state`, the pytree of arrays, and `meta`, which describes it
+    WORKDIR/damaged/<step>/           what `restore_latest` could not read and moved aside
+
+Orbax writes and retains. What it leaves out is here: it restores flipped bits without a word, does
+not compare shapes or dtypes with NumPy targets, and raises on a truncated newest step instead of
+taking the one before. So `meta` holds shape, dtype and hash of every leaf, and a checksum of its
+own. Reading a checkpoint involves no other process; only `Checkpointer` synchronises processes.
+
+Leaves are host arrays, those of process 0. Leaf names are paths, as in `params/head/kernel`.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from kafjax.checkpoint.files import (
+    STEPS,
+    DamagedCheckpointError,
+    PyTree,
+    describe_state,
+    mend_scores,
+    newest_good,
+    read_meta,
+    read_state,
+    read_variables,
+    scores,
+)
+from kafjax.files import read_checked, write_checked
+
+__all__ = [
+    "MAY_CHANGE",
+    "Checkpointer",
+    "DamagedCheckpointError",
+    "SaveError",
+    "check_config",
+    "check_resumable",
+    "load_variables",
+    "saved_metrics",
+    "saved_steps",
+]
+
+# How long, how often and where: a run may be resumed with other values of these.
+MAY_CHANGE = (
+    "num_steps",
+    "every.log",
+    "every.checkpoint",
+    "every.picture",
+    "checkpoint.keep_newest",
+    "checkpoint.keep_best",
+    "data.dir",
+    "data.num_threads",
+)
+
+log = logging.getLogger(__name__)
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the text names the workdir."""
+
+
+class Checkpointer:
+    """Saves and restores the state of the run in `workdir`; a context manager.
+
+    Kept are the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`;
+    `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where the
+    workdir holds another config or `keep_newest` is 0. With several processes all of them must
+    make the same calls.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep_newest: int,
+        keep_best: int = 1,
+        best_metric: str | None,
+        best_mode: Literal["max", "min"] = "max",
+        config: Mapping[str, Any],
+    ):
+        self._workdir = Path(workdir).absolute()
+        if keep_newest < 1:
+            raise ValueError(f"keep_newest is {keep_newest}; expected 1 or more")
+        check_config(self._workdir, config)
+        if jax.process_index() == 0:
+            _write_config(self._workdir, config)
+        if best_metric is not None:
+            mend_scores(self._workdir / STEPS, best_metric)
+        self._best_metric = best_metric
+        self._best_sign = {"max": 1, "min": -1}[best_mode]
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_newest)]
+        if best_metric is not None:
+            keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
+        self._manager = ocp.CheckpointManager(
+            self._workdir / STEPS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                # Without this Orbax stores no metrics and so forgets the best on resume.
+                best_fn=None if best_metric is None else self._score,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self, step: int, state: PyTree, *, metrics: Mapping[str, float], data: Mapping[str, Any]
+    ) -> bool:
+        """Starts saving a pytree of host arrays, copied first, with metrics and JSON-able `data`.
+
+        It first waits for the save before, so that one at most is in work. Returns False, and saves
+        nothing, if this step or a later one is there already. An error of writing is a `SaveError`,
+        raised by the next `check`, `save`, `wait` or `close`.
+        """
+        arrays = jax.tree.map(np.asarray, state)
+        numbers = {name: float(value) for name, value in metrics.items()}
+        # Orbax stores what the primary process gives.
+        meta = describe_state(step, arrays, numbers, data) if jax.process_index() == 0 else {}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        best = None if self._best_metric is None else scores(self._best_metric, numbers)
+        with self._telling():
+            return self._manager.save(step, args=args, metrics=best)
+
+    def restore_latest(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+        """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
+
+        `template` has the state's structure with arrays or `jax.ShapeDtypeStruct` leaves; the
+        state's leaves are NumPy arrays. Newer checkpoints that are damaged are named in a warning
+        and moved aside. Raises `ValueError` listing all differences in tree, shape and dtype, or if
+        every checkpoint is damaged.
+        """
+        self.wait()
+
+        def read(step: int) -> tuple[PyTree, dict[str, Any]]:
+            return read_state(self._workdir / STEPS / str(step), template)
+
+        found = newest_good(self._workdir, read)
+        step = -1 if found is None else found[0]
+        if jax.process_count() > 1:
+            step = int(np.min(multihost_utils.process_allgather(np.int32(step))))
+        if found is None or step < 0:
+            return None
+        state, meta = found[1] if step == found[0] else read(step)
+        self._move_aside(step)
+        return state, meta["data"]
+
+    def all_steps(self) -> list[int]:
+        """The steps that are saved, or being saved, in order."""
+        return sorted(self._manager.all_steps())
+
+    def check(self) -> None:
+        """Raises what has gone wrong with what is being saved, without waiting for it."""
+        with self._telling():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when what was being saved is on disk; raises what went wrong with it."""
+        with self._telling():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends Orbax's threads."""
+        with self._telling():
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors of a full, read-only or forbidden disk come as those of many libraries."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            raise SaveError(
+                f"{self._workdir}: a checkpoint could not be saved; those before it are kept, and "
+                "the same command goes on from them when there is room and permission "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        value = metrics.get(self._best_metric or "", math.nan)
+        return -math.inf if math.isnan(value) else self._best_sign * value
+
+    def _move_aside(self, good: int) -> None:
+        """Moves what is newer than the good step away: Orbax would save no step before it."""
+        newer = [step for step in self.all_steps() if step > good]
+        if not newer:
+            return
+        if jax.process_index() == 0:
+            damaged = self._workdir / "damaged"
+            damaged.mkdir(exist_ok=True)
+            for step in newer:
+                aside = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=damaged))
+                (self._workdir / STEPS / str(step)).rename(aside / str(step))
+        ocp.multihost.sync_global_processes("kafjax_move_aside")
+        self._manager.reload()
+
+
+def load_variables(
+    workdir: str | os.PathLike[str], *, step: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The `params` and `batch_stats` of a run's newest good checkpoint, or of `step`, verified.
+
+    Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
+    or only damaged ones.
+    """
+    directory = Path(workdir).absolute() / STEPS
+    found = newest_good(Path(workdir), lambda s: read_variables(directory / str(s)), step)
+    if found is None:
+        raise ValueError(
+            f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
+            f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
+        )
+    return found[1]
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of the checkpoints in a workdir, good or damaged, in order; none without any."""
+    directory = Path(workdir).absolute() / STEPS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+def check_resumable(workdir: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` where there is nothing to resume: never a fresh start by mistake."""
+    if not saved_steps(workdir):
+        raise ValueError(
+            f"{workdir}: holds no checkpoint to resume from; expected the workdir of a run that "
+            "saved one, or a start without --resume"
+        )
+
+
+def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
+    """The metrics that were saved with each checkpoint whose description is good, by step."""
+    directory = Path(workdir).absolute() / STEPS
+    metrics = {}
+    for step in sorted(ocp.utils.checkpoint_steps(directory)):
+        try:
+            metrics[step] = read_meta(directory / str(step))["metrics"]
+        except DamagedCheckpointError as error:
+            log.warning("%s", error)
+    return metrics
+
+
+def check_config(
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    may_change: Collection[str] = MAY_CHANGE,
+) -> None:
+    """Raises `ValueError` listing each field whose value differs from the one stored in `workdir`.
+
+    Fields are named by dotted paths; those in `may_change` may differ.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        there = _flatten(read_checked(path))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not a run's config ({error}); without the file the config that is given holds"
+        ) from None
+    here = _flatten(json.loads(json.dumps(config)))
+    absent = object()
+    differing = [
+        f"  {field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} here"
+        for field in sorted(there.keys() | here.keys())
+        if there.get(field, absent) != here.get(field, absent) and field not in may_change
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another config; give another workdir or the same config:\n"
+            + "\n".join(differing)
+        )
+
+
+def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_checked(workdir / "config.json", config)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

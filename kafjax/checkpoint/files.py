@@ -1,0 +1,219 @@
+"""The files of a checkpoint: what describes them, and reading them without belief.
+
+    checkpoints/<step>/state     the pytree of arrays, as Orbax writes it
+    checkpoints/<step>/meta      shape, type and hash of every leaf, metrics, data; and a checksum
+    checkpoints/<step>/metrics   what Orbax reads to know the best, a copy of what `meta` has
+
+Reading involves no other process. Leaf names are paths, as in `params/head/kernel`.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from kafjax.files import checksum, write_text
+
+PyTree = Any
+T = TypeVar("T")
+
+STEPS = "checkpoints"  # the folder of steps in a workdir
+_FORMAT = 1
+_VARIABLES = ("params", "batch_stats")
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read, or is not what was saved; the text names step and fault."""
+
+
+def scores(best_metric: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What Orbax stores beside a checkpoint, and reads before anything else to know the best."""
+    return {best_metric: math.nan, **metrics}
+
+
+def mend_scores(directory: Path, best_metric: str) -> None:
+    """Writes anew what Orbax has stored of the metrics where that is not what `meta` says.
+
+    Orbax checks nothing there: a flipped bit would stop it, or have it keep another than the best.
+    With several processes all of them must make this call.
+    """
+    for step in ocp.utils.checkpoint_steps(directory) if directory.is_dir() else ():
+        path = directory / str(step) / "metrics" / "metrics"
+        found = path.read_bytes() if path.is_file() else None
+        try:
+            metrics = read_meta(directory / str(step))["metrics"]
+        except ValueError:  # which whoever reads the checkpoint will say
+            if found is None or _are_metrics(found):
+                continue
+            metrics = {}
+        content = json.dumps(scores(best_metric, metrics))
+        if found not in (None, content.encode()) and jax.process_index() == 0:
+            log.warning("%s: not the metrics that were saved; written anew", path)
+            write_text(path, content)
+    ocp.multihost.sync_global_processes("kafjax_mend_scores")
+
+
+def _are_metrics(content: bytes) -> bool:
+    try:
+        metrics = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(metrics, dict) and all(isinstance(x, float) for x in metrics.values())
+
+
+def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _signature(leaf: Any) -> list[Any]:
+    """[dtype, shape] of an array, a `jax.ShapeDtypeStruct` or a number, as JSON returns them."""
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _hash(leaf: np.ndarray) -> str:
+    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
+
+
+def _hashes(tree: PyTree) -> dict[str, str]:
+    names, leaves = zip(*_leaves(tree), strict=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+        return dict(zip(names, threads.map(_hash, leaves), strict=True))
+
+
+def describe_state(
+    step: int, arrays: PyTree, metrics: Mapping[str, float], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `meta` says of a checkpoint: see the module."""
+    body = {
+        "format": _FORMAT,
+        "step": step,
+        "signatures": {name: _signature(leaf) for name, leaf in _leaves(arrays)},
+        "hashes": _hashes(arrays),
+        "metrics": dict(metrics),
+        "data": dict(data),
+    }
+    return {**body, "checksum": checksum(body)}
+
+
+def newest_good(
+    workdir: Path, read: Callable[[int], T], step: int | None = None
+) -> tuple[int, T] | None:
+    """The newest step that `read` finds good (of `step` alone if given), and what it read.
+
+    None where there is no step; `ValueError` where all are damaged.
+    """
+    steps = sorted(ocp.utils.checkpoint_steps(workdir.absolute() / STEPS), reverse=True)
+    steps = [s for s in steps if step in (None, s)]
+    for candidate in steps:
+        try:
+            return candidate, read(candidate)
+        except DamagedCheckpointError as error:
+            log.warning("%s", error)
+    if not steps:
+        return None
+    raise ValueError(f"{workdir}: every checkpoint is damaged: {', '.join(map(str, steps))}")
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises `DamagedCheckpointError`; `ValueError` for a format of another version.
+    """
+    meta = _read_item(directory / "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+    body = {name: value for name, value in meta.items() if name != "checksum"}
+    if checksum(body) != meta.get("checksum"):
+        raise DamagedCheckpointError(f"{directory}: damaged, its meta has a wrong checksum")
+    if body["format"] != _FORMAT:
+        raise ValueError(f"{directory}: has format {body['format']}; expected {_FORMAT}")
+    return body
+
+
+def read_state(directory: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """A checkpoint's arrays, shaped as `template`, and its `meta`. Raises `ValueError`."""
+    meta = read_meta(directory)
+    _check_signatures(directory, meta["signatures"], template)
+    return _read_arrays(directory, template, meta["hashes"]), meta
+
+
+def read_variables(directory: Path) -> dict[str, dict[str, Any]]:
+    """The `params` and `batch_stats` of a checkpoint. Raises `ValueError`."""
+    meta = read_meta(directory)
+    template: dict[str, dict[str, Any]] = {name: {} for name in _VARIABLES}
+    for name, (dtype, shape) in meta["signatures"].items():
+        *parents, last = name.split("/")
+        if parents and parents[0] in _VARIABLES:
+            node: dict[str, Any] = template
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = jax.ShapeDtypeStruct(shape, dtype)
+    stored = {name: tree for name, tree in template.items() if tree}
+    return template | _read_arrays(directory, stored, meta["hashes"])
+
+
+def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTree) -> None:
+    wanted = {name: _signature(leaf) for name, leaf in _leaves(template)}
+    wrong = [
+        f"  {name}: {stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} expected"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{directory} does not fit this run's state:\n" + "\n".join(wrong))
+
+
+def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -> PyTree:
+    """Reads the leaves of `template`, which may be a part of what is stored, and verifies them."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+    arrays = _read_item(
+        directory / "state",
+        ocp.PyTreeCheckpointHandler,
+        ocp.args.PyTreeRestore(template, restore_args=as_numpy, partial_restore=True),
+    )
+    expected = {name: _signature(leaf) for name, leaf in _leaves(template)}
+    found = {name: leaf for name, leaf in _leaves(arrays) if isinstance(leaf, np.ndarray)}
+    wrong = [name for name in expected if name not in found]
+    wrong += [name for name, leaf in found.items() if _signature(leaf) != expected.get(name)]
+    if not wrong:
+        wrong = [name for name, value in _hashes(arrays).items() if value != hashes[name]]
+    if wrong:
+        raise DamagedCheckpointError(
+            f"{directory}: damaged, these leaves are not what was saved: {', '.join(wrong)}"
+        )
+    return arrays
+
+
+def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.CheckpointArgs) -> Any:
+    """Reads one item of a checkpoint in this process alone."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"read_{process}",
+    )
+    try:
+        with ocp.Checkpointer(
+            handler(multiprocessing_options=alone), multiprocessing_options=alone
+        ) as reader:
+            return reader.restore(directory, args=args)
+    except MemoryError:
+        raise
+    except Exception as error:  # damage surfaces as errors of every kind, and all mean the same
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpointError(
+            f"{directory}: damaged, it cannot be read ({type(error).__name__}: {reason})"
+        ) from error

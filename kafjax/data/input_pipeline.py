@@ -1,0 +1,363 @@
+"""Host batches of numpy arrays from a prepared dataset, in an order that one integer resumes.
+
+Layout is NHWC; keypoints are (row, col) in pixels of the patch, and their mask says which are real.
+Masked keypoints are (0, 0). Images leave normalised, (x - mean) / std of their volume, zero outside
+the slice; augmentation follows on the device.
+
+Training samples are numbered through an endless stream: sample `step * batch_size + place` is that
+place of that step's global batch, and everything random about it is a function of the seed and that
+number. So the batches depend neither on threads nor on the number of processes, each of which makes
+its contiguous part of every global batch, and a run resumes from its step number.
+
+Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules are the release's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from kafjax.data.patches import PatchSize, cut_patch, cut_view, patch_origin
+from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
+
+Batch = dict[str, np.ndarray]
+
+_ENDLESS = 2**40  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How batches are made: `batch_size` counts the global batch, `patch_size` pixels (h, w).
+
+    A process makes the part `process_index` of `process_count` of each global batch, with
+    `num_threads` reading threads. Raises `ValueError` where the processes do not divide the batch.
+    """
+
+    batch_size: int
+    patch_size: PatchSize
+    seed: int
+    process_index: int = 0
+    process_count: int = 1
+    num_threads: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected a positive multiple of the "
+                f"{self.process_count} processes"
+            )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
+
+    `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
+    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w] or None
+    where it was not asked for.
+    """
+
+    image: np.ndarray
+    keypoints: np.ndarray
+    mask: np.ndarray
+    correspondences: np.ndarray
+    index: int
+    num_slices: int
+    spacing: np.ndarray
+    label: np.ndarray | None
+
+
+class SliceDataset:
+    """A prepared dataset: its metadata, the record numbers of each volume's slices, its slices.
+
+    `volumes` maps volume names, sorted, to ranges of global record numbers in slice order.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.metadata: dict[str, Any] = dict(open_builder(directory).info.metadata or {})
+        self.reader = RecordReader(directory)
+        self.volumes: Mapping[str, range] = self.reader.splits
+        self.classes = tuple(self.metadata["classes"])
+        # Inflating a label costs a third of a record, and pretraining needs none.
+        self._decode = load_decoder(directory, without=("label",))
+        self._decode_labelled = load_decoder(directory)
+
+    def describe_record(self, record: int) -> str:
+        """A record's volume and its slice, counted from 0, for messages."""
+        return next(
+            f"{name} slice {record - records.start}"
+            for name, records in self.volumes.items()
+            if record in records
+        )
+
+    def read(self, record: int, *, with_label: bool = False) -> Slice:
+        """Reads one slice; raises `RecordError` if it is damaged."""
+        features = (self._decode_labelled if with_label else self._decode)(self.reader[record])
+        keypoints = features["keypoints"].astype(np.int32)
+        image = np.subtract(features["image"], features["mean"], dtype=np.float32)
+        image /= np.float32(features["std"])
+        return Slice(
+            image=image,
+            keypoints=keypoints,
+            mask=np.arange(len(keypoints)) < features["num_keypoints"],
+            correspondences=features["correspondences"],
+            index=features["slice_index"],
+            num_slices=features["num_slices"],
+            spacing=features["spacing"],
+            label=features["label"][..., 0].astype(np.int32) if with_label else None,
+        )
+
+
+def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
+    """Opens the newest prepared version of DATA_DIR/NAME.
+
+    Raises `ValueError` with the command that prepares the dataset where there is none.
+    """
+    return SliceDataset(find_dataset(data_dir, name))
+
+
+def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
+    """Raises `ValueError` listing every fact that the dataset's metadata contradicts or lacks.
+
+    `expected` maps metadata names, such as `max_keypoints` and `radius`, to the config's values.
+    """
+    wrong = [
+        f"  {name}: the dataset has {dataset.metadata.get(name, 'no such fact')}, "
+        f"the config says {value}"
+        for name, value in expected.items()
+        if name not in dataset.metadata or dataset.metadata[name] != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{dataset.directory} was not prepared as the config expects:\n" + "\n".join(wrong)
+        )
+
+
+def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The named volumes (all by default) in order of name, whatever the order they come in.
+
+    Raises `ValueError` for names that the dataset lacks or that come twice.
+    """
+    names = sorted(dataset.volumes if volumes is None else volumes)
+    unknown = [name for name in names if name not in dataset.volumes]
+    if unknown or not names:
+        raise ValueError(
+            f"{dataset.directory} has no volume {', '.join(unknown) or 'selected'}; "
+            f"it has {', '.join(dataset.volumes)}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"volumes named twice: {', '.join(twice)}")
+    return tuple(names)
+
+
+def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes that have labels, in order of name."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
+
+
+def steps_per_epoch(
+    dataset: SliceDataset, batch_size: int, volumes: Sequence[str] | None = None
+) -> int:
+    """Full global batches in one pass over the volumes; `ValueError` if not even one."""
+    num_slices = len(_records(dataset, volumes))
+    if not 1 <= batch_size <= num_slices:
+        raise ValueError(
+            f"batch_size is {batch_size}; expected 1 to {num_slices}, the number of slices"
+        )
+    return num_slices // batch_size
+
+
+def neighbour_reach(dataset: SliceDataset, record: int) -> int:
+    """Largest distance, in slices, of a slice's neighbour: a fact of its volume's preparation."""
+    volume = next(name for name, records in dataset.volumes.items() if record in records)
+    reach: int = dataset.metadata["volumes"][volume]["reach"]
+    return reach
+
+
+def draw_neighbour(rng: np.random.Generator, index: int, num_slices: int, reach: int) -> int:
+    """Index of a slice at a uniformly random offset in -reach..reach but 0, clamped.
+
+    At a volume's border the clamp can return `index` itself.
+    """
+    offset = int(rng.integers(2 * reach)) - reach
+    offset += offset >= 0
+    return min(max(index + offset, 0), num_slices - 1)
+
+
+def make_pair(
+    dataset: SliceDataset, sample: int, record: int, *, patch_size: PatchSize, seed: int
+) -> Batch:
+    """One pretraining sample: the slice `record` and a neighbour, drawn for (seed, sample).
+
+    Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, k, 2], `keypoint_mask` bool [2, k],
+    `correspondence` int32 [k] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
+    anchor's, in (0, 1]), `record` int32 [2], `sample` and `seed` uint32. A slice that is its own
+    neighbour corresponds with itself keypoint by keypoint.
+    """
+    rng = np.random.default_rng((seed, sample))
+    anchor = dataset.read(record)
+    reach = neighbour_reach(dataset, record)
+    offset = draw_neighbour(rng, anchor.index, anchor.num_slices, reach) - anchor.index
+    neighbour = dataset.read(record + offset) if offset else anchor
+    views = [
+        _cut_slice(view, patch_origin(view.image.shape[:2], patch_size, rng), patch_size)
+        for view in (anchor, neighbour)
+    ]
+    pair = {field: np.stack([view[field] for view in views]) for field in views[0]}
+    correspondence = _correspondence(anchor, offset)
+    kept = pair["keypoint_mask"][0] & (correspondence >= 0)
+    kept &= pair["keypoint_mask"][1][correspondence]
+    return {
+        **pair,
+        "correspondence": np.where(kept, correspondence, -1).astype(np.int32),
+        "position": np.array((anchor.index + 1) / anchor.num_slices, np.float32),
+        "record": np.array([record, record + offset], np.int32),
+        "sample": np.array(sample % 2**32, np.uint32),
+        "seed": np.array(seed % 2**32, np.uint32),
+    }
+
+
+def make_labelled(
+    dataset: SliceDataset, sample: int, record: int, *, patch_size: PatchSize, seed: int | None
+) -> Batch:
+    """One labelled slice, cropped at random for (seed, sample), or centrally where seed is None.
+
+    Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [k, 2],
+    `keypoint_mask` bool [k], `record` int32, `sample` and `seed` uint32.
+    """
+    rng = None if seed is None else np.random.default_rng((seed, sample))
+    labelled = dataset.read(record, with_label=True)
+    assert labelled.label is not None
+    origin = patch_origin(labelled.label.shape, patch_size, rng)
+    return {
+        **_cut_slice(labelled, origin, patch_size),
+        "label": cut_patch(labelled.label, origin, patch_size),
+        "record": np.array(record, np.int32),
+        "sample": np.array(sample % 2**32, np.uint32),
+        "seed": np.array((seed or 0) % 2**32, np.uint32),
+    }
+
+
+def pretraining_batches(
+    dataset: SliceDataset,
+    options: BatchOptions,
+    *,
+    volumes: Sequence[str] | None = None,
+    start_step: int = 0,
+) -> grain.DatasetIterator:
+    """Endless batches of pairs, each slice of the volumes the anchor of one pair per epoch.
+
+    The fields are those of `make_pair` with a leading b = batch_size / process_count. An epoch's
+    last incomplete batch is dropped. Raises `ValueError` where the slices do not fill one batch.
+    """
+    make = partial(make_pair, dataset, patch_size=options.patch_size, seed=options.seed)
+    return _training_batches(dataset, options, make, volumes, start_step)
+
+
+def segmentation_batches(
+    dataset: SliceDataset,
+    options: BatchOptions,
+    *,
+    volumes: Sequence[str] | None = None,
+    start_step: int = 0,
+) -> grain.DatasetIterator:
+    """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
+
+    The fields are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
+    do not fill one batch or a volume has no labels.
+    """
+    _check_labelled(dataset, select_volumes(dataset, volumes))
+    make = partial(make_labelled, dataset, patch_size=options.patch_size, seed=options.seed)
+    return _training_batches(dataset, options, make, volumes, start_step)
+
+
+def evaluation_batches(
+    dataset: SliceDataset, options: BatchOptions, *, volumes: Sequence[str] | None = None
+) -> grain.DatasetIterator:
+    """All slices of the volumes once, in order of volume and slice, centrally cropped.
+
+    The fields are those of `make_labelled` with a leading b, and `valid` bool [b]: the last batch
+    is filled up with zero slices, whose `valid` is false and whose `record` is -1. Raises
+    `ValueError` where a volume has no labels.
+    """
+    _check_labelled(dataset, select_volumes(dataset, volumes))
+    records = _records(dataset, volumes)
+    steps = -(-len(records) // options.batch_size)
+
+    def make(sample: int) -> Batch:
+        if sample < len(records):
+            labelled = make_labelled(
+                dataset, sample, records[sample], patch_size=options.patch_size, seed=None
+            )
+            return {**labelled, "valid": np.array(True)}
+        padding = {field: np.zeros_like(value) for field, value in make(0).items()}
+        return {**padding, "record": np.array(-1, np.int32)}
+
+    return _own_batches(options, make, range(steps))
+
+
+def _training_batches(
+    dataset: SliceDataset,
+    options: BatchOptions,
+    make: Callable[[int, int], Batch],
+    volumes: Sequence[str] | None,
+    start_step: int,
+) -> grain.DatasetIterator:
+    samples_per_epoch = steps_per_epoch(dataset, options.batch_size, volumes) * options.batch_size
+    # Grain seeds epoch e with seed + e: runs with neighbouring seeds would share their orders.
+    seed = int(np.random.SeedSequence(options.seed).generate_state(1)[0])
+    order = grain.MapDataset.source(_records(dataset, volumes)).shuffle(seed)
+    stream = order[:samples_per_epoch].repeat().map_with_index(make)
+    return _own_batches(options, stream.__getitem__, range(start_step, _ENDLESS))
+
+
+def _own_batches(
+    options: BatchOptions, make: Callable[[int], Batch], steps: range
+) -> grain.DatasetIterator:
+    """Batches of this process's contiguous part of each global batch; `make` takes sample numbers.
+
+    Threads work on single samples, so that the first batch is there soon and memory stays small.
+    """
+    share = options.batch_size // options.process_count
+    first = options.process_index * share
+
+    def own_sample(i: int) -> Batch:
+        step, place = divmod(i, share)
+        return make((steps.start + step) * options.batch_size + first + place)
+
+    read_options = grain.ReadOptions(
+        num_threads=options.num_threads,
+        prefetch_buffer_size=max(options.num_threads, 2 * share),
+    )
+    samples = grain.MapDataset.range(len(steps) * share).map(own_sample)
+    return iter(samples.to_iter_dataset(read_options).batch(share))
+
+
+def _records(dataset: SliceDataset, volumes: Sequence[str] | None) -> list[int]:
+    """Global record numbers of the volumes' slices, in order of volume and slice."""
+    return [i for name in select_volumes(dataset, volumes) for i in dataset.volumes[name]]
+
+
+def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:
+    unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
+    if unlabelled:
+        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
+
+
+def _correspondence(anchor: Slice, offset: int) -> np.ndarray:
+    """Indices int [k] of the keypoints at a slice offset that match the anchor's, or -1."""
+    if offset == 0:
+        return np.where(anchor.mask, np.arange(len(anchor.mask)), -1)
+    reach = len(anchor.correspondences) // 2
+    return anchor.correspondences[offset + reach - (offset > 0)]
+
+
+def _cut_slice(whole: Slice, origin: np.ndarray, patch_size: PatchSize) -> Batch:
+    return cut_view(whole.image, whole.keypoints, whole.mask, origin, patch_size)

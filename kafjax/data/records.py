@@ -1,0 +1,360 @@
+"""Random access to the records of a prepared dataset, without TensorFlow.
+
+A dataset directory is what `tfds` writes: one split per volume, each split's shards TFRecord files,
+one record per slice in slice order. A TFRecord is a sequence of
+
+    length      uint64, little endian
+    length CRC  uint32, masked CRC32C of the length's 8 bytes
+    data        `length` bytes
+    data CRC    uint32, masked CRC32C of the data
+
+(https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The index beside
+the shards stores each record's length, from which its offset follows, so that any record is one
+`pread` away, and its data CRC, so that another dataset's record in its place is noticed. Records
+are numbered from 0 through the whole dataset, splits in order of name.
+
+Offsets and lengths are in bytes; a record's offset is that of its length field, and its length that
+of its data.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from kafjax.data.dataset_files import (
+    RecordError,
+    find_dataset,
+    load_decoder,
+    naming_dataset,
+    open_builder,
+)
+
+__all__ = [
+    "INDEX_NAME",
+    "RecordError",
+    "RecordReader",
+    "Shard",
+    "find_dataset",
+    "load_decoder",
+    "load_index",
+    "masked_crc32c",
+    "open_builder",
+    "records_digest",
+    "write_index",
+]
+
+INDEX_NAME = "record_index.json"
+# Which the index vouches for: what they say of the records would be believed.
+_DESCRIPTIONS = ("features.json", "metadata.json")
+_FORMAT = "kafjax record index 2"
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_FRAME = _HEADER.size + _FOOTER.size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One TFRecord file: its split, its size, and its records' data lengths and data CRCs."""
+
+    split: str
+    file: str
+    num_bytes: int
+    lengths: np.ndarray  # int64 [records]
+    crcs: np.ndarray  # int64 [records], masked
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offsets of the records' length fields, int64 [records]."""
+        return np.cumsum(self.lengths + _FRAME) - self.lengths - _FRAME
+
+
+def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
+    """Scans all shards of a dataset and writes the index beside them, atomically.
+
+    The same shards give the same bytes. Returns the index's path. Raises `RecordError` for a shard
+    that is missing, truncated, or does not hold the records that the dataset's metadata describe.
+    """
+    directory = Path(dataset_dir)
+    shards = _scan_dataset(directory)
+    _check_prepared(directory, shards)
+    return _store_index(directory, shards)
+
+
+def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
+    """The shards in order of split, from the index or, if that is missing or stale, from a scan.
+
+    Stale: written for other shards or shard sizes, or its own checksum is wrong. A rebuilt index is
+    written back where the directory allows it. Raises `RecordError` as `write_index` does, and for
+    a description of the records, such as `metadata.json`, that is not the one of the index.
+    """
+    directory = Path(dataset_dir)
+    shards = _read_index(directory)
+    if shards is not None:
+        return shards
+    log.info("%s: scanning the shards, no index fits them", directory)
+    shards = _scan_dataset(directory)
+    _check_prepared(directory, shards)
+    with contextlib.suppress(OSError):  # a read-only dataset is served from memory
+        _store_index(directory, shards)
+    return shards
+
+
+class RecordReader:
+    """Reads checked records by global number; safe to share between threads and to pickle.
+
+    Each read opens its shard: no file descriptor outlives a call, however many volumes there are.
+    """
+
+    def __init__(self, dataset_dir: str | os.PathLike[str]):
+        self.directory = Path(dataset_dir)
+        self._shards = load_index(self.directory)
+        counts = [len(shard.lengths) for shard in self._shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._offsets = [shard.offsets for shard in self._shards]
+        self.splits = self._split_ranges()
+
+    def _split_ranges(self) -> Mapping[str, range]:
+        ranges: dict[str, range] = {}
+        for i, shard in enumerate(self._shards):
+            start = ranges[shard.split].start if shard.split in ranges else int(self._starts[i])
+            ranges[shard.split] = range(start, int(self._starts[i + 1]))
+        return ranges
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def record_number(self, split: str, i: int) -> int:
+        """Global number of record `i` of a split; `KeyError` or `IndexError` if there is none."""
+        return self.splits[split][i]
+
+    def __getitem__(self, number: int) -> bytes:
+        """The data of one record, its checksums verified; raises `RecordError` or `IndexError`."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number}: {self.directory} holds {len(self)} records")
+        s = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard, i = self._shards[s], int(number - self._starts[s])
+        path, length = self.directory / shard.file, int(shard.lengths[i])
+        frame = _pread(path, length + _FRAME, int(self._offsets[s][i]))
+        return _check_record(frame, length, int(shard.crcs[i]), f"{path}, record {i}")
+
+
+def records_digest(lengths: Iterable[int], crcs: Iterable[int]) -> str:
+    """A hash of a split's records by their data's lengths and masked CRCs, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for length, crc in zip(lengths, crcs, strict=True):
+        digest.update(_HEADER.pack(length, crc))
+    return digest.hexdigest()
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC32C, rotated right by 15 bits plus a constant, as TFRecord stores it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _expected_shards(directory: Path) -> list[tuple[str, str, int]]:
+    """(split, file name, number of records) of each shard, splits in order of name."""
+    splits = open_builder(directory).info.splits
+    with naming_dataset(directory):
+        return [
+            (name, file, int(count))
+            for name in sorted(splits)
+            for file, count in zip(
+                sorted(splits[name].filenames), splits[name].shard_lengths, strict=True
+            )
+        ]
+
+
+def _scan_dataset(directory: Path) -> list[Shard]:
+    shards = []
+    for split, file, count in _expected_shards(directory):
+        path = directory / file
+        try:
+            with path.open("rb") as stream:
+                num_bytes = os.fstat(stream.fileno()).st_size
+                scanned = np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
+        except FileNotFoundError:
+            raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
+        if len(scanned) != count:
+            raise RecordError(
+                f"{path}: ends after record {len(scanned) - 1}; dataset_info.json expects {count} "
+                "records; prepare the dataset again"
+            )
+        shards.append(Shard(split, file, num_bytes, *scanned.reshape(-1, 2).T))
+    return shards
+
+
+def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[int, int]]:
+    """Walks from record to record, checking the length CRCs; data is checked when it is read.
+
+    Yields each record's length and the masked CRC that is stated for its data.
+    """
+    offset, number = 0, 0
+    while offset < num_bytes:
+        stream.seek(offset)
+        header = stream.read(_HEADER.size)
+        length = _check_header(header, f"{path}, record {number}")
+        offset += length + _FRAME
+        if offset > num_bytes:
+            raise _truncated(f"{path}, record {number}")
+        stream.seek(offset - _FOOTER.size)
+        yield length, *_FOOTER.unpack(stream.read(_FOOTER.size))
+        number += 1
+
+
+def _check_prepared(directory: Path, shards: list[Shard]) -> None:
+    """Raises `RecordError` naming the shards whose records are not those that were prepared."""
+    volumes = dict(open_builder(directory).info.metadata or {}).get("volumes", {})
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for shard in shards:
+        lengths, crcs = found.setdefault(shard.split, ([], []))
+        lengths += shard.lengths.tolist()
+        crcs += shard.crcs.tolist()
+    foreign = [
+        f"  {directory / shard.file}"
+        for shard in shards
+        # Those of an earlier version do not say.
+        if "records" in volumes.get(shard.split, {})
+        and volumes[shard.split]["records"] != records_digest(*found[shard.split])
+    ]
+    if foreign:
+        raise RecordError(
+            "these shards do not hold the records that metadata.json describes, perhaps another "
+            "dataset's; prepare the dataset again:\n" + "\n".join(foreign)
+        )
+
+
+def _check_header(header: bytes, where: str) -> int:
+    """Returns the length that a record's first 12 bytes state; `where` names the record."""
+    if len(header) < _HEADER.size:
+        raise _truncated(where)
+    length, crc = _HEADER.unpack(header[: _HEADER.size])
+    if masked_crc32c(header[:8]) != crc:
+        raise RecordError(
+            f"{where}: damaged, its length has a wrong checksum; prepare the dataset again"
+        )
+    return length
+
+
+def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
+    found = _check_header(frame, where)
+    if found != length:
+        raise RecordError(
+            f"{where}: has {found} bytes, its index says {length}; delete {INDEX_NAME} beside it"
+        )
+    if len(frame) < length + _FRAME:
+        raise _truncated(where)
+    data = frame[_HEADER.size : -_FOOTER.size]
+    stated = _FOOTER.unpack(frame[-_FOOTER.size :])[0]
+    if masked_crc32c(data) != stated:
+        raise RecordError(
+            f"{where}: damaged, its data has a wrong checksum; prepare the dataset again"
+        )
+    if stated != crc:
+        raise RecordError(
+            f"{where}: is not the record of its index, perhaps another dataset's; prepare the "
+            f"dataset again, or delete {INDEX_NAME} beside it if it was replaced on purpose"
+        )
+    return data
+
+
+def _truncated(where: str) -> RecordError:
+    return RecordError(f"{where}: the file ends inside this record; prepare the dataset again")
+
+
+def _pread(path: Path, size: int, offset: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _store_index(directory: Path, shards: list[Shard]) -> Path:
+    body_of_shards = [
+        {
+            "split": shard.split,
+            "file": shard.file,
+            "num_bytes": shard.num_bytes,
+            "lengths": shard.lengths.tolist(),
+            "crcs": shard.crcs.tolist(),
+        }
+        for shard in shards
+    ]
+    body = {"shards": body_of_shards, "descriptions": _describe(directory)}
+    document = {"format": _FORMAT, "sha256": _checksum(body), **body}
+    path = directory / INDEX_NAME
+    descriptor, temporary = tempfile.mkstemp(prefix=INDEX_NAME, suffix=".tmp", dir=directory)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(document, stream, separators=(",", ":"))
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out a dataset's other users
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _read_index(directory: Path) -> list[Shard] | None:
+    """The stored index, or None where it is missing, damaged or not of these shards."""
+    try:
+        document = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
+        body = {name: document[name] for name in ("shards", "descriptions")}
+        if document["format"] != _FORMAT or document["sha256"] != _checksum(body):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    _check_descriptions(directory, body["descriptions"])
+    shards = [
+        Shard(
+            **{**shard, **{name: np.array(shard[name], np.int64) for name in ("lengths", "crcs")}}
+        )
+        for shard in body["shards"]
+    ]
+    found = [(shard.split, shard.file, len(shard.lengths)) for shard in shards]
+    if found != _expected_shards(directory):
+        return None
+    with contextlib.suppress(FileNotFoundError):  # the scan names what is missing
+        if all((directory / s.file).stat().st_size == s.num_bytes for s in shards):
+            return shards
+    return None
+
+
+def _describe(directory: Path) -> dict[str, str]:
+    """SHA-256 of the files that say what the records are, by name."""
+    return {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in _DESCRIPTIONS
+        if (directory / name).is_file()
+    }
+
+
+def _check_descriptions(directory: Path, expected: Mapping[str, str]) -> None:
+    found = _describe(directory)
+    changed = [name for name in _DESCRIPTIONS if found.get(name) != expected.get(name)]
+    if changed:
+        raise RecordError(
+            f"{directory}: {' and '.join(changed)} changed since {INDEX_NAME} was written; prepare "
+            f"the dataset again, or delete {INDEX_NAME} if that was on purpose"
+        )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()

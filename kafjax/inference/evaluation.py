@@ -1,0 +1,245 @@
+"""Evaluates a segmentation run on the whole volumes of its fold.
+
+    python -m kafjax.evaluate --workdir runs/chd_fold0_M2 [--split validation]
+
+prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
+pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also has
+the seconds that each volume took, and what they were measured on. Every pixel of every slice counts
+once. Where slices are larger than the patch, which the paper crops, they are predicted in tiles
+(`kafjax.inference.predictor`); where they are smaller, the padding does not count.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.data.splits import Split
+from kafjax.files import write_text
+from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
+from kafjax.training.preflight import split_run
+from kafjax.workdir.environment import describe_environment
+from kafjax.workdir.workdir import best_step
+
+SPLITS = Split._fields  # what `--split` takes
+_METRICS = ("dice", "hd95", "assd")
+
+Results = dict[str, Any]
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` finds.
+
+    Attributes:
+      counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
+      metrics: for each volume and foreground class, by name, its `ClassMetrics`.
+      seconds: for each volume, of reading, prediction and comparison; the first compiles as well.
+    """
+
+    counts: np.ndarray
+    metrics: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def evaluate(predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ...]) -> Evaluation:
+    """Predicts volumes and compares them with their labels.
+
+    Args:
+      predictor: of the run.
+      dataset: where the volumes are.
+      volumes: names of labelled volumes, in the order in which they are predicted.
+    """
+    classes = dataset.classes
+    counts = np.zeros((len(classes), 3), np.int64)
+    metrics, seconds = {}, {}
+    for name in tqdm.tqdm(volumes, unit="volume", disable=None):
+        begin = time.perf_counter()
+        slices = _read_volume(dataset, name)
+        views = [(s.image, s.keypoints, s.mask) for s in slices]
+        found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
+        labels = [s.label.astype(np.uint8) for s in slices if s.label is not None]
+        for prediction, label in zip(found, labels, strict=True):
+            counts += np.asarray(count_pixels(prediction, label, len(classes)))
+        of_volume = volume_metrics(
+            np.stack(found, axis=-1),
+            np.stack(labels, axis=-1),
+            num_classes=len(classes),
+            spacing=[float(mm) for mm in slices[0].spacing],
+        )
+        metrics[name] = dict(zip(classes[1:], of_volume, strict=True))
+        seconds[name] = time.perf_counter() - begin
+    return Evaluation(counts, metrics, seconds)
+
+
+def evaluate_run(
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    step: int | None = None,
+    data_dir: str | Path | None = None,
+    batch_size: int | None = None,
+) -> Results:
+    """Evaluates a run, prints a table and writes it in the workdir.
+
+    Args:
+      workdir: of a segmentation run.
+      split: 'validation' or 'train', of the run's fold.
+      step: the checkpoint; by default the best by validation.
+      data_dir: where the dataset is, if not where the run had it.
+      batch_size: of prediction; does not change the results but for rounding.
+
+    Returns:
+      What `evaluation.json` holds.
+
+    Raises:
+      ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
+    step = best_step(workdir) if step is None else step
+    predictor = load_predictor(workdir, step=step, batch_size=batch_size)
+    config = predictor.config
+    dataset = open_dataset(data_dir or config.data.dir, config.data.name)
+    check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
+    volumes = getattr(split_run(config, dataset), split)
+    counts, metrics, seconds = evaluate(predictor, dataset, volumes)
+    facts = {
+        "step": step,
+        "split": split,
+        "fold": config.data.fold,
+        "num_labeled": config.data.num_labeled,
+    }
+    results = {
+        **facts,
+        **summarize(counts, metrics, dataset.classes[1:]),
+        "seconds": seconds,
+        "environment": describe_environment(),
+    }
+    stem = "evaluation" if split == "validation" else f"evaluation_{split}"
+    write_results(results, Path(workdir) / stem)
+    print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes\n")
+    print(format_table(results))
+    return results
+
+
+def summarize(
+    counts: np.ndarray, metrics: dict[str, dict[str, Any]], classes: tuple[str, ...]
+) -> Results:
+    """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
+
+    `chance` is the mean Dice to expect of drawing each pixel's class with the labels' frequencies,
+    which is, for a class, its frequency.
+
+    Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
+    those where neither labels nor prediction have the class, `missed` those where one has it.
+    Numbers that there are not are None.
+    """
+    dice = pooled_dice(counts)
+    by_class = {}
+    for name in classes:
+        of_class = [volume[name] for volume in metrics.values()]
+        by_class[name] = {
+            "empty": sum(m.empty for m in of_class),
+            "missed": sum(m.missed for m in of_class),
+            "volumes": sum(not m.empty for m in of_class),
+            **{f: _mean_and_std([getattr(m, f) for m in of_class]) for f in _METRICS},
+        }
+    return {
+        "pooled_dice": {
+            "mean": _number(mean_pooled_dice(counts)),
+            **{name: _number(value) for name, value in zip(classes, dice, strict=True)},
+        },
+        "chance": _number(_chance(counts)),
+        "by_class": by_class,
+        "by_volume": {
+            volume: {
+                name: {field: _number(value) for field, value in m._asdict().items()}
+                for name, m in of_volume.items()
+            }
+            for volume, of_volume in metrics.items()
+        },
+    }
+
+
+def _chance(counts: np.ndarray) -> float:
+    labelled = counts[:, 2]
+    there = labelled[1:][labelled[1:] > 0]
+    return float(there.mean() / labelled.sum()) if len(there) else math.nan
+
+
+def write_results(results: Results, stem: Path) -> None:
+    """Writes STEM.json and STEM.csv, whole or not at all."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["volume", "class", *_METRICS, "empty", "missed"])
+    for name, value in results["pooled_dice"].items():
+        writer.writerow(["pooled", name, value, None, None, None, None])
+    for volume, classes in results["by_volume"].items():
+        for name, found in classes.items():
+            flags = [int(found["empty"]), int(found["missed"])]
+            writer.writerow([volume, name, *(found[metric] for metric in _METRICS), *flags])
+    texts = {".json": json.dumps(results, indent=2) + "\n", ".csv": stream.getvalue()}
+    for suffix, text in texts.items():
+        write_text(stem.with_name(f"{stem.name}{suffix}"), text)
+
+
+def format_table(results: Results) -> str:
+    """A line for each class, and the mean of pooled Dice."""
+    pooled = results["pooled_dice"]
+    width = max(map(len, ["class", *pooled]))
+    lines = [
+        f"{'class':<{width}}  pooled Dice  {'Dice':>13}  {'HD95 mm':>13}  {'ASSD mm':>13}"
+        "  volumes  empty  missed"
+    ]
+    for name, found in results["by_class"].items():
+        columns = [
+            _with_spread(found[metric], digits)
+            for metric, digits in zip(_METRICS, (3, 1, 2), strict=True)
+        ]
+        lines.append(
+            f"{name:<{width}}  {_text(pooled[name], 4):>11}  "
+            + "  ".join(f"{column:>13}" for column in columns)
+            + f"  {found['volumes']:>7}  {found['empty']:>5}  {found['missed']:>6}"
+        )
+    lines.append(f"{'mean':<{width}}  {_text(pooled['mean'], 4):>11}")
+    lines.append(f"{'chance':<{width}}  {_text(results['chance'], 4):>11}")
+    return "\n".join(lines)
+
+
+def _read_volume(dataset: SliceDataset, name: str) -> list[Slice]:
+    def read(record: int) -> Slice:
+        return dataset.read(record, with_label=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # inflating lets other threads run
+        return list(threads.map(read, dataset.volumes[name]))
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float | None]:
+    real = [value for value in values if not math.isnan(value)]
+    if not real:
+        return {"mean": None, "std": None}
+    return {"mean": float(np.mean(real)), "std": float(np.std(real))}
+
+
+def _number(value: Any) -> float | bool | None:
+    if isinstance(value, bool):
+        return value
+    return None if math.isnan(value) else float(value)
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _with_spread(found: dict[str, float | None], digits: int) -> str:
+    return f"{_text(found['mean'], digits)} ± {_text(found['std'], digits)}"

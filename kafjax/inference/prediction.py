@@ -1,0 +1,280 @@
+"""Segments raw volumes by trained runs: NIfTI in, NIfTI of labels out, on the source's grid.
+
+    python -m kafjax.predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
+
+A volume is treated as its dataset's preparation treats those of training: the same intensities,
+grid and keypoints. Of several runs, such as folds, and of mirrored slices the class probabilities
+are averaged. Labels and probabilities go back to the source's grid and axis order, and the file has
+its header but for type and scaling, so that both lie on each other in any viewer.
+
+Volumes are [row, col, slice] as `data_prep.nifti` turns them, spacing in mm in that order;
+keypoints are (row, col). `d` is the number of classes. Needs the extra `data`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import tqdm
+from scipy import ndimage
+
+from data_prep import sift
+from data_prep.faults import DatasetError
+from data_prep.nifti import from_slices
+from data_prep.readers import reader_of
+from data_prep.volumes import Prepared, Reader, Volume
+from kafjax.inference.prediction_files import Job, list_jobs, write_like
+from kafjax.inference.predictor import Predictor, View, load_predictor
+from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
+
+# Axes of a slice that test-time mirroring flips.
+_MIRRORS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VolumePredictor:
+    """Trained networks and how volumes are prepared for them.
+
+    Attributes:
+      predictors: of one run or more, whose probabilities are averaged.
+      preparation: of the runs' dataset, see `kafjax.workdir.preparation`.
+      mirror: also average over each slice's three mirror images; four times the work.
+    """
+
+    predictors: tuple[Predictor, ...]
+    preparation: Preparation
+    mirror: bool = False
+
+    @property
+    def reader(self) -> Reader:
+        """The rules of the runs' dataset."""
+        return reader_of(self.preparation)
+
+
+def load_volume_predictor(
+    workdirs: Sequence[str | os.PathLike[str]],
+    *,
+    step: int | None = None,
+    mirror: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    batch_size: int | None = None,
+) -> VolumePredictor:
+    """The networks of one or several segmentation runs, ready for raw volumes.
+
+    Args:
+      workdirs: of the runs.
+      step: of the checkpoints; by default each run's best by validation.
+      mirror: see `VolumePredictor`.
+      data_dir: where the runs' dataset is, if neither in its place nor described in the workdirs.
+      batch_size: see `kafjax.inference.predictor.Predictor`.
+
+    Raises:
+      ValueError: no workdir, not one of a segmentation run, or runs whose datasets were prepared
+        differently.
+    """
+    preparation = _read_preparations(workdirs, data_dir)
+    predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
+    return VolumePredictor(predictors, preparation, mirror)
+
+
+def predict_volume(
+    array: np.ndarray,
+    spacing: tuple[float, float, float],
+    predictor: VolumePredictor,
+    *,
+    volume_id: str = "volume",
+) -> np.ndarray:
+    """Segments a raw volume.
+
+    Args:
+      array: [row, col, slice] of integers or floats as the scanner gives them, not normalised; for
+        axial slices rows run to the back, columns to the left and slices to the head.
+      spacing: mm between rows, columns and slices.
+      predictor: of `load_volume_predictor`.
+      volume_id: with the dataset's seed it decides which keypoints stay where there are too many.
+
+    Returns:
+      Classes uint8 [row, col, slice].
+
+    Raises:
+      ValueError: the array is not three-dimensional, not of finite numbers, or constant.
+    """
+    volume = _as_volume(array, spacing, volume_id)
+    return np.stack([_classes(p) for p in slice_probabilities(volume, predictor)], axis=-1)
+
+
+def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
+    """Class probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
+
+    Raises `DatasetError`, at once, for a volume that cannot be prepared.
+    """
+    prepared = predictor.reader.prepare(volume)
+    views = prepare_views(prepared, predictor.preparation)
+    rows, columns, _ = volume.image.shape
+    return (_on_grid(p, (rows, columns)) for p in _average(views, predictor))
+
+
+def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
+    """What a network sees of each slice: the same numbers as the dataset's records give."""
+    volume, places = prepared.volume, preparation["max_keypoints"]
+
+    def view(i: int) -> View:
+        image = volume.image[:, :, i]
+        found = sift.find_keypoints(
+            image,
+            max_keypoints=places,
+            selection=preparation["keypoint_selection"],
+            rng=sift.slice_generator(preparation["seed"], volume.id, i),
+        ).positions.astype(np.int32)
+        normalised = np.subtract(image[..., None], np.float32(prepared.mean), dtype=np.float32)
+        normalised /= np.float32(prepared.std)
+        keypoints = np.pad(found, ((0, places - len(found)), (0, 0)))
+        return normalised, keypoints, np.arange(places) < len(found)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # OpenCV lets other threads run
+        return list(threads.map(view, range(volume.image.shape[2])))
+
+
+def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> None:
+    """Segments a NIfTI file and writes labels, and probabilities if the job has a place for them.
+
+    Shows progress by slice under `title`. Raises `DatasetError` for a file that cannot be used and
+    `OSError` where results cannot be written.
+    """
+    reader = predictor.reader
+    volume = reader.read(job.source)
+    rows, columns, num_slices = volume.image.shape
+    labels = np.empty((rows, columns, num_slices), np.uint8)
+    kept = None
+    if job.probabilities is not None:  # by far the larger
+        kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
+    slices = tqdm.tqdm(
+        slice_probabilities(volume, predictor),
+        desc=title,
+        total=num_slices,
+        unit="slice",
+        disable=None,
+    )
+    for i, probabilities in enumerate(slices):
+        labels[:, :, i] = _classes(probabilities)
+        if kept is not None:
+            kept[:, :, i] = probabilities
+    like: Any = nib.load(job.source.image)
+    plane = reader.plane(like.affine)
+    # Labels last: where they are, all is there.
+    if job.probabilities is not None and kept is not None:
+        write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
+    write_like(job.labels, from_slices(labels, like.affine, plane), like)
+
+
+def predict_files(
+    workdirs: Sequence[str | os.PathLike[str]],
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    probabilities: bool = False,
+    mirror: bool = False,
+    step: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Segments a NIfTI file, or all of a folder, and says what was written.
+
+    Args:
+      workdirs: of the runs, see `load_volume_predictor`, as `step`, `data_dir` and `batch_size`.
+      source: a file or a folder.
+      target: the labels' file, or a folder for files of the sources' names.
+      probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
+      mirror: see `VolumePredictor`.
+      overwrite: replace results that are there, which otherwise are left as they are.
+
+    Raises:
+      ValueError: a mistake in the arguments; or files that cannot be used, which are all listed
+        when the others have been written.
+    """
+    preparation = _read_preparations(workdirs, data_dir)
+    jobs = list_jobs(Path(source), Path(target), preparation, probabilities=probabilities)
+    todo = [job for job in jobs if overwrite or not job.done]
+    if len(todo) < len(jobs):
+        print(f"Skipped {len(jobs) - len(todo)} of {len(jobs)} files: their results are there.")
+    faults: list[str] = []
+    if todo:
+        predictor = load_volume_predictor(
+            workdirs, step=step, mirror=mirror, data_dir=data_dir, batch_size=batch_size
+        )
+        for number, job in enumerate(todo, start=1):
+            try:
+                predict_file(job, predictor, title=f"{number}/{len(todo)} {job.source.image.name}")
+            except DatasetError as error:
+                faults += [f"  {fault}" for fault in str(error).splitlines()]
+                faulty = job.source.image
+                print(f"{faulty}: could not be predicted, going on", flush=True)
+            else:
+                print(f"Wrote {job.labels}", flush=True)
+    if faults:
+        raise ValueError("\n".join(["these files could not be predicted:", *faults]))
+
+
+def _read_preparations(
+    workdirs: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
+) -> Preparation:
+    if not workdirs:
+        raise ValueError("no workdir is given; expected that of a segmentation run, or several")
+    found = {os.fspath(w): read_preparation(w, data_dir=data_dir) for w in workdirs}
+    check_alike(found)
+    return next(iter(found.values()))
+
+
+def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id: str) -> Volume:
+    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"the volume is {array.dtype} of shape {array.shape}; expected integers or floats, "
+            "[row, col, slice]"
+        )
+    if len(spacing) != 3 or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
+        raise ValueError(f"spacing is {spacing}; expected mm between rows, columns and slices")
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)  # as files of floats are read
+        if not np.isfinite(array).all():
+            raise ValueError("the volume has values that are NaN or infinite")
+    elif array.dtype.itemsize == 8:
+        narrow = np.abs(array).max() <= np.iinfo(np.int32).max
+        array = array.astype(np.int32 if narrow else np.float32)
+    # A fault of preparation names the volume as it names a file.
+    return Volume(volume_id, array, None, spacing, np.diag([*spacing, 1.0]), {volume_id: ""})
+
+
+def _average(views: list[View], predictor: VolumePredictor) -> Iterator[np.ndarray]:
+    """Each slice's probabilities [h, w, d], the mean over mirror images and networks."""
+    mirrors = _MIRRORS if predictor.mirror else _MIRRORS[:1]
+    seen = [_mirror(view, axes) for view in views for axes in mirrors]
+    streams = [network.probabilities(seen) for network in predictor.predictors]
+    for _ in views:
+        parts = [np.flip(next(stream), axes) for axes in mirrors for stream in streams]
+        yield np.mean(parts, axis=0)
+
+
+def _mirror(view: View, axes: tuple[int, ...]) -> View:
+    image, keypoints, mask = view
+    moved = keypoints.copy()
+    for axis in axes:
+        moved[:, axis] = image.shape[axis] - 1 - moved[:, axis]
+    return np.flip(image, axes), moved, mask
+
+
+def _on_grid(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Undoes in-plane resampling, linearly, in the convention of `data_prep.resampling`."""
+    if probabilities.shape[:2] == size:
+        return probabilities
+    factors = [to / n for to, n in zip(size, probabilities.shape[:2], strict=True)]
+    return ndimage.zoom(probabilities, (*factors, 1), order=1, mode="nearest", grid_mode=True)
+
+
+def _classes(probabilities: np.ndarray) -> np.ndarray:
+    return probabilities.argmax(axis=-1).astype(np.uint8)

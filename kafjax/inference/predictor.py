@@ -1,0 +1,89 @@
+"""Class probabilities of whole slices, of any size, by a trained run.
+
+A slice smaller than the run's patch is centred in zeros; a larger one is cut into tiles that
+overlap by half, each with its own keypoints, whose probabilities are blended
+(`kafjax.data.patches`). Keypoints are (row, col) in the slice; their number of places k must be the
+same for all slices.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.data.patches import PatchSize, blend_tiles, cut_view, tile_origins
+from kafjax.tasks.segmentation import Segmentation
+from kafjax.training.step import make_predict
+from kafjax.workdir.workdir import best_step, read_config
+
+# (image [rows, cols, 1] normalised, keypoints int [k, 2], mask bool [k]) of one slice.
+View = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Predictor:
+    """A network with its variables on this process's devices.
+
+    Args:
+      config: of a segmentation run.
+      variables: {'params', 'batch_stats'} of its network.
+      batch_size: tiles at a time; by default the run's, made a multiple of the devices.
+
+    Raises:
+      ValueError: `batch_size` is no positive multiple of the devices.
+    """
+
+    def __init__(self, config: Any, variables: Any, *, batch_size: int | None = None):
+        devices = jax.local_device_count()
+        if batch_size is None:
+            batch_size = math.ceil(config.batch_size / devices) * devices
+        if batch_size < 1 or batch_size % devices:
+            raise ValueError(
+                f"batch_size is {batch_size}, expected a positive multiple of the {devices} devices"
+            )
+        self.config = config
+        self._batch_size = batch_size
+        self._patch_size: PatchSize = tuple(config.data.patch_size)
+        self._predict = make_predict(Segmentation(config), variables)
+
+    def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
+        """Float32 [rows, cols, d] of each slice, in order; sums over classes are 1."""
+        sizes = [image.shape[:2] for image, _, _ in views]
+        places = [tile_origins(size, self._patch_size) for size in sizes]
+        results = self._run(
+            cut_view(*view, origin, self._patch_size)
+            for view, origins in zip(views, places, strict=True)
+            for origin in origins
+        )
+        for size, origins in zip(sizes, places, strict=True):
+            yield blend_tiles(np.stack([next(results) for _ in origins]), origins, size)
+
+    def _run(self, tiles: Iterator[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
+        while batch := list(itertools.islice(tiles, self._batch_size)):
+            # The last batch is filled up with a tile whose result nobody takes.
+            full = batch + batch[:1] * (self._batch_size - len(batch))
+            stacked = {field: np.stack([tile[field] for tile in full]) for field in batch[0]}
+            yield from self._predict(stacked)[: len(batch)]
+
+
+def load_predictor(
+    workdir: str | os.PathLike[str], *, step: int | None = None, batch_size: int | None = None
+) -> Predictor:
+    """The network of a segmentation run, or of an import, as it was at `step`.
+
+    Args:
+      workdir: of the run.
+      step: by default the best by validation, and the newest where there was no validation.
+      batch_size: see `Predictor`.
+
+    Raises:
+      ValueError: the folder holds no segmentation run, no such checkpoint, or a damaged one.
+    """
+    config = ml_collections.ConfigDict(read_config(workdir, task="segment"))
+    variables = load_variables(workdir, step=best_step(workdir) if step is None else step)
+    return Predictor(config, variables, batch_size=batch_size)

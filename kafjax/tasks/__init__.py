@@ -1,0 +1,13 @@
+"""What a run learns: pretraining, local contrast, segmentation."""
+
+from kafjax._lazy import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        ".registry": ("TASKS",),
+        ".pretraining": ("Pretraining",),
+        ".local_contrast": ("LocalContrast",),
+        ".segmentation": ("Segmentation",),
+    },
+)

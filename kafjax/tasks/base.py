@@ -1,0 +1,143 @@
+"""What the tasks share: random keys of samples, their transform, and the network in training.
+
+A batch's fields have its samples as their first axis, [b, ...].
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kafjax import augment
+from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
+
+
+def sample_keys(batch: dict[str, jax.Array]) -> jax.Array:
+    """A random key for each sample, [b], which the run's seed and the sample's number decide.
+
+    The seed comes with the batch, so that runs of other seeds share one compiled step.
+    """
+    root = jax.vmap(jax.random.key)(batch["seed"])
+    return jax.vmap(jax.random.fold_in)(root, batch["sample"])
+
+
+def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., Any]:
+    """`augment_view` or `augment_pair` as `config.augment` says."""
+    transform = augment.AugmentConfig(**config.augment.transform)
+    return functools.partial(function, mode=config.augment.keypoints, config=transform)
+
+
+def make_model(config: Any, axis_name: str | None) -> nn.Module:
+    """The run's network.
+
+    Batch statistics go over the mapped axis if the config says so; of the pretraining heads there
+    are those whose loss has a weight.
+    """
+    axis_name = axis_name if config.sync_batch_norm else None
+    if config.model.head != "pretraining":
+        return build_model(config.model, axis_name=axis_name)
+    heads = tuple(name for name, weight in config.loss.weights.items() if weight)
+    return build_model(config.model, axis_name=axis_name, heads=heads)
+
+
+def network_shapes(config: Any) -> dict[str, Any]:
+    """Shapes and types of the variables of the run's network (`variable_shapes`)."""
+    return variable_shapes(make_model(config, None), *example_inputs(config.model.head))
+
+
+def apply_training(
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    inputs: tuple[jax.Array, ...],
+    *,
+    num_microbatches: int = 1,
+) -> tuple[Any, Any]:
+    """The network's outputs in training, and its new running statistics.
+
+    With several microbatches only one's activations are in memory at a time: each is computed again
+    in the backward pass. Outputs, and thereby losses over the whole batch and their gradients, are
+    those of the whole batch, except that batch norm sees a microbatch at a time; the running
+    statistics become the mean of what each microbatch would have made of them.
+
+    Args:
+      model: called with `inputs` and `train=True`.
+      params: its parameters.
+      batch_stats: its running statistics.
+      inputs: each [b, ...].
+      num_microbatches: divides b.
+
+    Raises:
+      ValueError: b is not divisible by `num_microbatches`.
+    """
+
+    def apply(inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        output, updated = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+        return output, updated["batch_stats"]
+
+    size = inputs[0].shape[0]
+    if size % num_microbatches:
+        raise ValueError(
+            f"config.num_microbatches is {num_microbatches}, "
+            f"expected a divisor of the {size} samples of each device"
+        )
+    if num_microbatches == 1:
+        return apply(inputs)
+    parts = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), inputs)
+    outputs, statistics = jax.lax.map(jax.checkpoint(apply), parts)
+    outputs = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), outputs)
+    return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), statistics)
+
+
+class NetworkTask:
+    """What all tasks have: the run's network, its variables, and what training sees of a batch.
+
+    Args:
+      config: the run's config.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        self._config = config
+        self._axis_name = axis_name
+        self._model = make_model(config, axis_name)
+        self._jitted_augment = jax.jit(self.augment)
+
+    def init(self) -> dict[str, Any]:
+        """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
+        inputs = example_inputs(self._config.model.head)
+        return init_variables(self._model, self._config.seed, *inputs)
+
+    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms every sample, by keys that only seed and sample decide."""
+        raise NotImplementedError  # each task has its own
+
+    def apply(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        """The network's outputs of an augmented batch, and its new running statistics."""
+        inputs = tuple(batch[field] for field in ("image", "keypoints", "keypoint_mask"))
+        parts = self._config.num_microbatches
+        return apply_training(self._model, params, batch_stats, inputs, num_microbatches=parts)
+
+    def first_seen(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first sample as training sees it, without the axis of samples."""
+        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
+        return {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
+        from kafjax.drawing.figures import draw_pair  # matplotlib is needed for nothing else here
+
+        view = self.first_seen(batch)
+        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
+        drawn = draw_pair(
+            image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
+        )
+        return {"pair": drawn}

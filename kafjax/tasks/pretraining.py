@@ -1,0 +1,117 @@
+"""The pretraining task: pairs of slices, augmentation, two global losses and a local one.
+
+docs/method.md sections 3, 5 and 6. A batch is what `kafjax.data.input_pipeline.pretraining_batches`
+gives; `b` is a device's share of it. Imports no reader: the training step can be used on any batch
+of that form.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kafjax import augment, losses
+from kafjax.assignment import matching_loss
+from kafjax.models import PretrainingOutput
+from kafjax.tasks.base import NetworkTask, make_transform, sample_keys
+
+Metrics = dict[str, jax.Array]
+
+
+def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Array) -> Metrics:
+    """Which shares of a batch the losses pass over, or learn less of.
+
+    Args:
+      mask: bool [b, 2, k], real keypoints.
+      correspondence: int [b, k], -1 for none.
+      positives: bool [B, B], over the global batch.
+
+    Returns:
+      The shares of slices without a keypoint, of pairs without a correspondence, and of samples
+      whose only positives are their own views.
+    """
+    return {
+        "slices_without_keypoints": jnp.mean(~jnp.any(mask, axis=-1)),
+        "pairs_without_correspondence": jnp.mean(jnp.all(correspondence < 0, axis=-1)),
+        "samples_without_positive": jnp.mean(jnp.sum(positives, axis=1) <= 1),
+    }
+
+
+class Pretraining(NetworkTask):
+    """Self-supervised pretraining of an encoder with KAF's heads.
+
+    Args:
+      config: the run's config.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        super().__init__(config, axis_name=axis_name)
+        self._transform = make_transform(augment.augment_pair, config)
+
+    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms both views of every sample, by keys that only seed and sample decide."""
+        fields = ("image", "keypoints", "keypoint_mask")
+        image, keypoints, mask = (batch[field] for field in fields)
+        view_1, view_2 = ((image[:, i], keypoints[:, i], mask[:, i]) for i in range(2))
+        view_1, view_2, correspondence = jax.vmap(self._transform)(
+            sample_keys(batch), view_1, view_2, batch["correspondence"]
+        )
+        pairs = zip(fields, view_1, view_2, strict=True)
+        stacked = {field: jnp.stack(pair, axis=1) for field, *pair in pairs}
+        return {**batch, **stacked, "correspondence": correspondence}
+
+    def loss(
+        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        """The total loss of a training step, its metrics, and the new running statistics."""
+        batch = self.augment(batch)
+        mask = batch["keypoint_mask"]
+        output, batch_stats = self.apply(params, batch_stats, batch)
+        positives = self._positives(batch["position"])
+        terms = self._terms(output, batch, positives)
+        weights = self._config.loss.weights
+        total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+        metrics = {
+            "loss": total,
+            **{f"loss_{name}": term for name, term in terms.items()},
+            "keypoints": jnp.mean(jnp.sum(mask, axis=-1)),
+            "correspondences": jnp.mean(jnp.sum(batch["correspondence"] >= 0, axis=-1)),
+            **skipped_shares(mask, batch["correspondence"], positives),
+        }
+        return total, (metrics, batch_stats)
+
+    def _positives(self, position: jax.Array) -> jax.Array:
+        """Which samples of the global batch are positives of each other: bool [B, B]."""
+        if self._axis_name is not None:
+            position = jax.lax.all_gather(position, self._axis_name, tiled=True)
+        config = self._config.loss
+        return losses.positive_pairs(
+            config.method, position, position_threshold=config.position_threshold
+        )
+
+    def _terms(
+        self, output: PretrainingOutput, batch: dict[str, jax.Array], positives: jax.Array
+    ) -> Metrics:
+        """The unweighted losses of the heads that there are: those whose weight is not 0."""
+        config = self._config.loss
+        contrastive = functools.partial(
+            losses.supervised_contrastive_loss,
+            positives=positives,
+            temperature=config.temperature,
+            axis_name=self._axis_name,
+        )
+        terms = {}
+        if output.cnn is not None:
+            terms["cnn"] = contrastive(output.cnn)
+        if output.kaf is not None:
+            terms["kaf"] = contrastive(output.kaf)
+        if output.log_assignment is not None:
+            masks = batch["keypoint_mask"][:, 0], batch["keypoint_mask"][:, 1]
+            pairs = matching_loss(output.log_assignment, batch["correspondence"], *masks)
+            terms["matching"] = jnp.mean(pairs)
+        return terms

@@ -1,0 +1,113 @@
+"""The segmentation task: labelled slices, cross-entropy, and Dice over all pixels.
+
+docs/method.md sections 6 to 8. A batch is what `kafjax.data.input_pipeline.segmentation_batches` or
+`evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as
+`kafjax.tasks.pretraining`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kafjax import augment, losses
+from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
+from kafjax.tasks.base import NetworkTask, make_transform, sample_keys
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Segmentation(NetworkTask):
+    """Supervised segmentation, from scratch or from a pretrained encoder.
+
+    Args:
+      config: the run's config. Where `config.augment` is None, slices are taken as they come.
+      axis_name: the mapped axis over which a batch is spread, if any.
+
+    Raises:
+      ValueError: a field of the config has no such value.
+    """
+
+    def __init__(self, config: Any, *, axis_name: str | None = None):
+        super().__init__(config, axis_name=axis_name)
+        self._num_classes = config.model.num_classes
+        self._transform = None
+        if config.augment is not None:
+            self._transform = make_transform(augment.augment_view, config)
+
+    def augment(self, batch: Batch) -> Batch:
+        """Transforms every slice with its label, by keys that only seed and sample decide."""
+        if self._transform is None:
+            return batch
+
+        def one(key: jax.Array, image: Any, keypoints: Any, mask: Any, label: Any) -> Any:
+            assert self._transform is not None
+            return self._transform(key, image, keypoints, mask, label=label[..., None])
+
+        fields = ("image", "keypoints", "keypoint_mask", "label")
+        image, keypoints, mask, label = jax.vmap(one)(
+            sample_keys(batch), *(batch[field] for field in fields)
+        )
+        moved = dict(zip(fields, (image, keypoints, mask, label[..., 0]), strict=True))
+        return {**batch, **moved}
+
+    def loss(
+        self, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        """The cross-entropy of a training step, its metrics, and the new running statistics.
+
+        The metrics' `dice` is that of the whole batch pooled, the mean over the classes that it or
+        its predictions have, and 1 where there are none.
+        """
+        batch = self.augment(batch)
+        logits, batch_stats = self.apply(params, batch_stats, batch)
+        total = losses.cross_entropy(logits, batch["label"])
+        counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
+        if self._axis_name is not None:
+            counts = jax.lax.psum(counts, self._axis_name)
+        dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(counts)), nan=1.0)
+        metrics = {
+            "loss": total,
+            "dice": dice,
+            "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
+        }
+        return total, (metrics, batch_stats)
+
+    def predict(self, variables: Any, batch: Batch) -> jax.Array:
+        """Logits [b, h, w, d] of slices as they are, by the running statistics."""
+        fields = ("image", "keypoints", "keypoint_mask")
+        inputs = (batch[field] for field in fields)
+        logits: Any = self._model.apply(variables, *inputs, train=False)
+        return logits
+
+    def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Validates slices, each by itself.
+
+        Returns:
+          Pixel counts int32 [b, d, 3], which add up over slices and are 0 for those that are not
+          valid, and the predicted classes uint8 [b, h, w].
+        """
+        prediction = jnp.argmax(self.predict(variables, batch), axis=-1)
+
+        def one(*of_slice: jax.Array) -> jax.Array:
+            classes, label, valid = (x[None] for x in of_slice)
+            return count_pixels(classes, label, self._num_classes, valid=valid)
+
+        counts = jax.vmap(one)(prediction, batch["label"], batch["valid"])
+        return counts, prediction.astype(jnp.uint8)
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        """Pooled Dice of added up counts: the mean over classes, and each class that occurs."""
+        dice = pooled_dice(counts)
+        each = {f"validation_dice_{i + 1}": float(x) for i, x in enumerate(dice) if not np.isnan(x)}
+        return {"validation_dice": mean_pooled_dice(counts), **each}
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""
+        from kafjax.drawing.overlay import draw_sample
+
+        seen = self.first_seen(batch)
+        image, label = seen["image"][..., 0], seen["label"]
+        return {"slice": draw_sample(image, label, seen["keypoints"], seen["keypoint_mask"])}

@@ -1,0 +1,161 @@
+"""Beginning a run with the encoder of another: what few labels get from pretraining.
+
+Of a run of local contrast the decoder's blocks come too: they are what it trained.
+
+Variables are {'params', 'batch_stats'}, nested dicts of NumPy arrays as
+`kafjax.checkpoint.checkpointer` gives them. Every network has its encoder under that name, whatever
+its head, so the encoder of any run fits any other of the same architecture, running statistics
+included.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import numpy as np
+
+from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.workdir.workdir import read_config
+
+Variables = dict[str, Any]
+
+# Of a run's config: what must be alike for an encoder to be of use to another run.
+FACTS = {
+    "model": ("name", "filters", "num_attention_layers"),
+    "data": ("name", "max_keypoints", "radius"),
+}
+
+
+class TransferReport(NamedTuple):
+    """Numbers by module, as 'encoder' or 'decoder'.
+
+    Attributes:
+      loaded: taken from the other run.
+      fresh: the new network's own, which begin as they were.
+      unused: the other run's, which the new network has no place for.
+    """
+
+    loaded: dict[str, int]
+    fresh: dict[str, int]
+    unused: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {title:<14} {_list_modules(modules)}"
+            for title, modules in (
+                ("loaded:", self.loaded),
+                ("starts fresh:", self.fresh),
+                ("left behind:", self.unused),
+            )
+        ]
+        return "\n".join(lines)
+
+
+def transfer_encoder(
+    variables: Variables, pretrained: Variables, *, with_decoder: bool = False
+) -> tuple[Variables, TransferReport]:
+    """Replaces the encoder of a network's variables by a pretrained one.
+
+    Args:
+      variables: of the new network.
+      pretrained: of any network with the same encoder.
+      with_decoder: take what there is of a decoder too; the rest of the new one starts fresh.
+
+    Returns:
+      Variables with the structure, shapes and types of `variables`, and what came from where.
+
+    Raises:
+      ValueError: the networks differ; everything that is missing, unknown or of another shape is
+        listed.
+    """
+    ours, theirs = (flax.traverse_util.flatten_dict(v, sep="/") for v in (variables, pretrained))
+    taken = ("encoder", "decoder") if with_decoder else ("encoder",)
+    offered = {name: array for name, array in theirs.items() if _module(name) in taken}
+    wanted = {
+        name: array
+        for name, array in ours.items()
+        if _module(name) == "encoder" or (_module(name) in taken and name in offered)
+    }
+    faults = [
+        *(f"missing: {n} {list(wanted[n].shape)}" for n in sorted(wanted.keys() - offered.keys())),
+        *(f"unknown: {n} {list(offered[n].shape)}" for n in sorted(offered.keys() - wanted.keys())),
+        *(
+            f"shape: {name} is {list(offered[name].shape)}, expected {list(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & offered.keys())
+            if offered[name].shape != wanted[name].shape
+        ),
+    ]
+    if faults:
+        title = f"the pretrained {' and '.join(taken)} does not fit, {len(faults)} of its arrays:"
+        raise ValueError("\n  ".join([title, *faults]))
+    loaded = {name: np.asarray(offered[name], array.dtype) for name, array in wanted.items()}
+    report = TransferReport(
+        _count_by_module(wanted),
+        _count_by_module({name: a for name, a in ours.items() if name not in wanted}),
+        _count_by_module({name: a for name, a in theirs.items() if name not in offered}),
+    )
+    return flax.traverse_util.unflatten_dict(ours | loaded, sep="/"), report
+
+
+def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> None:
+    """Raises `ValueError` listing how the run in `workdir` differs from `config` in `FACTS`."""
+    if workdir is None:
+        raise ValueError(
+            "config.init_from is not given; expected the workdir of a pretraining run "
+            "(configs/*_scratch.py begin without one)"
+        )
+    there = read_config(workdir)
+    differing = [
+        f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
+        for part, fields in FACTS.items()
+        for field in fields
+        if (found := _look_up(there, part, field)) != config[part][field]
+    ]
+    if differing:
+        raise ValueError(
+            f"config.init_from is {workdir}, the run of another network or dataset:\n"
+            + "\n".join(differing)
+        )
+
+
+def start_from(
+    workdir: str | os.PathLike[str], config: Any, variables: Variables
+) -> tuple[Variables, TransferReport]:
+    """Puts the encoder of the newest checkpoint in `workdir` into a new network's variables.
+
+    With it the decoder's blocks, where `workdir` is of local contrast.
+
+    Args:
+      workdir: of a run, or of an import of the authors' weights.
+      config: of the new run.
+      variables: of the new run's network.
+
+    Raises:
+      ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
+    """
+    check_facts_alike(workdir, config)
+    is_local = _look_up(read_config(workdir), "model", "head") == "local_contrast"
+    return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
+
+
+def _module(name: str) -> str:
+    return name.split("/")[1]
+
+
+def _count_by_module(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, array in arrays.items():
+        module = _module(name)
+        counts[module] = counts.get(module, 0) + int(array.size)
+    return counts
+
+
+def _list_modules(modules: Mapping[str, int]) -> str:
+    parts: Iterable[str] = (f"{module} ({count:,})" for module, count in sorted(modules.items()))
+    return ", ".join(parts) or "nothing"
+
+
+def _look_up(config: Mapping[str, Any], part: str, field: str) -> Any:
+    fields = config.get(part)
+    return fields.get(field, "absent") if isinstance(fields, dict) else "absent"

@@ -1,0 +1,108 @@
+"""Scores of a state in training on whole volumes that it does not learn from.
+
+Every slice counts once, whatever the batch size and the number of devices and processes: batches
+are filled up with slices that are not valid, and a task's counts are integers that add up.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from kafjax.data.input_pipeline import (
+    Batch,
+    BatchOptions,
+    SliceDataset,
+    evaluation_batches,
+    make_labelled,
+)
+from kafjax.drawing.figures import SegmentedSlice, draw_segmentations, render
+from kafjax.segmentation_metrics import mean_pooled_dice
+from kafjax.training.step import Counting, TrainState, make_count, shard, unreplicate, unshard
+
+_SHOWN = 3  # worst and best slices in a picture
+
+
+class Validation:
+    """Counts over all slices of the volumes, centrally cropped or padded to the patch.
+
+    Args:
+      task: what to count.
+      dataset: where the volumes are.
+      options: how batches are made.
+      volumes: names of labelled volumes.
+
+    Raises:
+      ValueError: on first use, where a volume has no labels.
+    """
+
+    def __init__(
+        self, task: Counting, dataset: SliceDataset, options: BatchOptions, volumes: Sequence[str]
+    ):
+        self._task = task
+        self._dataset = dataset
+        self._options = options
+        self._batches = lambda: evaluation_batches(dataset, options, volumes=volumes)
+        self._count = make_count(task)
+        self._counts: dict[int, np.ndarray] = {}  # of the last `scores`, by record
+
+    def scores(self, state: TrainState) -> dict[str, float]:
+        """The task's scores of a state that is replicated over the devices."""
+        self._counts = {}
+        with contextlib.closing(self._batches()) as batches:
+            for batch in batches:
+                records, counts, _ = self._count(state, shard(batch))
+                found = zip(unreplicate(records).tolist(), unreplicate(counts), strict=True)
+                self._counts.update({record: of_slice for record, of_slice in found if record >= 0})
+        return self._task.scores(np.asarray(list(self._counts.values()), np.int64).sum(axis=0))
+
+    def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
+        """The worst and the best slices of the last `scores`, predicted again by the same program.
+
+        Slices are ordered by their mean Dice over the classes that they or their predictions have;
+        those whose label is empty are left out. All processes must call it.
+
+        Returns:
+          Name -> uint8 [h, w, 3]; nothing where no slice has labels, or in other processes than the
+          first.
+        """
+        labelled = [r for r, counts in self._counts.items() if counts[1:, 2].any()]
+        ranked = sorted(labelled, key=lambda r: (mean_pooled_dice(self._counts[r]), r))
+        shown = {"worst": ranked[:_SHOWN], "best": ranked[::-1][:_SHOWN]}
+        rows = self._predict(state, list(dict.fromkeys(itertools.chain(*shown.values()))))
+        if not ranked or self._options.process_index > 0:
+            return {}
+        return {
+            f"validation_{name}": self._draw([rows[record] for record in records])
+            for name, records in shown.items()
+        }
+
+    def _predict(self, state: TrainState, records: list[int]) -> dict[int, SegmentedSlice]:
+        """Slices with their labels and predictions, by record."""
+        share = self._options.batch_size // self._options.process_count
+        rows = {}
+        for i in range(0, len(records), share):
+            part = records[i : i + share]
+            samples = [self._read(record) for record in part]
+            # A batch of the size that is compiled already, filled up with what nobody looks at.
+            full = samples + samples[:1] * (share - len(samples))
+            batch = {field: np.stack([sample[field] for sample in full]) for field in full[0]}
+            *_, classes = self._count(state, shard(batch))
+            for record, sample, found in zip(part, samples, unshard(classes), strict=False):
+                rows[record] = self._row(record, sample, found)
+        return rows
+
+    def _read(self, record: int) -> Batch:
+        size = self._options.patch_size
+        labelled = make_labelled(self._dataset, 0, record, patch_size=size, seed=None)
+        return {**labelled, "valid": np.array(True)}
+
+    def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> SegmentedSlice:
+        note = f"Dice {mean_pooled_dice(self._counts[record]):.3f}"
+        labels, title = [sample["label"], prediction], self._dataset.describe_record(record)
+        return SegmentedSlice(title, sample["image"][..., 0], labels, ["", note])
+
+    def _draw(self, rows: Sequence[SegmentedSlice]) -> np.ndarray:
+        columns = ("reference", "prediction")
+        return render(draw_segmentations(rows, columns, self._dataset.classes))

@@ -1,0 +1,19 @@
+"""The folder of a run: its config, preparation, environment, metrics and scores."""
+
+from kafjax._lazy import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        ".workdir": (
+            "best_step",
+            "read_config",
+        ),
+        ".preparation": ("read_preparation",),
+        ".environment": ("describe_environment",),
+        ".metrics": (
+            "MetricWriter",
+            "read_metrics",
+        ),
+    },
+)

@@ -1,0 +1,107 @@
+"""How the dataset of a run was prepared: what prediction must do alike with raw volumes.
+
+    WORKDIR/preparation.json    the dataset's metadata but for its volumes, with a checksum
+
+makes a workdir sufficient for prediction, wherever the dataset is. Without that file the dataset
+itself is asked.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kafjax.data.records import find_dataset, open_builder
+from kafjax.files import read_checked, write_checked
+from kafjax.workdir.workdir import read_config
+
+Preparation = dict[str, Any]
+
+FILE = "preparation.json"
+# Of all kinds of datasets; `data_prep.readers.reader_of` knows what else a kind has.
+_NEEDED = ("kind", "classes", "max_keypoints", "keypoint_selection", "seed")
+# What may differ between datasets whose volumes are prepared alike.
+_FREE = ("dataset", "libraries", "reach", "image_dtype")
+
+
+def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
+    """Notes in a run's workdir how its dataset was prepared, by the dataset's metadata."""
+    facts = {name: value for name, value in metadata.items() if name != "volumes"}
+    write_checked(Path(workdir) / FILE, facts)
+
+
+def read_preparation(
+    workdir: str | os.PathLike[str], *, data_dir: str | os.PathLike[str] | None = None
+) -> Preparation:
+    """How the dataset of a segmentation run was prepared.
+
+    Args:
+      workdir: of the run.
+      data_dir: where the run's dataset is; if given, the dataset itself is asked.
+
+    Raises:
+      ValueError: neither workdir nor dataset tells, or the run's config contradicts it.
+    """
+    config = read_config(workdir, task="segment")
+    noted = Path(workdir) / FILE
+    if data_dir is None and noted.exists():
+        found = _read_file(noted)
+        place = noted
+    else:
+        place = _find(workdir, config, data_dir)
+        found = dict(open_builder(place).info.metadata or {})
+        found.pop("volumes", None)
+    _check(place, found, config)
+    return found
+
+
+def check_alike(preparations: Mapping[str, Preparation]) -> None:
+    """Raises `ValueError` listing how runs' datasets, by workdir, were prepared differently."""
+    (first, wanted), *others = preparations.items()
+    differing = [
+        f"  {name}: {wanted.get(name)!r} in {first}, {found.get(name)!r} in {workdir}"
+        for workdir, found in others
+        for name in sorted((wanted.keys() | found.keys()) - set(_FREE))
+        if wanted.get(name) != found.get(name)
+    ]
+    if differing:
+        raise ValueError("the runs' datasets were prepared differently:\n" + "\n".join(differing))
+
+
+def _find(
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    data_dir: str | os.PathLike[str] | None,
+) -> Path:
+    place = config["data"]["dir"] if data_dir is None else data_dir
+    try:
+        return find_dataset(place, config["data"]["name"])
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir} has no {FILE}, which tells how its dataset was prepared, and the dataset "
+            f"{config['data']['name']} is not in {place}; give its folder as --data_dir ({error})"
+        ) from None
+
+
+def _read_file(path: Path) -> Preparation:
+    try:
+        return read_checked(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a dataset's metadata ({error})") from None
+
+
+def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
+    missing = [name for name in _NEEDED if name not in found]
+    if missing:
+        raise ValueError(f"{place}: does not tell {', '.join(missing)}; prepare the dataset again")
+    pairs = {
+        "max_keypoints": (found["max_keypoints"], config["data"]["max_keypoints"]),
+        "number of classes": (len(found["classes"]), config["model"]["num_classes"]),
+    }
+    wrong = [
+        f"  {name}: {there} there, {here} in the run's config"
+        for name, (there, here) in pairs.items()
+        if there != here
+    ]
+    if wrong:
+        raise ValueError(f"{place} is not how the run's dataset was prepared:\n" + "\n".join(wrong))

@@ -1,0 +1,256 @@
+"""Evaluation of whole volumes: every pixel once, tables, and the command on a run of its own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import phantom_finetune, phantom_pretrain
+from kafjax.checkpoint.checkpointer import Checkpointer, load_variables, saved_metrics
+from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.inference.evaluation import (
+    evaluate,
+    evaluate_run,
+    format_table,
+    summarize,
+    write_results,
+)
+from kafjax.segmentation_metrics import ClassMetrics, volume_metrics
+from kafjax.tasks.pretraining import Pretraining
+from kafjax.training.loop import train
+from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.workdir import best_step
+
+ROOT = Path(__file__).parents[1]
+TINY = {"model.name": "unet", "model.filters": 4, "seed": 3}
+
+
+class Shifted:
+    """Predicts each slice's label, moved by a pixel, by the slice's image."""
+
+    def __init__(self, dataset: SliceDataset):
+        self._labels = {}
+        for record in range(len(dataset.reader)):
+            labelled = dataset.read(record, with_label=True)
+            assert labelled.label is not None
+            self._labels[labelled.image.tobytes()] = np.roll(labelled.label, 1, axis=0)
+
+    def probabilities(self, views: Sequence[Any]) -> Iterator[np.ndarray]:
+        for image, _, _ in views:
+            yield np.eye(8)[self._labels[image.tobytes()]]
+
+
+def test_volumes_are_compared_whole_in_mm(phantom_dataset: Path) -> None:
+    dataset = open_dataset(phantom_dataset.parents[1], "phantom")
+    names = tuple(dataset.volumes)[2:]
+    counts, metrics, seconds = evaluate(Shifted(dataset), dataset, names)
+    assert list(seconds) == list(names)
+    assert all(found > 0 for found in seconds.values())
+    both = np.zeros(8)
+    for name in names:
+        slices = [dataset.read(record, with_label=True) for record in dataset.volumes[name]]
+        label = np.stack([s.label for s in slices])
+        prediction = np.roll(label, 1, axis=1)
+        row, col, between = slices[0].spacing
+        expected = volume_metrics(prediction, label, num_classes=8, spacing=(between, row, col))
+        assert list(metrics[name]) == list(dataset.classes[1:])
+        for found, wanted in zip(metrics[name].values(), expected, strict=True):
+            assert found == pytest.approx(wanted, nan_ok=True)
+        both += [np.sum((prediction == i) & (label == i)) for i in range(8)]
+    np.testing.assert_array_equal(counts[:, 0], both)
+    assert counts[:, 1].sum() == counts[:, 2].sum() == 2 * 12 * 64 * 64
+
+
+NAN = float("nan")
+METRICS = {
+    "ct_1": {
+        "heart": ClassMetrics(0.5, 4.0, 2.0, empty=False, missed=False),
+        "lung": ClassMetrics(NAN, NAN, NAN, empty=True, missed=False),
+    },
+    "ct_2": {
+        "heart": ClassMetrics(0.0, 8.0, 8.0, empty=False, missed=True),
+        "lung": ClassMetrics(NAN, NAN, NAN, empty=True, missed=False),
+    },
+}
+COUNTS = np.array([[90, 95, 95], [3, 5, 7], [0, 0, 0]])
+
+
+def test_summary_leaves_out_and_counts_what_is_empty_or_missed() -> None:
+    results = summarize(COUNTS, METRICS, ("heart", "lung"))
+    assert results["pooled_dice"] == {"mean": 0.5, "heart": 0.5, "lung": None}
+    assert results["chance"] == 7 / 102  # lungs are in no label
+    heart = results["by_class"]["heart"]
+    assert (heart["volumes"], heart["empty"], heart["missed"]) == (2, 0, 1)
+    assert heart["hd95"] == {"mean": 6.0, "std": 2.0}
+    lung = results["by_class"]["lung"]
+    assert (lung["volumes"], lung["empty"], lung["missed"]) == (0, 2, 0)
+    assert lung["dice"] == {"mean": None, "std": None}
+
+
+def test_results_are_written_as_json_and_csv_and_a_table(tmp_path: Path) -> None:
+    results = summarize(COUNTS, METRICS, ("heart", "lung"))
+    write_results(results, tmp_path / "evaluation")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluation.csv", "evaluation.json"]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == results
+    rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
+    assert [(row["volume"], row["class"], row["dice"]) for row in rows] == [
+        ("pooled", "mean", "0.5"),
+        ("pooled", "heart", "0.5"),
+        ("pooled", "lung", ""),
+        ("ct_1", "heart", "0.5"),
+        ("ct_1", "lung", ""),
+        ("ct_2", "heart", "0.0"),
+        ("ct_2", "lung", ""),
+    ]
+    assert (rows[5]["hd95"], rows[5]["missed"], rows[6]["empty"]) == ("8.0", "1", "1")
+    header, *lines = format_table(results).splitlines()
+    assert len(header) == len(lines[0]) == len(lines[1])
+    lines = [" ".join(line.split()) for line in lines]
+    assert lines == [
+        "heart 0.5000 0.250 ± 0.250 6.0 ± 2.0 5.00 ± 3.00 2 0 1",
+        "lung - - ± - - ± - - ± - 0 2 0",
+        "mean 0.5000",
+        "chance 0.0686",
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of the same shapes share their programs, as `set_up_xla` lets commands."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir as a pretraining run or an import leaves it."""
+    workdir = tmp_path_factory.mktemp("pretrained")
+    config = phantom_pretrain.get_config()
+    config.update_from_flattened_dict({**TINY, "seed": 1})
+    with Checkpointer(
+        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
+    ) as checkpointer:
+        checkpointer.save(0, Pretraining(config).init(), metrics={}, data={})
+    return workdir
+
+
+def finetune_config(dataset: Path, pretrained: Path, **overrides: Any) -> ml_collections.ConfigDict:
+    """One labelled volume, 3 steps an epoch, validated at each epoch's end."""
+    config = phantom_finetune.get_config()
+    config.update_from_flattened_dict(
+        {
+            **TINY,
+            "init_from": str(pretrained),
+            "batch_size": 4,
+            "data.dir": str(dataset.parents[1]),
+            "data.num_folds": 2,
+            "data.num_labeled": 1,
+            "every.log": 1,
+            "every.validation_epochs": 1,
+            "every.picture": 0,
+            "num_steps": 6,
+            **overrides,
+        }
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def finetuned(
+    phantom_dataset: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    workdir = tmp_path_factory.mktemp("finetuned")
+    assert train(finetune_config(phantom_dataset, pretrained), workdir) is None
+    return workdir
+
+
+def without_time(workdir: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
+
+
+def test_finetuning_resumes_bit_for_bit(
+    phantom_dataset: Path,
+    pretrained: Path,
+    finetuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for num_steps in (3, 6):
+        train(finetune_config(phantom_dataset, pretrained, num_steps=num_steps), tmp_path)
+    output = capsys.readouterr().out
+    assert output.count(f"Starting from {pretrained}:") == 1
+    assert "loaded:        encoder (" in output
+    assert "starts fresh:  decoder (" in output
+    assert f"Resuming {tmp_path} from step 3." in output
+    assert without_time(tmp_path) == without_time(finetuned)
+    validated = [row["step"] for row in read_metrics(tmp_path) if "validation_dice" in row]
+    assert validated == [3, 6]
+    expected, found = (
+        flax.traverse_util.flatten_dict(load_variables(w, step=6), sep="/")
+        for w in (finetuned, tmp_path)
+    )
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert value.tobytes() == found[name].tobytes(), name
+
+
+def test_evaluation_is_the_same_for_any_batches_and_agrees_with_validation(finetuned: Path) -> None:
+    found = [evaluate_run(finetuned, batch_size=size) for size in (1, 7)]
+    stored = json.loads((finetuned / "evaluation.json").read_text())
+    assert stored == found[1]
+    assert stored["step"] == best_step(finetuned)
+    assert len(stored["by_volume"]) == 2
+    assert stored["seconds"].keys() == stored["by_volume"].keys()
+    assert stored["environment"]["jax"] == jax.__version__
+    assert found[0]["pooled_dice"] == pytest.approx(found[1]["pooled_dice"], abs=1e-4)
+    # Slices fill the patch, so that validation sees what evaluation sees.
+    score = saved_metrics(finetuned)[stored["step"]]["validation_dice"]
+    assert stored["pooled_dice"]["mean"] == pytest.approx(score, abs=1e-5)
+
+
+def run_command(module: str, *arguments: str, devices: int = 1) -> tuple[int, str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+def test_command_evaluates_training_volumes_on_two_devices(finetuned: Path) -> None:
+    status, output = run_command(
+        "kafjax.evaluate", "--workdir", str(finetuned), "--split", "train", devices=2
+    )
+    assert status == 0, output
+    expected = evaluate_run(finetuned, split="train", batch_size=1)
+    assert "fold 0, train: 1 volumes" in output
+    assert f"mean              {expected['pooled_dice']['mean']:11.4f}" in output
+
+
+def test_mistakes_are_one_clear_line_and_status_2(pretrained: Path) -> None:
+    status, output = run_command("kafjax.evaluate", "--workdir", str(pretrained))
+    assert status == 2
+    assert f"error: {pretrained}: a run of task 'pretrain'; expected 'segment'" in output
+    assert "Traceback" not in output
+    status, output = run_command("kafjax.evaluate", "--workdir", "x", "--split", "test")
+    assert status == 2
+    assert "Traceback" not in output

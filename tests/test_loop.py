@@ -1,0 +1,136 @@
+"""The loop, with a step that costs nothing: cadence, retention, failures and signals."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from kafjax.checkpoint.checkpointer import saved_steps
+from kafjax.training import loop as train_module
+from kafjax.training.loop import train
+from kafjax.workdir.metrics import read_metrics
+from tests import runs
+
+
+def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
+    return runs.tiny_config(dataset, **{"every.picture": 0, **overrides})
+
+
+def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
+    """A stand-in for `make_update` whose step only counts, with a chosen loss."""
+
+    def make_update(task: Any, optimizer: Any) -> Callable[..., Any]:
+        del task, optimizer
+
+        def update(state: Any, batch: Any, learning_rate: np.ndarray, stop: np.ndarray) -> Any:
+            del batch, learning_rate
+            state = jax.tree.map(jax.numpy.asarray, state)
+            step = state.step + 1
+            values = jax.numpy.full(stop.shape, loss(int(step[0])))
+            return state.replace(step=step), {"loss": values, "stop": jax.numpy.asarray(stop)}
+
+        return update
+
+    return make_update
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "make_update", steps_of(lambda step: 100.0 / step))
+
+
+@pytest.mark.usefixtures("cheap")
+def test_logs_means_and_keeps_newest_and_best(phantom_dataset: Path, tmp_path: Path) -> None:
+    overrides = {"every.log": 3, "every.checkpoint": 2, "checkpoint.keep_newest": 2}
+    config = tiny_config(phantom_dataset, num_steps=7, **overrides)
+    assert train(config, tmp_path) is None
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    assert rows[0]["loss"] == pytest.approx(np.mean([100.0, 50.0, 100 / 3]))
+    assert rows[1]["epoch"] == 1.0
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [6, 7]
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_kill_at_any_moment_loses_no_more_than_an_interval(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a millisecond overtake a save, which takes fifty."""
+    lost = []
+    write = train_module.MetricWriter.write
+
+    def look(writer: Any, step: int, *values: Any) -> None:
+        write(writer, step, *values)
+        lost.append(step - max(saved_steps(tmp_path), default=0))
+
+    monkeypatch.setattr(train_module.MetricWriter, "write", look)
+    for num_steps in (7, 14):  # afresh and resumed
+        train(
+            tiny_config(phantom_dataset, num_steps=num_steps, **{"every.checkpoint": 3}), tmp_path
+        )
+    assert len(lost) == 14
+    assert max(lost) == 3
+
+
+@pytest.mark.usefixtures("cheap")
+def test_means_continue_over_a_resume(phantom_dataset: Path, tmp_path: Path) -> None:
+    for num_steps in (4, 6):
+        config = tiny_config(phantom_dataset, num_steps=num_steps, **{"every.log": 5})
+        assert train(config, tmp_path) is None
+    # Step 4 ended the first run, which logs its last step.
+    assert [row["step"] for row in read_metrics(tmp_path)] == [4, 5, 6]
+
+
+def test_loss_that_is_not_finite_stops_with_step_and_slices(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = steps_of(lambda step: float("nan") if step == 3 else 1.0)
+    monkeypatch.setattr(train_module, "make_update", losses)
+    with pytest.raises(FloatingPointError, match=r"nan at step 3; .*ct_100\d slice \d"):
+        train(tiny_config(phantom_dataset, num_steps=9), tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def loss(step: int) -> float:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return 1.0
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train_module, "make_update", steps_of(loss))
+    assert train(tiny_config(phantom_dataset, num_steps=50), tmp_path) == number
+    assert signal.getsignal(number) is before
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert 4 <= int(saved.name) <= 6
+    assert read_metrics(tmp_path)[-1]["step"] == int(saved.name)
+
+
+def test_batch_that_devices_do_not_divide_is_refused(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size is 8, expected a multiple of the 3 devices"):
+        train(tiny_config(phantom_dataset), tmp_path)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="of the 4 devices times num_microbatches 4"):
+        train(tiny_config(phantom_dataset, num_microbatches=4), tmp_path)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_workdir_of_another_config_is_refused(phantom_dataset: Path, tmp_path: Path) -> None:
+    train(tiny_config(phantom_dataset, num_steps=1), tmp_path)
+    other = tiny_config(phantom_dataset, num_steps=1, **{"seed": 1, "model.filters": 8})
+    with pytest.raises(ValueError, match=r"(?s)model.filters: 4 there, 8 here.*seed: 0 there"):
+        train(other, tmp_path)
