@@ -27,6 +27,7 @@ from data_prep.volumes import Reader, Source
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.inference import prediction as predict
+from kafjax.inference import prediction_files
 from kafjax.inference.evaluation import evaluate
 from kafjax.inference.prediction import (
     VolumePredictor,
@@ -34,7 +35,7 @@ from kafjax.inference.prediction import (
     predict_files,
     predict_volume,
 )
-from kafjax.inference.predictor import View, load_predictor, prediction_files
+from kafjax.inference.predictor import View, load_predictor
 from kafjax.tasks.segmentation import Segmentation
 from tests.raw_layouts import write_acdc, write_nnunet
 
