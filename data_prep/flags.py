@@ -10,6 +10,7 @@ from data_prep.builder import Options
 from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
+from kafjax.errors import UserError
 
 _EPILOG = """\
 layouts:
@@ -63,7 +64,7 @@ def refuse_stray(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and not arguments.check:
         stray.append("--json is for --check")
     if stray:
-        raise ValueError("\n".join(stray))
+        raise UserError("\n".join(stray))
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """`python -m data_prep.main`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 anything else that stopped the preparation, which the same command then continues. With
-`--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
+fault; 1 a disk or memory that did not suffice: the same command then continues; 70 a fault of ours.
+With `--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader
+from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault
+from kafjax.files import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_stray(arguments)
         _run(arguments)
-    except ValueError as error:
-        return _report(error, 2)
+    except PreparationError as error:
+        hint = "run the same command again, with a smaller --num_workers if memory ran out"
+        return _report(f"{error}\n{hint}{kept}", 1)
+    except UserError as error:
+        return _report(error, MISTAKE)
     except OSError as error:
         # A write to a full disk does not name its file.
         where = error.filename or arguments.data_dir
         return _report(f"{where}: {error.strerror or error}{kept}", 1)
-    except PreparationError as error:
-        hint = "run the same command again, with a smaller --num_workers if memory ran out"
-        return _report(f"{error}\n{hint}{kept}", 1)
     except KeyboardInterrupt:
         return _report(f"stopped{'; the same command goes on from here' if kept else ''}", 130)
+    except Exception as error:
+        print(describe_fault(error), file=sys.stderr, flush=True)
+        return FAULT
     return 0
 
 
@@ -61,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     if arguments.num_workers < 0:
-        raise ValueError(f"num_workers is {arguments.num_workers}; expected 0 or more")
+        raise UserError(f"num_workers is {arguments.num_workers}; expected 0 or more")
     name, raw_dir = _name(arguments), _raw_dir(arguments)
     if arguments.dataset == "phantom" and not arguments.check:
         _write_phantoms(raw_dir, arguments)
@@ -85,7 +90,7 @@ def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None
     """Prints what is in the raw folder. Raises `DatasetError` with its faults."""
     survey, faults = survey_dataset(reader, raw_dir, num_workers=arguments.num_workers)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(survey, faults), indent=1) + "\n")
+        write_text(arguments.json, json.dumps(as_json(survey, faults), indent=1) + "\n")
     print(as_text(survey))
     if faults:
         raise DatasetError(faults)
@@ -95,7 +100,7 @@ def _name(arguments: argparse.Namespace) -> str:
     default = "acdc_cine" if arguments.cine else arguments.dataset
     name = default if arguments.name is None else arguments.name
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError(
+        raise UserError(
             f"name is {name!r}; expected lower-case letters, digits and underscores, a letter first"
         )
     return name
@@ -106,7 +111,7 @@ def _raw_dir(arguments: argparse.Namespace) -> Path:
         return arguments.raw_dir
     if arguments.dataset == "phantom":
         return arguments.data_dir / "raw" / "phantom"
-    raise ValueError(f"--raw_dir is missing: give the folder of the raw {arguments.dataset} files")
+    raise UserError(f"--raw_dir is missing: give the folder of the raw {arguments.dataset} files")
 
 
 def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:

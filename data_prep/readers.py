@@ -7,6 +7,7 @@ from data_prep.acdc import AcdcReader
 from data_prep.chd import ChdReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
+from kafjax.errors import UserError
 
 # Those whose rules are the same for every folder; nnU-Net's are in the folder's own description.
 READERS: dict[str, Reader] = {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
@@ -28,5 +29,5 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
             intensity=metadata["intensity"],
         )
     if kind not in READERS:
-        raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
+        raise UserError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
     return READERS[kind]

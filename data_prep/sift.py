@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
+from kafjax.errors import UserError
+
 Selection = Literal["random", "strongest"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 
@@ -86,7 +88,7 @@ def _choose(
     if selection == "strongest":
         return np.sort(indices[np.argsort(-responses[indices], kind="stable")[:max_keypoints]])
     if selection != "random" or rng is None:
-        raise ValueError(
+        raise UserError(
             f"selection is {selection!r} with rng {rng}; expected one of {SELECTIONS}"
             ", and a generator for 'random'"
         )

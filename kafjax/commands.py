@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, out_of_memory
 from kafjax.xla import set_up_xla
 
 
@@ -19,7 +20,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         text = " ".join(str(error.args[0] if error.args else error).strip("'\"").split("\\n"))
         if "Traceback" in text:
             text = text.split(" Error whilst")[0] + text.strip().splitlines()[-1].partition(":")[2]
-        fail(text, 2)
+        fail(text, MISTAKE)
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -31,20 +32,28 @@ def fail(message: str, status: int) -> NoReturn:
 def run_command(command: Callable[..., int | None], *args: Any) -> None:
     """Runs a command and ends the program with its status.
 
-    A `ValueError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
-    it came from. A `FloatingPointError` is status 1. A returned signal number is 128 + number.
+    A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
+    it came from. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
+    A returned signal number is 128 + number. Anything else is a fault of ours: a traceback, and
+    status 70.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths that are not UTF-8 are printed too
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
         logging.get_absl_handler().setLevel("WARNING")
     try:
         received = command(*args)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         logging.debug("where it came from:", exc_info=True)
-        fail(str(error), 2)
+        fail(str(error), MISTAKE)
     except FloatingPointError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Exception as error:
+        if advice := out_of_memory(error):
+            fail(advice, MISTAKE)
+        print(describe_fault(error), file=sys.stderr, flush=True)
+        sys.exit(FAULT)
     if received:
         print("Stopped by a signal; run the same command again to go on.", flush=True)
         sys.exit(128 + received)

@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from kafjax.errors import UserError
 from kafjax.study.cross_validation import cross_validate, parse_numbers
 
 
@@ -31,11 +32,11 @@ def _run_from_command_line() -> None:
         numbers: dict[str, Any] = {}
         for field, flag in given.items():
             if field in overrides and (flag.value is not None or field == "data.fold"):
-                raise ValueError(f"--config.{field} is given; expected --{flag.name} instead")
+                raise UserError(f"--config.{field} is given; expected --{flag.name} instead")
             try:
                 numbers[flag.name] = None if flag.value is None else parse_numbers(flag.value)
-            except ValueError as error:
-                raise ValueError(f"--{flag.name}: {error}") from None
+            except UserError as error:
+                raise UserError(f"--{flag.name}: {error}") from None
         return cross_validate(config.value, workdir.value, collect=collect.value, **numbers)
 
     run_app(command)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kafjax.errors import UserError
 from kafjax.study.cross_validation import parse_numbers
 from kafjax.study.experiment import format_plan, make_experiment, parse_shard
 from kafjax.study.jobs import find_slots, run_jobs
@@ -79,8 +80,8 @@ def _run_from_command_line() -> None:
 def _parse(name: str, value: str | None) -> list[int] | None:
     try:
         return None if value is None else parse_numbers(value)
-    except ValueError as error:
-        raise ValueError(f"--{name}: {error}") from None
+    except UserError as error:
+        raise UserError(f"--{name}: {error}") from None
 
 
 def _parse_seconds(parts: list[str] | None) -> Any:
@@ -89,9 +90,7 @@ def _parse_seconds(parts: list[str] | None) -> Any:
     except ValueError:
         seconds = ()
     if seconds is not None and len(seconds) != 3:
-        raise ValueError(
-            f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1"
-        )
+        raise UserError(f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1")
     return seconds
 
 

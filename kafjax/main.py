@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from kafjax.checkpoint.checkpointer import check_resumable
 from kafjax.commands import parse_flags, run_command
+from kafjax.errors import UserError
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
@@ -60,7 +61,7 @@ def _join_processes() -> None:
     if all(value is None for value in flags_of_process):
         return
     if any(value is None for value in flags_of_process):
-        raise ValueError("several processes need --coordinator, --num_processes and --process_id")
+        raise UserError("several processes need --coordinator, --num_processes and --process_id")
     jax.distributed.initialize(*flags_of_process)
 
 
@@ -69,7 +70,7 @@ def _check(config: Any, workdir: Path) -> None:
     print("\n".join(map(str, findings)), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]
     if wrong:
-        raise ValueError(f"the run would not start: {', '.join(wrong)}")
+        raise UserError(f"the run would not start: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

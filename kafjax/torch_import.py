@@ -18,6 +18,7 @@ from typing import Any
 import flax
 import numpy as np
 
+from kafjax.errors import UserError
 from kafjax.models import build_model, example_inputs, variable_shapes
 
 NUM_HEADS = 4
@@ -111,9 +112,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
         expected. Or the release has no network of this kind.
     """
     if "fcn" in config.name:
-        raise ValueError(
-            f"config.model.name is {config.name!r}: there is no import of FCN networks"
-        )
+        raise UserError(f"config.model.name is {config.name!r}: there is no import of FCN networks")
     entries = {name.removeprefix(_PREFIX): np.asarray(a) for name, a in state_dict.items()}
     shapes = variable_shapes(build_model(config), *example_inputs(config.head))
     leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
@@ -121,7 +120,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
     faults = _differences(entries, {k: v for source in sources.values() for k, v in source.items()})
     if faults:
         title = f"{len(faults)} entries do not fit {config.name}, {config.head}, "
-        raise ValueError("\n  ".join([f"{title}{config.filters} filters:", *faults]))
+        raise UserError("\n  ".join([f"{title}{config.filters} filters:", *faults]))
     variables = {}
     for path, leaf in leaves.items():
         arrays = [_to_ours(entries[name], path) for name in sources[path]]
@@ -205,13 +204,13 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise ValueError("PyTorch is missing, expected: pip install 'kafjax[torch]'") from None
+        raise UserError("PyTorch is missing, expected: pip install 'kafjax[torch]'") from None
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected a PyTorch checkpoint")
+        raise UserError(f"{path}: no such file, expected a PyTorch checkpoint")
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises errors of every kind for what is no checkpoint
-        raise ValueError(
+        raise UserError(
             f"{path}: {type(error).__name__} when reading it, expected a PyTorch checkpoint that "
             "holds nothing but tensors and plain values"
         ) from error
@@ -219,7 +218,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         found = found[inner[0]]
     if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
         names = f"with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
-        raise ValueError(
+        raise UserError(
             f"{path}: found a {type(found).__name__} {names}, expected a state dict of tensors or "
             f"one under {', '.join(_WRAPPERS)}"
         )
@@ -240,7 +239,7 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
     state_dict = read_state_dict(source)
     variables = import_state_dict(state_dict, config.model)
     if (workdir / "checkpoints").exists():
-        raise ValueError(f"{workdir}: holds checkpoints already, expected a new --output folder")
+        raise UserError(f"{workdir}: holds checkpoints already, expected a new --output folder")
     origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     with Checkpointer(
         workdir, keep_newest=1, best_metric=None, config=config.to_dict()

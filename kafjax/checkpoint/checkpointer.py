@@ -31,6 +31,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from kafjax.checkpoint.files import (
     STEPS,
     DamagedCheckpointError,
+    DurablePath,
     PyTree,
     describe_state,
     mend_scores,
@@ -39,8 +40,11 @@ from kafjax.checkpoint.files import (
     read_state,
     read_variables,
     scores,
+    steps_in,
 )
+from kafjax.errors import UserError
 from kafjax.files import read_checked, write_checked
+from kafjax.paths import plain
 
 __all__ = [
     "MAY_CHANGE",
@@ -94,8 +98,9 @@ class Checkpointer:
     ):
         self._workdir = Path(workdir).absolute()
         if keep_newest < 1:
-            raise ValueError(f"keep_newest is {keep_newest}; expected 1 or more")
+            raise UserError(f"keep_newest is {keep_newest}; expected 1 or more")
         check_config(self._workdir, config)
+        self._workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             _write_config(self._workdir, config)
         if best_metric is not None:
@@ -106,14 +111,16 @@ class Checkpointer:
         if best_metric is not None:
             keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
         self._manager = ocp.CheckpointManager(
-            self._workdir / STEPS,
+            plain(self._workdir) / STEPS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 # Without this Orbax stores no metrics and so forgets the best on resume.
                 best_fn=None if best_metric is None else self._score,
                 cleanup_tmp_directories=True,
+                temporary_path_class=DurablePath,
             ),
         )
+        self._read_back = False
 
     def save(
         self, step: int, state: PyTree, *, metrics: Mapping[str, float], data: Mapping[str, Any]
@@ -123,6 +130,9 @@ class Checkpointer:
         It first waits for the save before, so that one at most is in work. Returns False, and saves
         nothing, if this step or a later one is there already. An error of writing is a `SaveError`,
         raised by the next `check`, `save`, `wait` or `close`.
+
+        The first is waited for, read back and compared: a disk, or a name, from which no checkpoint
+        can be read is a `SaveError` here, and not found out when the run is over.
         """
         arrays = jax.tree.map(np.asarray, state)
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -131,7 +141,12 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         best = None if self._best_metric is None else scores(self._best_metric, numbers)
         with self._telling():
-            return self._manager.save(step, args=args, metrics=best)
+            saved = self._manager.save(step, args=args, metrics=best)
+            if saved and not self._read_back:
+                self._manager.wait_until_finished()
+                read_state(self._workdir / STEPS / str(step), arrays)
+                self._read_back = True
+            return saved
 
     def restore_latest(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
@@ -187,7 +202,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:400]
+            reason = " ".join(str(error).split())
+            reason = reason.replace(str(plain(self._workdir)), str(self._workdir))[:400]
             raise SaveError(
                 f"{self._workdir}: a checkpoint could not be saved; those before it are kept, and "
                 "the same command goes on from them when there is room and permission "
@@ -224,7 +240,7 @@ def load_variables(
     directory = Path(workdir).absolute() / STEPS
     found = newest_good(Path(workdir), lambda s: read_variables(directory / str(s)), step)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
             f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
         )
@@ -233,14 +249,13 @@ def load_variables(
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints in a workdir, good or damaged, in order; none without any."""
-    directory = Path(workdir).absolute() / STEPS
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    return steps_in(Path(workdir).absolute() / STEPS)
 
 
 def check_resumable(workdir: str | os.PathLike[str]) -> None:
     """Raises `ValueError` where there is nothing to resume: never a fresh start by mistake."""
     if not saved_steps(workdir):
-        raise ValueError(
+        raise UserError(
             f"{workdir}: holds no checkpoint to resume from; expected the workdir of a run that "
             "saved one, or a start without --resume"
         )
@@ -250,7 +265,7 @@ def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]
     """The metrics that were saved with each checkpoint whose description is good, by step."""
     directory = Path(workdir).absolute() / STEPS
     metrics = {}
-    for step in sorted(ocp.utils.checkpoint_steps(directory)):
+    for step in steps_in(directory):
         try:
             metrics[step] = read_meta(directory / str(step))["metrics"]
         except DamagedCheckpointError as error:
@@ -274,7 +289,7 @@ def check_config(
     except FileNotFoundError:
         return
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a run's config ({error}); without the file the config that is given holds"
         ) from None
     here = _flatten(json.loads(json.dumps(config)))
@@ -285,7 +300,7 @@ def check_config(
         if there.get(field, absent) != here.get(field, absent) and field not in may_change
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a run of another config; give another workdir or the same config:\n"
             + "\n".join(differing)
         )

@@ -14,11 +14,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from kafjax.errors import UserError
+
 # Of the classes that may read features. tfds would import whatever module features.json names.
 _FEATURES = "tensorflow_datasets.core.features."
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A shard is missing, truncated or damaged; the text names the file and the record."""
 
 
@@ -36,7 +38,7 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
         raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
         known = name in ("chd", "acdc", "phantom")
         dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
-        raise ValueError(
+        raise UserError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
             f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
         )
@@ -84,7 +86,7 @@ def _check_features(path: Path) -> None:
     """Raises `ValueError` for features that are not tfds' own."""
     names = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
-        raise ValueError(f"features.json names {', '.join(foreign)}")
+        raise UserError(f"features.json names {', '.join(foreign)}")
 
 
 def _class_names(value: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from kafjax.data.patches import PatchSize, cut_patch, cut_view, patch_origin
 from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
+from kafjax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -46,7 +47,7 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {self.batch_size}; expected a positive multiple of the "
                 f"{self.process_count} processes"
             )
@@ -133,7 +134,7 @@ def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
         if name not in dataset.metadata or dataset.metadata[name] != value
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{dataset.directory} was not prepared as the config expects:\n" + "\n".join(wrong)
         )
 
@@ -146,13 +147,13 @@ def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) 
     names = sorted(dataset.volumes if volumes is None else volumes)
     unknown = [name for name in names if name not in dataset.volumes]
     if unknown or not names:
-        raise ValueError(
+        raise UserError(
             f"{dataset.directory} has no volume {', '.join(unknown) or 'selected'}; "
             f"it has {', '.join(dataset.volumes)}"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"volumes named twice: {', '.join(twice)}")
+        raise UserError(f"volumes named twice: {', '.join(twice)}")
     return tuple(names)
 
 
@@ -168,7 +169,7 @@ def steps_per_epoch(
     """Full global batches in one pass over the volumes; `ValueError` if not even one."""
     num_slices = len(_records(dataset, volumes))
     if not 1 <= batch_size <= num_slices:
-        raise ValueError(
+        raise UserError(
             f"batch_size is {batch_size}; expected 1 to {num_slices}, the number of slices"
         )
     return num_slices // batch_size
@@ -348,7 +349,7 @@ def _records(dataset: SliceDataset, volumes: Sequence[str] | None) -> list[int]:
 def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:
     unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
     if unlabelled:
-        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
+        raise UserError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
 
 
 def _correspondence(anchor: Slice, offset: int) -> np.ndarray:

@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from kafjax.errors import UserError
+
 NUM_FOLDS = 5
 _FOLD_SEED = 12345
 _CHOICE_SEED = 1234
@@ -45,7 +47,7 @@ def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[li
       ValueError: fewer subjects than folds, or fewer than 2 folds.
     """
     if not 2 <= num_folds <= len(subjects):
-        raise ValueError(
+        raise UserError(
             f"{num_folds} folds of {len(subjects)} labelled subjects; expected at least 2 folds, "
             "and at least as many subjects as folds"
         )
@@ -68,7 +70,7 @@ def choose_labeled(subjects: Sequence[T], num_labeled: int) -> list[T]:
       ValueError: there are not as many subjects, or none is asked for.
     """
     if not 1 <= num_labeled <= len(subjects):
-        raise ValueError(
+        raise UserError(
             f"num_labeled is {num_labeled}; expected 1 to {len(subjects)}, the fold's subjects"
         )
     return random.Random(_CHOICE_SEED).sample(list(subjects), k=num_labeled)
@@ -97,7 +99,7 @@ def split_volumes(
       ValueError: there is no such fold, or there are not as many subjects.
     """
     if not 0 <= fold < num_folds:
-        raise ValueError(f"fold is {fold}; expected 0 to {num_folds - 1}")
+        raise UserError(f"fold is {fold}; expected 0 to {num_folds - 1}")
     subjects = sorted({subject_of(volume) for volume in volumes}, key=_order)
     train, validation = folds(subjects, num_folds=num_folds)[fold]
     if num_labeled is not None:

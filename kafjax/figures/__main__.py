@@ -10,6 +10,7 @@ from absl.flags import argparse_flags
 
 from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
+from kafjax.errors import UserError
 from kafjax.figures import choice
 from kafjax.workdir.workdir import read_config
 from kafjax.xla import set_up_xla
@@ -159,9 +160,9 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
     from kafjax.figures.segmentation import segmentation_figure
 
     if arguments.slice and not arguments.volume:
-        raise ValueError("--slice is given without --volume; expected the volumes of the slices")
+        raise UserError("--slice is given without --volume; expected the volumes of the slices")
     if arguments.num_slices < 1:
-        raise ValueError(f"--num_slices is {arguments.num_slices}; expected 1 or more")
+        raise UserError(f"--num_slices is {arguments.num_slices}; expected 1 or more")
     return segmentation_figure(
         _dataset_of_runs(arguments),
         arguments.workdir,
@@ -197,7 +198,7 @@ def _parse_pair(text: str, separator: str, expected: str, *, least: int) -> tupl
 def _draw(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     if getattr(arguments, "seed", 0) < 0:
-        raise ValueError(f"--seed is {arguments.seed}; expected 0 or more")
+        raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     set_up_xla()
     save_figure(arguments.draw(arguments), arguments.output)
     print(f"Wrote {arguments.output}", flush=True)

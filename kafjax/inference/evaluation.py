@@ -24,6 +24,7 @@ import tqdm
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.data.splits import Split
+from kafjax.errors import UserError
 from kafjax.files import write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
@@ -105,7 +106,7 @@ def evaluate_run(
       ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
     step = best_step(workdir) if step is None else step
     predictor = load_predictor(workdir, step=step, batch_size=batch_size)
     config = predictor.config

@@ -5,7 +5,6 @@ source's but for type and scaling: orientation, affine, units and description st
 """
 
 import gzip
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import numpy as np
 
 from data_prep.nnunet import split_name
 from data_prep.volumes import Source, is_nifti
+from kafjax.errors import UserError
+from kafjax.files import replacing
 from kafjax.workdir.preparation import Preparation
 
 # Level 1 takes a third of the time of the default and hardly more space.
@@ -57,9 +58,9 @@ def list_jobs(
         found = sorted(path for path in source.iterdir() if is_nifti(path))
         scans = {path: name for path in found if (name := _name(path, preparation))}
         if not scans:
-            raise ValueError(f"{source}: holds no scan; expected files .nii.gz or .nii")
+            raise UserError(f"{source}: holds no scan; expected files .nii.gz or .nii")
         if _is_file_name(target) or target.is_file():
-            raise ValueError(f"output is {target}; expected a folder, as the input is one")
+            raise UserError(f"output is {target}; expected a folder, as the input is one")
     else:
         scans = {source: _single(source, preparation)}
     jobs = [_job(path, name, target, probabilities=probabilities) for path, name in scans.items()]
@@ -79,18 +80,13 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
     header.set_data_dtype(array.dtype)
     image = type(like)(array, like.affine, header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            if path.suffix == ".gz":
-                # Without name and time, so that the same labels give the same bytes.
-                with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
-                    image.to_stream(stream)
-            else:
-                image.to_stream(file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        if path.suffix == ".gz":
+            # Without name and time, so that the same labels give the same bytes.
+            with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
+                image.to_stream(stream)
+        else:
+            image.to_stream(file)
 
 
 def _name(path: Path, preparation: Preparation) -> _Name | None:
@@ -112,12 +108,12 @@ def _name(path: Path, preparation: Preparation) -> _Name | None:
 
 def _single(path: Path, preparation: Preparation) -> _Name:
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     if not _is_file_name(path):
-        raise ValueError(f"{path}: is no .nii.gz or .nii file")
+        raise UserError(f"{path}: is no .nii.gz or .nii file")
     name = _name(path, preparation)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: its name is not that of a scan in the {preparation['kind']} layout; "
             "rename it if it is one"
         )
@@ -147,4 +143,4 @@ def _check_places(jobs: list[Job]) -> None:
         if count > 1
     ]
     if wrong:
-        raise ValueError("results would lie on each other or on scans:\n" + "\n".join(wrong))
+        raise UserError("results would lie on each other or on scans:\n" + "\n".join(wrong))

@@ -18,6 +18,7 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.data.patches import PatchSize, blend_tiles, cut_view, tile_origins
+from kafjax.errors import UserError
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.step import make_predict
 from kafjax.workdir.workdir import best_step, read_config
@@ -43,7 +44,7 @@ class Predictor:
         if batch_size is None:
             batch_size = math.ceil(config.batch_size / devices) * devices
         if batch_size < 1 or batch_size % devices:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {batch_size}, expected a positive multiple of the {devices} devices"
             )
         self.config = config

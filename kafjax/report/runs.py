@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kafjax.errors import UserError
 from kafjax.files import read_checked
 from kafjax.inference.evaluation import SPLITS
 from kafjax.workdir.environment import FILE as ENVIRONMENT_FILE
@@ -57,10 +58,10 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
     for workdir in workdirs:
         try:
             configs.append(read_config(workdir))
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
     names = _short_names(workdirs)
     return [
         _read_run(name, number, workdir, config)
@@ -105,7 +106,7 @@ def expand(workdirs: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, Field
             continue
         document, faults = _read_json(path, ("folds", "rows", "missing"))
         if faults:
-            raise ValueError(faults[0])
+            raise UserError(faults[0])
         tables.append((workdir, document))
         places += sorted((p.parent for p in workdir.glob("*/config.json")), key=_by_numbers)
     return list(dict.fromkeys(places)), tables
@@ -138,7 +139,7 @@ def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
         faults += wrong
     try:
         metrics = read_metrics(workdir)
-    except ValueError as error:
+    except UserError as error:
         metrics = []
         faults.append(f"{workdir / METRICS_FILE}: damaged ({error})")
     preparation, wrong = _read_json(workdir / PREPARATION_FILE)

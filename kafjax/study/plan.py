@@ -23,6 +23,7 @@ from kafjax.checkpoint.checkpointer import check_config, saved_steps
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
+from kafjax.errors import UserError
 from kafjax.models import PRETRAINING_HEADS
 from kafjax.study.cross_validation import Run, has_trained, is_complete, plan_runs, run_config
 from kafjax.study.jobs import Job
@@ -127,11 +128,11 @@ class Command(NamedTuple):
         try:
             config.update_from_flattened_dict(self.changes)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self}: {error.args[0]}") from None
+            raise UserError(f"{self}: {error.args[0]}") from None
         try:
             check_fields(config)
-        except ValueError as error:
-            raise ValueError(f"{self}: {'; '.join(str(error).splitlines())}") from None
+        except UserError as error:
+            raise UserError(f"{self}: {'; '.join(str(error).splitlines())}") from None
         return config
 
     def _base(self) -> Any:
@@ -218,10 +219,10 @@ class Experiment(NamedTuple):
         for make in makers:
             try:
                 planned |= {one.job.name: one for one in make()}
-            except ValueError as error:
+            except UserError as error:
                 faults[str(error)] = None
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
         return list(planned.values())
 
     def check_dataset(self) -> None:
@@ -345,10 +346,13 @@ def load(file: str, function: str) -> Callable[..., Any]:
     if not Path(file).is_file():
         there = sorted(str(path) for path in Path(file).parent.glob(f"*{Path(file).suffix}"))
         expected = f"one of {', '.join(there)}" if there else "to be in a clone of the repository"
-        raise ValueError(f"{file}: no such file; expected {expected}")
-    found = runpy.run_path(file)
+        raise UserError(f"{file}: no such file; expected {expected}")
+    try:
+        found = runpy.run_path(file)
+    except Exception as error:  # the user's code
+        raise UserError(f"{file}: {type(error).__name__}: {error}") from error
     if function not in found:
-        raise ValueError(f"{file}: has no {function}()")
+        raise UserError(f"{file}: has no {function}()")
     made: Callable[..., Any] = found[function]
     return made
 

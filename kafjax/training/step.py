@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import optax
 
+from kafjax.errors import UserError
+
 AXIS_NAME = "batch"
 Batch = dict[str, np.ndarray]
 
@@ -89,7 +91,7 @@ def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.Gradie
     elif config.name == "adam":
         rule = optax.scale_by_adam()
     else:
-        raise ValueError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
+        raise UserError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
     steps = [optax.add_decayed_weights(config.weight_decay), rule, optax.scale(-1.0)]
     if frozen:
         stays = optax.masked(optax.set_to_zero(), lambda params: {n: n in frozen for n in params})

@@ -16,6 +16,7 @@ import flax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.errors import UserError
 from kafjax.workdir.workdir import read_config
 
 Variables = dict[str, Any]
@@ -88,7 +89,7 @@ def transfer_encoder(
     ]
     if faults:
         title = f"the pretrained {' and '.join(taken)} does not fit, {len(faults)} of its arrays:"
-        raise ValueError("\n  ".join([title, *faults]))
+        raise UserError("\n  ".join([title, *faults]))
     loaded = {name: np.asarray(offered[name], array.dtype) for name, array in wanted.items()}
     report = TransferReport(
         _count_by_module(wanted),
@@ -101,7 +102,7 @@ def transfer_encoder(
 def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> None:
     """Raises `ValueError` listing how the run in `workdir` differs from `config` in `FACTS`."""
     if workdir is None:
-        raise ValueError(
+        raise UserError(
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(configs/*_scratch.py begin without one)"
         )
@@ -113,7 +114,7 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
         if (found := _look_up(there, part, field)) != config[part][field]
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"config.init_from is {workdir}, the run of another network or dataset:\n"
             + "\n".join(differing)
         )

@@ -15,6 +15,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from kafjax.errors import UserError
 from kafjax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -56,12 +57,20 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line.endswith("\n") else []
+            rows += [_row(line)] if line.endswith("\n") else []
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not metrics ({error})") from None
+            raise UserError(f"{path}, line {number}: not metrics ({error})") from None
     return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError("no step")
+    return row
 
 
 class MetricWriter:

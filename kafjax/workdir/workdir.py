@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kafjax.checkpoint.checkpointer import saved_metrics
+from kafjax.errors import UserError
 from kafjax.files import read_checked
 
 
@@ -23,11 +24,11 @@ def read_config(workdir: str | os.PathLike[str], *, task: str | None = None) -> 
     try:
         config = read_checked(path)
     except FileNotFoundError:
-        raise ValueError(f"{workdir}: has no config.json; expected the workdir of a run") from None
+        raise UserError(f"{workdir}: has no config.json; expected the workdir of a run") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a run's config ({error})") from None
+        raise UserError(f"{path}: not a run's config ({error})") from None
     if task is not None and config.get("task") != task:
-        raise ValueError(f"{workdir}: a run of task {config.get('task')!r}; expected {task!r}")
+        raise UserError(f"{workdir}: a run of task {config.get('task')!r}; expected {task!r}")
     return config
 
 

@@ -1,0 +1,34 @@
+"""Users' mistakes and our own, told apart.
+
+What a command was given and cannot use raises `UserError` or, from the system, `OSError`: one line,
+without a traceback. Anything else that ends a command is a fault of kafjax, and is reported as one.
+"""
+
+import traceback
+
+import kafjax
+
+# Exit statuses of commands; docs/recipes.md says which of them to retry.
+MISTAKE = 2
+FAULT = 70  # EX_SOFTWARE of sysexits.h
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the text says what was found and what was expected."""
+
+
+def describe_fault(error: BaseException) -> str:
+    """The traceback of an error that is no user's mistake, and what to do about it."""
+    lines = "".join(traceback.format_exception(error))
+    version = kafjax.__version__
+    return (
+        f"{lines}error: this is a fault of kafjax {version}: please report it with the lines above"
+    )
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What helps where the memory of the machine or of a device does not suffice; else nothing."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"out of memory: a smaller batch or more config.num_microbatches need less ({reason})"
