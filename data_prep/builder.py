@@ -26,6 +26,7 @@ from data_prep.volumes import Prepared, Reader, Source
 from kafjax.data.records import masked_crc32c, records_digest, write_index
 from kafjax.errors import UserError
 from kafjax.files import replacing
+from kafjax.paths import plain
 
 VERSION = "1.0.0"  # of the records' format; the name of a dataset's folder
 # Level 1 takes a third of the time of zlib's default and 2 % more space on CT slices.
@@ -161,7 +162,7 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
 def write_dataset_files(directory: Path, plan: Plan, shards: list[Shard]) -> None:
     """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index."""
     template = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=plan.name, filetype_suffix="tfrecord"
+        data_dir=plain(directory), dataset_name=plan.name, filetype_suffix="tfrecord"
     )
     splits = [
         tfds.core.SplitInfo(
@@ -173,7 +174,7 @@ def write_dataset_files(directory: Path, plan: Plan, shards: list[Shard]) -> Non
         for shard in shards
     ]
     tfds.folder_dataset.write_metadata(
-        data_dir=directory,
+        data_dir=plain(directory),
         features=plan.features,
         split_infos=splits,
         version=VERSION,

@@ -1,5 +1,6 @@
 """What the commands share: one line for a user's mistake, and exit statuses."""
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -37,7 +38,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     A returned signal number is 128 + number. Anything else is a fault of ours: a traceback, and
     status 70.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths that are not UTF-8 are printed too
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of paths that are not UTF-8
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
         logging.get_absl_handler().setLevel("WARNING")
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from kafjax.errors import UserError
+from kafjax.paths import expand, plain
 
 # Of the classes that may read features. tfds would import whatever module features.json names.
 _FEATURES = "tensorflow_datasets.core.features."
@@ -31,7 +32,7 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
     """
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        for path in expand(data_dir).glob(f"{name}/*/dataset_info.json")
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
@@ -51,7 +52,7 @@ def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilde
         raise RecordError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
     with naming_dataset(Path(dataset_dir)):
         _check_features(Path(dataset_dir) / "features.json")
-        builder = tfds.builder_from_directory(os.fspath(dataset_dir))
+        builder = tfds.builder_from_directory(os.fspath(plain(dataset_dir)))
         if builder.info.metadata is not None:
             builder.info.metadata.keys()  # tfds reads them when they are first asked for
         return builder
