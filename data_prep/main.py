@@ -1,4 +1,4 @@
-"""`python -m data_prep.main`: prepares a raw dataset for training, or phantoms to try things on.
+"""`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
 fault; 1 a disk or memory that did not suffice: the same command then continues; 70 a fault of ours.
@@ -8,6 +8,7 @@ With `--check` nothing is prepared: 0 the raw files are sound, 2 they have fault
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,16 +160,16 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
     """Pretraining on the dataset, by its own config or by the nearest one's."""
     config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
-    command = f"python -m kafjax.main --config configs/{config}_pretrain.py"
+    words = ["kafjax", "train", "--config", f"{config}_pretrain"]
     if config == name:
-        return command
+        return shlex.join(words)
     changes = {
         "name": name,
         "dir": summary.directory.parent.parent,
         "max_keypoints": options.max_keypoints,
         "radius": reader.radius,
     }
-    return command + "".join(f" --config.data.{field}={to}" for field, to in changes.items())
+    return shlex.join([*words, *(f"--config.data.{field}={to}" for field, to in changes.items())])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain
+from kafjax.configs import phantom_pretrain
 
 # Set for every test by conftest.py.
 XLA_FLAGS = os.environ["XLA_FLAGS"]

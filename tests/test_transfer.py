@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain
 from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
@@ -126,7 +126,7 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_from is not given; .*_scratch\.py"):
+    with pytest.raises(ValueError, match=r"init_from is not given; .*chd_finetune:scratch"):
         check_facts_alike(None, tiny(phantom_finetune))
 
 

@@ -1,6 +1,6 @@
 """Trains and evaluates a segmentation config on every fold with every number of labelled volumes.
 
-    python -m kafjax.cross_validate --config configs/chd_finetune.py --folds 0-4 \
+    kafjax cross-validate --config chd_finetune --folds 0-4 \
         --num_labeled 2,6,10 [--seeds 0,1,2] --workdir DIR [--collect] [--config.x=...]
 
     DIR/fold0_M2_seed0/                 a run like any other, with its evaluation
@@ -132,7 +132,7 @@ def plan_runs(
     if config.task != "segment" or "fold" not in config.data:
         raise UserError(
             f"config.task is {config.task!r}, expected 'segment', of a config with data.fold as "
-            "configs/chd_finetune.py"
+            "chd_finetune"
         )
     num_folds = config.data.num_folds
     folds = range(num_folds) if folds is None else folds
@@ -331,7 +331,7 @@ def _read_evaluation(workdir: Path) -> Results:
         results: Results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path}: damaged ({error}); expected what kafjax.evaluate writes: remove it and run "
+            f"{path}: damaged ({error}); expected what `kafjax evaluate` writes: remove it and run "
             "again without --collect"
         ) from None
     return results
