@@ -11,6 +11,7 @@ from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
 from kafjax.errors import UserError
+from kafjax.paths import path_argument
 
 _EPILOG = """\
 layouts:
@@ -72,13 +73,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
     add(
         "--raw_dir",
-        type=Path,
+        type=path_argument,
         metavar="RAW",
         help="folder of raw files (phantom: DATA/raw/phantom)",
     )
     add(
         "--data_dir",
-        type=Path,
+        type=path_argument,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
@@ -93,7 +94,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only read RAW: all its faults, what is in it, and which K and patch would suit it",
     )
-    add("--json", type=Path, metavar="FILE", help="with --check: write its findings there too")
+    add(
+        "--json",
+        type=path_argument,
+        metavar="FILE",
+        help="with --check: write its findings there too",
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

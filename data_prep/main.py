@@ -16,6 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, require_extra
+
+if __name__ == "__main__":
+    require_extra("data")  # before the imports of what needs it
+
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
@@ -26,7 +31,6 @@ from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader
-from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault
 from kafjax.files import write_text
 
 

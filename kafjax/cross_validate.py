@@ -14,11 +14,11 @@ def _run_from_command_line() -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
     from kafjax.config_files import define_config
 
     config = define_config("The runs: a config file, or the name of a shipped one.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the runs live.", required=True)
+    workdir = define_path("workdir", None, "Where the runs live.", required=True)
     num_labeled = flags.DEFINE_string(
         "num_labeled", None, "Values of M, as in 2,6,10.", required=True
     )

@@ -4,6 +4,8 @@ What a command was given and cannot use raises `UserError` or, from the system, 
 without a traceback. Anything else that ends a command is a fault of kafjax, and is reported as one.
 """
 
+import importlib
+import sys
 import traceback
 
 import kafjax
@@ -11,6 +13,8 @@ import kafjax
 # Exit statuses of commands; docs/recipes.md says which of them to retry.
 MISTAKE = 2
 FAULT = 70  # EX_SOFTWARE of sysexits.h
+# Modules that only some commands need, and the extra of setup.cfg that has them.
+_EXTRAS = {"cv2": "data", "nibabel": "data", "torch": "torch"}
 
 
 class UserError(ValueError):
@@ -24,6 +28,22 @@ def describe_fault(error: BaseException) -> str:
     return (
         f"{lines}error: this is a fault of kafjax {version}: please report it with the lines above"
     )
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """How to install a module of an extra that is not there; nothing for a module of ours."""
+    extra = _EXTRAS.get(error.name or "")
+    return f"{error.name} is missing; expected: pip install 'kafjax[{extra}]'" if extra else ""
+
+
+def require_extra(extra: str) -> None:
+    """Ends the program with one line if a module of an extra is not there."""
+    for module in (name for name, of in _EXTRAS.items() if of == extra):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            print(f"error: {missing_extra(error) or error}", file=sys.stderr)
+            sys.exit(MISTAKE)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -21,7 +21,7 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
 
     string, boolean = flags.DEFINE_string, flags.DEFINE_bool
     table = string(
@@ -35,8 +35,8 @@ def _run_from_command_line() -> None:
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
-    workdir = string("workdir", "runs/experiments", "Where the runs live.")
-    data_dir = string("data_dir", "data", "Where the prepared dataset is.")
+    workdir = define_path("workdir", "runs/experiments", "Where the runs live.")
+    data_dir = define_path("data_dir", "data", "Where the prepared dataset is.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
     slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
     plan = boolean("plan", False, "Only tell what there is to do.")

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags
 
 from kafjax.checkpoint.checkpointer import check_resumable
-from kafjax.commands import parse_flags, run_command
+from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
 from kafjax.errors import UserError
 from kafjax.training.config_checks import check_fields
@@ -23,7 +23,7 @@ from kafjax.training.preflight import look
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
+_WORKDIR = define_path("workdir", None, "Where the run lives. Default: runs/<config name>.")
 _RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
 _CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")

@@ -1,5 +1,6 @@
 """Paths that users give: `~`, lists of them, and names that libraries take for patterns or URLs."""
 
+import argparse
 import os
 import re
 import tempfile
@@ -10,6 +11,7 @@ from kafjax.errors import UserError
 
 # What Orbax, TensorStore, etils and tfds take as it stands: no pattern, no scheme, valid UTF-8.
 _PLAIN = re.compile(r"[\w/ .,=+@%-]*")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MOST_PLAIN = 1024  # characters; libraries add theirs, and systems take 4096 in all
 _lock = threading.Lock()
 _links: dict[tuple[int, str], Path] = {}  # by process and path
@@ -20,12 +22,25 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """The path with a leading `~` or `~user` as that user's home.
 
     Raises:
-      UserError: there is no such user.
+      UserError: there is no such user, or it is the URL of a bucket and no path.
     """
+    if _URL.match(os.fspath(path)):
+        raise UserError(f"{path}: a URL; expected the path of a file or folder of this machine")
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}; a folder of that name is ./{path}") from None
+    except RuntimeError:
+        raise UserError(
+            f"{path}: that user's home is not known; expected another path (a folder of that very "
+            f"name is ./{path})"
+        ) from None
+
+
+def path_argument(text: str) -> Path:
+    """`expand` as a type of argparse, which shows no other error's text."""
+    try:
+        return expand(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def split_list(text: str) -> list[str]:

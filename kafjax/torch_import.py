@@ -205,7 +205,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise UserError("PyTorch is missing, expected: pip install 'kafjax[torch]'") from None
+        raise UserError("torch is missing; expected: pip install 'kafjax[torch]'") from None
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a PyTorch checkpoint")
     try:
@@ -253,14 +253,14 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
-    from absl import app, flags
+    from absl import app
 
-    from kafjax.commands import parse_flags, run_command
+    from kafjax.commands import define_path, parse_flags, run_command
     from kafjax.config_files import define_config
 
-    source = flags.DEFINE_string("input", None, "PyTorch checkpoint of the release.", required=True)
+    source = define_path("input", None, "PyTorch checkpoint of the release.", required=True)
     config = define_config("A config whose `model` fits the file, or a shipped one's name.")
-    workdir = flags.DEFINE_string("output", None, "Workdir to write, a new one.", required=True)
+    workdir = define_path("output", None, "Workdir to write, a new one.", required=True)
 
     def main(_: list[str]) -> None:
         run_command(import_checkpoint, Path(source.value), config.value, Path(workdir.value))

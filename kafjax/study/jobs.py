@@ -249,7 +249,7 @@ class _Scheduler:
             return
         slot = self._free.pop(0)
         self._started += 1
-        log.write(f"$ {job}\n".encode())
+        log.write(f"$ {job}\n".encode(errors="backslashreplace"))
         log.flush()
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
         process = subprocess.Popen(

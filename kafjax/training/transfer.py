@@ -17,6 +17,7 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.errors import UserError
+from kafjax.paths import expand
 from kafjax.workdir.workdir import read_config
 
 Variables = dict[str, Any]
@@ -106,7 +107,7 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(the variant :scratch starts without one, as in --config chd_finetune:scratch)"
         )
-    there = read_config(workdir)
+    there = read_config(expand(workdir))
     differing = [
         f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
         for part, fields in FACTS.items()
@@ -136,8 +137,9 @@ def start_from(
       ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
     """
     check_facts_alike(workdir, config)
-    is_local = _look_up(read_config(workdir), "model", "head") == "local_contrast"
-    return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
+    place = expand(workdir)
+    is_local = _look_up(read_config(place), "model", "head") == "local_contrast"
+    return transfer_encoder(variables, load_variables(place), with_decoder=is_local)
 
 
 def _module(name: str) -> str:
