@@ -198,9 +198,9 @@ def make_pair(
     """One pretraining sample: the slice `record` and a neighbour, drawn for (seed, sample).
 
     Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, k, 2], `keypoint_mask` bool [2, k],
-    `correspondence` int32 [k] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
-    anchor's, in (0, 1]), `record` int32 [2], `sample` and `seed` uint32. A slice that is its own
-    neighbour corresponds with itself keypoint by keypoint.
+    `correspondence` int32 [k] (view 1's keypoint to view 2's index, or -1), `position` int32 [2]
+    (the anchor's number, from 1, and the number of slices), `record` int32 [2], `sample` and `seed`
+    uint32. A slice that is its own neighbour corresponds with itself keypoint by keypoint.
     """
     rng = np.random.default_rng((seed, sample))
     anchor = dataset.read(record)
@@ -218,7 +218,7 @@ def make_pair(
     return {
         **pair,
         "correspondence": np.where(kept, correspondence, -1).astype(np.int32),
-        "position": np.array((anchor.index + 1) / anchor.num_slices, np.float32),
+        "position": np.array([anchor.index + 1, anchor.num_slices], np.int32),
         "record": np.array([record, record + offset], np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
         "seed": np.array(seed % 2**32, np.uint32),
