@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import phantom_finetune, phantom_pretrain
-from kafjax.checkpoint.checkpointer import Checkpointer, load_variables, saved_metrics
+from kafjax.checkpoint.checkpointer import load_variables, saved_metrics
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.inference.evaluation import (
     evaluate,
@@ -30,7 +30,8 @@ from kafjax.segmentation_metrics import ClassMetrics, volume_metrics
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.loop import train
 from kafjax.workdir.metrics import read_metrics
-from kafjax.workdir.workdir import best_step
+from kafjax.workdir.workdir import Workdir
+from tests.runs import write_run
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model.name": "unet", "model.filters": 4, "seed": 3}
@@ -141,10 +142,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("pretrained")
     config = phantom_pretrain.get_config()
     config.update_from_flattened_dict({**TINY, "seed": 1})
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
-        checkpointer.save(0, Pretraining(config).init(), metrics={}, data={})
+    write_run(workdir, config, Pretraining(config).init())
     return workdir
 
 
@@ -212,7 +210,7 @@ def test_evaluation_is_the_same_for_any_batches_and_agrees_with_validation(finet
     found = [evaluate_run(finetuned, batch_size=size) for size in (1, 7)]
     stored = json.loads((finetuned / "evaluation.json").read_text())
     assert stored == found[1]
-    assert stored["step"] == best_step(finetuned)
+    assert stored["step"] == Workdir(finetuned).best_step()
     assert len(stored["by_volume"]) == 2
     assert stored["seconds"].keys() == stored["by_volume"].keys()
     assert stored["environment"]["jax"] == jax.__version__

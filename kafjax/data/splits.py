@@ -6,9 +6,12 @@ are ordered by number, and folds and choices depend on nothing but that order (d
 section 1).
 """
 
+import json
+import os
 import random
 import re
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -47,7 +50,8 @@ def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[li
     if not 2 <= num_folds <= len(subjects):
         raise ValueError(
             f"{num_folds} folds of {len(subjects)} labelled subjects; expected at least 2 folds, "
-            "and at least as many subjects as folds"
+            "and at least as many subjects as folds: fewer as config.data.num_folds, or "
+            "config.data.fold=None to train on all labelled volumes and validate on none"
         )
     order = np.arange(len(subjects))
     np.random.RandomState(_FOLD_SEED).shuffle(order)  # as scikit-learn does
@@ -107,6 +111,86 @@ def split_volumes(
         tuple(volume for subject in train for volume in of[subject]),
         tuple(volume for subject in validation for volume in of[subject]),
     )
+
+
+def split_by_names(
+    volumes: Sequence[str],
+    *,
+    train: Sequence[str] | None = None,
+    validation: Sequence[str] = (),
+    num_labeled: int | None = None,
+) -> Split:
+    """A split whose sides the user names, by volume or by subject.
+
+    Args:
+      volumes: names of the labelled volumes.
+      train: names to train on; by default all that are not validated on.
+      validation: names to validate on; may be empty.
+      num_labeled: M, how many of the training subjects, chosen as in `split_volumes`; all if None.
+
+    Raises:
+      ValueError: a name is unknown or on both sides, directly or by its subject, or no volume or
+        fewer than M subjects are left to train on.
+    """
+    sides = {
+        "train": None if train is None else _find(volumes, train, "train"),
+        "validation": _find(volumes, validation, "validation"),
+    }
+    held_out = {subject_of(volume) for volume in sides["validation"] or ()}
+    left = [volume for volume in volumes if subject_of(volume) not in held_out]
+    chosen = left if sides["train"] is None else sides["train"]
+    if both := sorted({subject_of(volume) for volume in chosen} & held_out):
+        raise ValueError(
+            f"{', '.join(both)}: on both sides of the split; expected each subject on one"
+        )
+    if not chosen:
+        raise ValueError("no labelled volume is left to train on; expected at least one")
+    subjects = sorted({subject_of(volume) for volume in chosen}, key=_order)
+    if num_labeled is not None:
+        subjects = choose_labeled(subjects, num_labeled)
+    return Split(
+        tuple(v for subject in subjects for v in sorted(chosen) if subject_of(v) == subject),
+        tuple(sorted(sides["validation"] or ())),
+    )
+
+
+def read_splits_file(
+    path: str | os.PathLike[str], fold: int | None
+) -> tuple[list[str], list[str]]:
+    """The training and validation names of a fold in nnU-Net's `splits_final.json`.
+
+    Args:
+      path: of the file, a JSON list with {"train": [...], "val": [...]} for each fold.
+      fold: its number, from 0.
+
+    Raises:
+      ValueError: the file is not there or not such a list, or has no such fold.
+    """
+    place = Path(path).expanduser()
+    try:
+        folds_there = json.loads(place.read_text(encoding="utf-8-sig"))
+        sides = [(list(map(str, f["train"])), list(map(str, f["val"]))) for f in folds_there]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"config.data.splits_file is {os.fspath(path)!r}, expected nnU-Net's splits_final.json:"
+            f' a list of {{"train": [...], "val": [...]}} ({type(error).__name__}: {error})'
+        ) from None
+    if fold is None or not 0 <= fold < len(sides):
+        raise ValueError(
+            f"config.data.fold is {fold}, expected 0 to {len(sides) - 1}, the folds of {place}"
+        )
+    return sides[fold]
+
+
+def _find(volumes: Sequence[str], names: Sequence[str], side: str) -> list[str]:
+    """The volumes that names stand for, themselves or as their subjects."""
+    found = {name: [v for v in volumes if name in (v, subject_of(v))] for name in names}
+    if unknown := sorted(name for name, of_name in found.items() if not of_name):
+        raise ValueError(
+            f"{side}: no labelled volume or subject {', '.join(unknown)}; there are "
+            + ", ".join(sorted(volumes))
+        )
+    return [volume for of_name in found.values() for volume in of_name]
 
 
 def _order(subject: str) -> tuple[float, str]:

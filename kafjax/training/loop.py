@@ -11,21 +11,26 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
-from kafjax.checkpoint.checkpointer import Checkpointer, check_config
+from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.input_pipeline import (
     BatchOptions,
     SliceDataset,
     steps_per_epoch,
 )
+from kafjax.data.splits import Split
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
-from kafjax.training.preflight import check_devices, open_run_dataset, split_run
+from kafjax.training.preflight import (
+    check_devices,
+    complete_config,
+    open_run_dataset,
+    open_run_split,
+)
 from kafjax.training.step import (
     AXIS_NAME,
     Batch,
@@ -43,13 +48,13 @@ from kafjax.training.transfer import check_facts_alike, start_from
 from kafjax.training.validation import Validation
 from kafjax.workdir.environment import write_environment
 from kafjax.workdir.metrics import (
-    METRICS_FILE,
-    TENSORBOARD_DIR,
     MetricMeans,
     MetricWriter,
     read_metrics,
 )
 from kafjax.workdir.preparation import write_preparation
+from kafjax.workdir.split import describe_later, write_split
+from kafjax.workdir.workdir import Workdir
 
 
 class _Signals:
@@ -97,31 +102,40 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
     """
     check_fields(config)
     check_devices(config)
-    fields = config.to_dict()
-    check_config(workdir, fields)
     dataset = open_run_dataset(config)
-    run = _Run(config, workdir, dataset)  # first: a mistake in the config leaves no workdir
+    config = complete_config(config, dataset)
+    folder, fields = Workdir(workdir), config.to_dict()
+    folder.check_config(fields)
+    split = open_run_split(config, folder, dataset)
+    run = _Run(config, folder, dataset, split.names)  # a mistake in the config leaves no workdir
+    is_first = jax.process_index() == 0
     keep = config.checkpoint
-    with Checkpointer(
-        workdir,
-        keep_newest=keep.keep_newest,
-        keep_best=keep.keep_best,
-        best_metric=run.kind.best_metric,
-        best_mode=run.kind.best_mode,
-        config=fields,
-    ) as checkpointer:
-        if jax.process_index() == 0:
-            write_preparation(workdir, dataset.metadata)
-            write_environment(workdir)
-        received = run.run(checkpointer)
-    if received is None and jax.process_index() == 0:
-        _summarize(Path(workdir), run.kind.best_metric)
+    with folder.lock() if is_first else contextlib.nullcontext():
+        if is_first:
+            folder.write_config(fields)
+            write_split(folder, split)
+            write_preparation(folder, dataset.metadata)
+            write_environment(folder)
+            if later := describe_later(split, dataset):
+                print(later, flush=True)
+        with Checkpointer(
+            folder,
+            keep_newest=keep.keep_newest,
+            keep_best=keep.keep_best,
+            best_metric=run.kind.best_metric,
+            best_mode=run.kind.best_mode,
+        ) as checkpointer:
+            received = run.run(checkpointer)
+    if received is None and is_first:
+        _summarize(folder, run.kind.best_metric)
     return received
 
 
-def _summarize(workdir: Path, best_metric: str) -> None:
+def _summarize(workdir: Workdir, best_metric: str) -> None:
     """Prints how the losses fell and where everything is."""
     rows = read_metrics(workdir)
+    if not rows:
+        return
     for name in dict.fromkeys([*(n for n in rows[0] if n.startswith("loss")), best_metric]):
         values = [row[name] for row in rows if name in row]
         if not values:
@@ -129,9 +143,9 @@ def _summarize(workdir: Path, best_metric: str) -> None:
         first, last = values[0], values[-1]
         trend = "fell" if last < first else "rose" if last > first else ""
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
-    print(f"checkpoints:    {workdir / 'checkpoints'} (the newest is of step {rows[-1]['step']})")
-    print(f"metrics:        {workdir / METRICS_FILE}")
-    print(f"TensorBoard:    tensorboard --logdir {workdir / TENSORBOARD_DIR}", flush=True)
+    print(f"checkpoints:    {workdir.checkpoints} (the newest is of step {rows[-1]['step']})")
+    print(f"metrics:        {workdir.metrics_file}")
+    print(f"TensorBoard:    tensorboard --logdir {workdir.tensorboard}", flush=True)
 
 
 class _Run:
@@ -140,17 +154,18 @@ class _Run:
     def __init__(
         self,
         config: Any,
-        workdir: str | os.PathLike[str],
+        workdir: Workdir,
         dataset: SliceDataset,
+        split: Split,
     ):
         self.kind = TASKS[config.task]
         self._config = config
         self._workdir = workdir
         self._dataset = dataset
-        if "init_from" in config and not (Path(workdir) / "checkpoints").exists():
+        if "init_from" in config and not workdir.checkpoints.exists():
             check_facts_alike(config.init_from, config)
         self._task = self.kind.task(config, axis_name=AXIS_NAME)
-        self._split = split_run(config, dataset)
+        self._split = split
         self._steps_per_epoch = steps_per_epoch(dataset, config.batch_size, self._split.train)
         schedule_steps = config.num_epochs * self._steps_per_epoch
         self._num_steps = min(config.num_steps or schedule_steps, schedule_steps)
