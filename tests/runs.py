@@ -9,8 +9,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain
 from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.training.preflight import split_run
 from kafjax.workdir.split import describe_split, write_split

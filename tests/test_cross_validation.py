@@ -15,8 +15,8 @@ import ml_collections
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.checkpoint.checkpointer import saved_metrics
+from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.study import cross_validation as module
 from kafjax.study.cross_validation import (
     Run,

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import phantom_finetune, phantom_pretrain
 from kafjax.checkpoint.checkpointer import load_variables, saved_metrics
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.inference.evaluation import (
     evaluate,

@@ -13,8 +13,8 @@ from absl import flags
 from matplotlib.figure import Figure
 from scipy.spatial.distance import cosine
 
-from configs import phantom_finetune, phantom_pretrain
 from kafjax.augment import AugmentConfig
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing.figures import save_figure

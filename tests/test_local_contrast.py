@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_pretrain
+from kafjax.configs import phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.registry import TASKS
 from kafjax.training.step import (

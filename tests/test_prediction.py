@@ -16,7 +16,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from scipy.ndimage import gaussian_filter
 
-from configs import phantom_finetune
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.nifti import from_slices, to_slices
@@ -24,6 +23,7 @@ from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader, Source
+from kafjax.configs import phantom_finetune
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.inference import prediction as predict
 from kafjax.inference import prediction_files

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_finetune
 from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune
 from kafjax.inference import predictor as inference
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.models import build_model

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain, phantom_scratch
+from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.data.input_pipeline import open_dataset
 from kafjax.inference.evaluation import summarize, write_results
 from kafjax.report import pictures, report

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_scratch
 from kafjax.checkpoint import checkpointer as checkpoint
+from kafjax.configs import phantom_scratch
 from kafjax.data.input_pipeline import BatchOptions, labelled_volumes, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing import figures as drawing

@@ -154,9 +154,7 @@ def split_by_names(
     )
 
 
-def read_splits_file(
-    path: str | os.PathLike[str], fold: int | None
-) -> tuple[list[str], list[str]]:
+def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[list[str], list[str]]:
     """The training and validation names of a fold in nnU-Net's `splits_final.json`.
 
     Args:

@@ -13,13 +13,13 @@ Names of workdirs tell what was run, so that rows and tables with a run in commo
 import functools
 import itertools
 import math
-import runpy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kafjax.checkpoint.checkpointer import saved_steps
+from kafjax.config_files import load_config
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
@@ -137,7 +137,7 @@ class Command(NamedTuple):
         return config
 
     def _base(self) -> Any:
-        return load(self.file, "get_config")(*filter(None, [self.variant]))
+        return load_config(str(self))
 
     def __str__(self) -> str:
         return ":".join(filter(None, (self.file, self.variant)))
@@ -160,7 +160,7 @@ class Experiment(NamedTuple):
 
     Attributes:
       table: its rows are the experiment's.
-      dataset: the configs are `configs/DATASET_{pretrain,finetune,scratch}.py`.
+      dataset: the configs are `configs/DATASET_pretrain.py` and `_finetune.py`.
       root: holds or will hold the runs of this dataset, of any table.
       data_dir: where the prepared dataset is.
       num_labeled: values of M.
@@ -190,7 +190,7 @@ class Experiment(NamedTuple):
     def segmentation(self, row: Row, seed: int) -> Command:
         """What the row's runs of a seed have in common."""
         if row.pretraining == SCRATCH:
-            return self._command("scratch", "", {"model.name": row.model})
+            return self._command("finetune", "scratch", {"model.name": row.model})
         start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
         return self._command("finetune", "", start)
 
@@ -327,7 +327,7 @@ class Experiment(NamedTuple):
         return self.root / "pretrain" / f"{row.workdir}_seed{seed}"
 
     def _data(self) -> Any:
-        return load(f"configs/{self.dataset}_scratch.py", "get_config")().data
+        return load_config(f"configs/{self.dataset}_finetune.py:scratch").data
 
     def _size(self) -> tuple[int, float]:
         """Subjects, and slices of each: of the dataset, or about, where it is not there."""
@@ -339,20 +339,6 @@ class Experiment(NamedTuple):
                 PHANTOMS[self.dataset].size.split("x")[2]
             )
         return _NOMINAL.get(name, (0, 0))
-
-
-@functools.cache
-def load(file: str, function: str) -> Callable[..., Any]:
-    """A function of a Python file, as `get_config` of a config; `ValueError` without."""
-    if not Path(file).is_file():
-        there = sorted(str(path) for path in Path(file).parent.glob(f"*{Path(file).suffix}"))
-        expected = f"one of {', '.join(there)}" if there else "to be in a clone of the repository"
-        raise ValueError(f"{file}: no such file; expected {expected}")
-    found = runpy.run_path(file)
-    if function not in found:
-        raise ValueError(f"{file}: has no {function}()")
-    made: Callable[..., Any] = found[function]
-    return made
 
 
 def is_pretrained(config: Any, workdir: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain, phantom_scratch
+from kafjax.configs import phantom_pretrain, phantom_scratch
 from kafjax.training.config_checks import check_fields
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally

@@ -9,12 +9,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_finetune
 from data_prep.builder import Options
 from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.preflight import split_run
