@@ -327,7 +327,7 @@ def _evaluation(workdir: Path) -> Path:
 def _read_evaluation(workdir: Path) -> Results:
     path = _evaluation(workdir)
     try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
+        results: Results = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(
             f"{path}: damaged ({error}); expected what kafjax.evaluate writes: remove it and run "
