@@ -82,7 +82,7 @@ def naming_dataset(directory: Path) -> Iterator[None]:
 
 def _check_features(path: Path) -> None:
     """Raises `ValueError` for features that are not tfds' own."""
-    names = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
+    names = set(_class_names(json.loads(path.read_bytes())))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
         raise ValueError(f"features.json names {', '.join(foreign)}")
 

@@ -325,7 +325,7 @@ def _store_index(directory: Path, shards: list[Shard]) -> Path:
 def _read_index(directory: Path) -> list[Shard] | None:
     """The stored index, or None where it is missing, damaged or not of these shards."""
     try:
-        document = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
+        document = json.loads((directory / INDEX_NAME).read_bytes())
         body = {name: document[name] for name in ("shards", "descriptions")}
         if document["format"] != _FORMAT or document["sha256"] != _checksum(body):
             return None

@@ -14,7 +14,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from kafjax.files import write_text
+from kafjax.files import read_text, write_text
 from kafjax.workdir.workdir import Workdir
 
 
@@ -52,11 +52,14 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Workdir(workdir).metrics_file
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    rows, text = [], read_text(path)
+    *ended, last = text.split("\n")
+    for number, line in enumerate([*ended, last] if last else ended, start=1):
         try:
-            rows += [json.loads(line)] if line.endswith("\n") else []
+            rows.append(json.loads(line))
         except ValueError as error:
+            if number > len(ended):
+                break
             raise ValueError(f"{path}, line {number}: not metrics ({error})") from None
     return rows
 
