@@ -352,7 +352,7 @@ def _update_tables(config: Any, root: Path, runs: Sequence[Run]) -> str:
 
 
 def _folds(runs: Sequence[Run]) -> list[int]:
-    return list(dict.fromkeys(run.fold for run in runs))
+    return sorted({run.fold for run in runs})
 
 
 def _header(folds: Sequence[int], *last: str) -> list[str]:

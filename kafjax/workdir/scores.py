@@ -15,7 +15,7 @@ from kafjax.workdir.split import read_split
 from kafjax.workdir.workdir import Workdir
 
 SPLITS = ("validation", "train")
-_NEEDED = ("step", "checkpoint", "run", "pooled_dice", "by_class", "by_volume")
+_NEEDED = ("step", "checkpoint", "split", "run", "pooled_dice", "by_class", "by_volume")
 
 Scores = dict[str, Any]
 
@@ -41,7 +41,8 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
       split: 'validation' or 'train'.
 
     Returns:
-      What evaluation wrote; None where it has not been evaluated since that checkpoint was saved.
+      What evaluation wrote; None where that checkpoint has not been evaluated, or only by kafjax
+      0.1, whose scores do not say whose they are.
 
     Raises:
       ValueError: the file is damaged, or holds another run's scores; every difference is listed.
@@ -54,10 +55,10 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); remove it and {again}") from None
+    if "run" not in found and "fold" in found:
+        return None  # of kafjax 0.1, whose scores do not say whose they are
     if missing := [name for name in _NEEDED if name not in found]:
-        raise ValueError(
-            f"{path}: has no {', '.join(missing)}, as scores of kafjax 0.1; remove it and {again}"
-        )
+        raise ValueError(f"{path}: damaged (no {', '.join(missing)}); remove it and {again}")
     there = {**found["run"], "side": found["split"]}
     here = {**describe_run(workdir, workdir.read_config()), "side": split}
     if differing := differences(there, here):
@@ -65,5 +66,6 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
             f"{path}: the scores of another run; remove it and {again}:\n" + "\n".join(differing)
         )
     selected, _ = workdir.select_step()
-    newest = workdir.newest_step()
-    return found if found["step"] == (newest if selected is None else selected) else None
+    current = workdir.newest_step() if selected is None else selected
+    # A folder that was copied without its checkpoints keeps its scores.
+    return found if current in (None, found["step"]) else None
