@@ -37,6 +37,7 @@ _kafjax() {
 compdef _kafjax kafjax
 """,
 }
+_FLAG = r"(--)?[a-z]\w*"
 _NAMES = {"--config": CONFIGS, "--table": TABLES}
 # What follows a command without dashes.
 _PARTS = {"completion": list(_SCRIPTS), "figures": ["keypoints", "similarity", "segmentation"]}
@@ -94,10 +95,11 @@ def _flags(tree: ast.Module) -> Iterator[str]:
         first, name = node.args[0], ast.unparse(node.func)
         if name.endswith("define_config"):
             yield "config"
-        if isinstance(first, ast.Constant) and re.fullmatch(r"(--)?[a-z]\w*", str(first.value)):
-            # A name, a default and a help are a flag's, whatever the function is called there.
-            if "DEFINE_" in name or first.value.startswith("--") or len(node.args) == 3:
-                yield first.value.removeprefix("--")
+        if not (isinstance(first, ast.Constant) and re.fullmatch(_FLAG, str(first.value))):
+            continue
+        # A name, a default and a help are a flag's, whatever the function is called there.
+        if "DEFINE_" in name or first.value.startswith("--") or len(node.args) == 3:
+            yield first.value.removeprefix("--")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -91,6 +91,7 @@ def define_config(help_string: str) -> Any:
             config.lock()
             return config
 
+    flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
     holder = config_flags.DEFINE_config_file("config", help_string=help_string)
     flags.FLAGS["config"].parser = Parser()
     flags.mark_flag_as_required("config")

@@ -1,4 +1,4 @@
-"""Evaluates a segmentation run: `python -m kafjax.evaluate --workdir RUN`.
+"""Evaluates a segmentation run: `kafjax evaluate --workdir RUN`.
 
 `kafjax.inference.evaluation` describes what it computes and writes.
 """

@@ -1,4 +1,4 @@
-"""Segments raw volumes: `python -m kafjax.predict --workdir RUN[,RUN2...] --input X --output Y`.
+"""Segments raw volumes: `kafjax predict --workdir RUN[,RUN2...] --input X --output Y`.
 
 `kafjax.inference.prediction` describes what it does.
 """

@@ -138,7 +138,7 @@ def test_two_processes_train_as_one_of_two_devices(phantom_dataset: Path, tmp_pa
     [
         ("--config.batchsize=4", "batch_size"),
         ("--config.data.max_keypoints=99", "max_keypoints: the dataset has 64"),
-        ("--config.data.name=chd", "python -m data_prep.main --dataset chd"),
+        ("--config.data.name=chd", "kafjax prepare --dataset chd"),
         ("--config.model.name=vnet", "expected one of unet"),
     ],
 )

@@ -249,7 +249,7 @@ def test_means_errors_and_differences(tmp_path: Path) -> None:
 
 def test_tables_and_plots_are_written_alike(tmp_path: Path) -> None:
     ours = two_rows(tmp_path)
-    markdown = write_results(ours, "two", "python -m kafjax.experiment --table two.py")
+    markdown = write_results(ours, "two", "kafjax experiment --table two.py")
     lines = markdown.splitlines()
     assert (
         "|  | M | Fold 1 | Fold 4 | Dice | n | Difference | Mean(Std) | Paper | #params |" in lines
@@ -267,7 +267,7 @@ def test_tables_and_plots_are_written_alike(tmp_path: Path) -> None:
     files = ["two.csv", "two.md", "two.png", "two.svg", "two_runs.csv"]
     assert sorted(path.name for path in ours.root.glob("two*")) == files
     before = [(ours.root / name).read_bytes() for name in files]
-    write_results(ours, "two", "python -m kafjax.experiment --table two.py")
+    write_results(ours, "two", "kafjax experiment --table two.py")
     assert [(ours.root / name).read_bytes() for name in files] == before
     rows = list(csv.DictReader((ours.root / "two.csv").read_text().splitlines()))
     assert [row["mean"] for row in rows][:2] == ["0.25", "0.55"]
@@ -341,12 +341,12 @@ def test_shards_are_counted_from_one(text: str) -> None:
 
 def test_missing_clinical_data_stops_with_the_command_that_prepares_it(tmp_path: Path) -> None:
     ours = experiment(tmp_path, of_file("table1"), "acdc")
-    with pytest.raises(ValueError, match=r"data_prep.main --dataset acdc --raw_dir RAW"):
+    with pytest.raises(ValueError, match=r"kafjax prepare --dataset acdc --raw_dir RAW"):
         ours.check_dataset()
 
 
 def test_files_and_datasets_that_there_are_not(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"table9: no such file; the nearest shipped: .*table1"):
+    with pytest.raises(ValueError, match=r"table9: no such file; the nearest shipped: .*table4"):
         of_file("table9")
     with pytest.raises(ValueError, match=r"configs/mnist_finetune.py:scratch: no such file; the n"):
         experiment(tmp_path, of_file("table1"), "mnist")

@@ -72,7 +72,7 @@ def test_a_wrong_config_hides_the_rest_and_a_missing_dataset_names_its_command(
     config = tiny_config(phantom_dataset, **{"data.dir": str(tmp_path)})
     wrong = [finding for finding in look(config, tmp_path) if finding.wrong]
     assert [finding.name for finding in wrong] == ["dataset"]
-    assert "python -m data_prep.main --dataset phantom" in wrong[0].text
+    assert "kafjax prepare --dataset phantom" in wrong[0].text
 
 
 def test_memory_grows_with_the_batch_and_not_with_microbatches(phantom_dataset: Path) -> None:

@@ -156,7 +156,7 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
         ["ct_2", "fine", "validation", "0.000", "heart (0.000)", "10.0", "heart"],
         ["ct_2", "fine", "validation", "2.50", "no"],
     ]
-    assert "Not evaluated yet (python -m kafjax.evaluate): bare." in text
+    assert "Not evaluated yet (kafjax evaluate): bare." in text
     assert "phantom: the dataset is not at hand" in text
     assert "Not noted: the environment of training of pre, preparation for pre, training of" in text
     (header,) = (row for row in found.rows if row[:2] == ["", "this page"])

@@ -1,6 +1,6 @@
 """Evaluates a segmentation run on the whole volumes of its fold.
 
-    python -m kafjax.evaluate --workdir runs/chd_fold0_M2 [--split validation]
+    kafjax evaluate --workdir runs/chd_fold0_M2 [--split validation]
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
 pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also has

@@ -1,6 +1,6 @@
 """Trains and evaluates a segmentation config on every fold with every number of labelled volumes.
 
-    python -m kafjax.cross_validate --config configs/chd_finetune.py --folds 0-4 \
+    kafjax cross-validate --config chd_finetune --folds 0-4 \
         --num_labeled 2,6,10 [--seeds 0,1,2] --workdir DIR [--collect] [--config.x=...]
 
     DIR/fold0_M2_seed0/                 a run like any other, with its evaluation
@@ -134,7 +134,7 @@ def plan_runs(
     if config.task != "segment" or "fold" not in config.data:
         raise ValueError(
             f"config.task is {config.task!r}, expected 'segment', of a config with data.fold as "
-            "configs/chd_finetune.py"
+            "chd_finetune"
         )
     num_folds = config.data.num_folds
     folds = range(num_folds) if folds is None else folds

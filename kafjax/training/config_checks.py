@@ -222,7 +222,7 @@ def _disagreements(fields: Mapping[str, Any]) -> list[str]:
 
 def _weighs_keypoints(loss: str) -> Rule:
     return Rule(
-        "0 for a network without KAF layers, as configs/*_pretrain.py:pcl has it",
+        "0 for a network without KAF layers, as --config chd_pretrain:pcl has it",
         lambda f: "kaf" in f["model.name"] or f[f"loss.weights.{loss}"] == 0,
     )
 

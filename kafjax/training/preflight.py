@@ -1,6 +1,6 @@
 """What a run needs, looked at in seconds and before anything is compiled.
 
-`python -m kafjax.main --config ... --check` prints it: the config, the dataset with its volumes and
+`kafjax train --config ... --check` prints it: the config, the dataset with its volumes and
 shards, the devices and their memory by estimate, the workdir and its disk, the run to begin with.
 `kafjax.training.loop` makes the same demands one after the other.
 """

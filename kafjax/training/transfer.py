@@ -103,7 +103,7 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
     if workdir is None:
         raise ValueError(
             "config.init_from is not given; expected the workdir of a pretraining run "
-            "(configs/*_scratch.py begin without one)"
+            "(the variant :scratch starts without one, as in --config chd_finetune:scratch)"
         )
     there = Workdir(workdir).read_config()
     differing = [
