@@ -6,8 +6,10 @@ Neither TensorFlow nor any code that a dataset's files name is imported.
 """
 
 import contextlib
+import glob
 import json
 import os
+import shlex
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,24 @@ class RecordError(ValueError):
 
 
 def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
-    """The directory of the newest prepared version of DATA_DIR/NAME.
+    """The directory of the newest prepared version of DATA_DIR/NAME; `~` is a home folder.
 
     Raises `ValueError` with the command that prepares the dataset where there is none.
     """
+    data_dir = os.path.expanduser(data_dir)
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        for path in Path(data_dir).glob(f"{glob.escape(name)}/*/dataset_info.json")
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
         raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
         known = name in ("chd", "acdc", "phantom")
-        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
+        quoted = shlex.quote(name)
+        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {quoted}"
         raise ValueError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
+            f"  python -m data_prep.main {dataset} {raw}--data_dir {shlex.quote(data_dir)}"
         )
     return max(prepared)[1]
 

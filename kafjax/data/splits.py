@@ -3,17 +3,19 @@
 A subject is one volume in CHD (`ct_1001`) and one patient in ACDC, with several volumes
 (`patient001_frame01`, `patient001_frame12`), all of which go to the same side of a split. Subjects
 are ordered by number, and folds and choices depend on nothing but that order (docs/method.md
-section 1).
+section 1). In data of one's own equal images are one subject too; the paper's folds of CHD and ACDC
+stay as they are, and `equal_images_across` says which pairs lie on both sides.
 """
 
 import random
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 NUM_FOLDS = 5
+PAPER_KINDS = ("chd", "acdc")  # of datasets, whose folds are the paper's
 _FOLD_SEED = 12345
 _CHOICE_SEED = 1234
 
@@ -28,8 +30,44 @@ class Split(NamedTuple):
 
 
 def subject_of(volume: str) -> str:
-    """The subject that a volume shows: all of its name before `_frame`, or all of it."""
-    return volume.split("_frame")[0]
+    """The subject that a volume shows: its name before `_frame` and a number, or all of it."""
+    return re.split(r"(?<=.)_frame(?=\d)", volume, maxsplit=1)[0]
+
+
+def group_subjects(
+    volumes: Sequence[str], equal_images: Iterable[Iterable[str]] = ()
+) -> dict[str, str]:
+    """The subject of each volume, where equal images are of one subject.
+
+    Subjects that share an image are one, under the name that comes first in order of number, and so
+    are those that are joined by way of others.
+
+    Args:
+      volumes: names.
+      equal_images: groups of volumes with equal images, as in a dataset's metadata; names that are
+        not among `volumes` join subjects all the same.
+    """
+    present = {subject_of(volume) for volume in volumes}
+    joined = {subject: {subject} for subject in present}
+    for group in equal_images:
+        together = {subject_of(volume) for volume in group}
+        together |= set().union(*(joined.get(subject, ()) for subject in together))
+        joined |= dict.fromkeys(together, together)
+    first = {subject: min(joined[subject] & present, key=_order) for subject in present}
+    return {volume: first[subject_of(volume)] for volume in volumes}
+
+
+def equal_images_across(
+    split: Split, equal_images: Iterable[Iterable[str]]
+) -> list[tuple[str, str]]:
+    """Pairs (training volume, validation volume) of a split with equal images, in its order."""
+    groups = [set(group) for group in equal_images]
+    return [
+        (train, validation)
+        for validation in split.validation
+        for train in split.train
+        if any({train, validation} <= group for group in groups)
+    ]
 
 
 def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[list[T], list[T]]]:
@@ -80,6 +118,7 @@ def split_volumes(
     fold: int,
     num_labeled: int | None,
     num_folds: int = NUM_FOLDS,
+    equal_images: Iterable[Iterable[str]] = (),
 ) -> Split:
     """Splits labelled volumes by subject.
 
@@ -89,6 +128,8 @@ def split_volumes(
       fold: number of the fold, from 0.
       num_labeled: M, how many of the fold's training subjects; all of them if None.
       num_folds: the paper has 5.
+      equal_images: groups of volumes that count as one subject, see `group_subjects`. The paper's
+        protocol has none.
 
     Returns:
       The split. Training volumes come subject by subject in the order of the choice.
@@ -98,14 +139,15 @@ def split_volumes(
     """
     if not 0 <= fold < num_folds:
         raise ValueError(f"fold is {fold}; expected 0 to {num_folds - 1}")
-    subjects = sorted({subject_of(volume) for volume in volumes}, key=_order)
+    subject = group_subjects(volumes, equal_images)
+    subjects = sorted(set(subject.values()), key=_order)
     train, validation = folds(subjects, num_folds=num_folds)[fold]
     if num_labeled is not None:
         train = choose_labeled(train, num_labeled)
-    of = {subject: sorted(v for v in volumes if subject_of(v) == subject) for subject in subjects}
+    of = {name: sorted(v for v in volumes if subject[v] == name) for name in subjects}
     return Split(
-        tuple(volume for subject in train for volume in of[subject]),
-        tuple(volume for subject in validation for volume in of[subject]),
+        tuple(volume for name in train for volume in of[name]),
+        tuple(volume for name in validation for volume in of[name]),
     )
 
 

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,8 @@ def _summarize(workdir: Path, best_metric: str) -> None:
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
     print(f"checkpoints:    {workdir / 'checkpoints'} (the newest is of step {rows[-1]['step']})")
     print(f"metrics:        {workdir / METRICS_FILE}")
-    print(f"TensorBoard:    tensorboard --logdir {workdir / TENSORBOARD_DIR}", flush=True)
+    logdir = shlex.quote(str(workdir / TENSORBOARD_DIR))
+    print(f"TensorBoard:    tensorboard --logdir {logdir}", flush=True)
 
 
 class _Run:

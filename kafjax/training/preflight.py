@@ -23,7 +23,7 @@ from kafjax.data.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
-from kafjax.data.splits import Split, split_volumes
+from kafjax.data.splits import PAPER_KINDS, Split, split_volumes
 from kafjax.tasks.base import make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
@@ -102,14 +102,20 @@ def open_run_dataset(config: Any) -> SliceDataset:
 
 
 def split_run(config: Any, dataset: SliceDataset) -> Split:
-    """The volumes to train on and to validate on: those of a fold, or all and none."""
+    """The volumes to train on and to validate on: those of a fold, or all and none.
+
+    Equal images count as one subject, except in the paper's protocol, whose folds are fixed.
+    """
     if "fold" not in config.data:
         return Split(tuple(dataset.volumes), ())
+    metadata = dataset.metadata
+    papers = metadata.get("kind") in PAPER_KINDS
     return split_volumes(
         labelled_volumes(dataset),
         fold=config.data.fold,
         num_labeled=config.data.num_labeled,
         num_folds=config.data.num_folds,
+        equal_images=() if papers else metadata.get("equal_images", ()),
     )
 
 
