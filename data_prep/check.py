@@ -245,8 +245,10 @@ def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
 
 
 def _spread_line(name: str, spread: dict[str, float]) -> str:
-    return _line(name, *(f"{spread[key]:g}" for key in ("min", "median", "max")))
+    """Rounded so that any number fits its column, as small as those of normalised images may be."""
+    texts = [f"{spread[key]:g}" for key in ("min", "median", "max")]
+    return _line(name, *(text if len(text) < 10 else f"{float(text):.3g}" for text in texts))
 
 
 def _line(name: str, *values: object) -> str:
-    return f"{name:<28}" + "".join(f"{value!s:>10}" for value in values)
+    return f"{name:<27}" + "".join(f" {value!s:>9}" for value in values)

@@ -251,7 +251,8 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
         checkpointer.save(0, variables, metrics={}, data={"imported_from": origin})
     dropped = dead_weights(state_dict)
     print("\n  ".join([f"Dropped {len(dropped)} weights that nothing uses:", *dropped]))
-    print(f"Wrote {workdir}; fine-tune from it with --config.init_from={shlex.quote(str(workdir))}")
+    flag = shlex.quote(f"--config.init_from={workdir}")
+    print(f"Wrote {workdir}; fine-tune from it with {flag}")
 
 
 def _run_from_command_line() -> None:

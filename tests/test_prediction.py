@@ -117,7 +117,7 @@ def test_raw_volumes_give_the_numbers_of_the_records(
     facts = {k: v for k, v in dataset.metadata.items() if k != "volumes"}
     read, chosen = set(), 0
     for path in scans:
-        (job,) = prediction_files.list_jobs(path, tmp_path / "out", facts)
+        (job,), _ = prediction_files.list_jobs(path, tmp_path / "out", facts)
         volume = VolumePredictor((), facts).reader.read(job.source)
         views = predict.prepare_views(reader.prepare(volume), facts)
         records = dataset.volumes[volume.id]

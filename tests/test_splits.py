@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from sklearn.model_selection import KFold
 
-from kafjax.data.splits import choose_labeled, folds, split_volumes, subject_of
+from kafjax.data.splits import (
+    Split,
+    choose_labeled,
+    equal_images_across,
+    folds,
+    group_subjects,
+    split_volumes,
+    subject_of,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
 
@@ -61,6 +69,81 @@ def test_every_volume_is_validated_once_and_never_trained_on_there() -> None:
     for split in splits:
         assert set(split.train) | set(split.validation) == set(volumes)
         assert not {*map(subject_of, split.train)} & {*map(subject_of, split.validation)}
+
+
+@pytest.mark.parametrize(
+    ("volume", "subject"),
+    [
+        ("patient001_frame12", "patient001"),
+        ("a_frame1_frame2", "a"),
+        ("p1_frame01_ed", "p1"),
+        ("case_frameless_3", "case_frameless_3"),
+        ("case_frame", "case_frame"),
+        ("case_frame_1", "case_frame_1"),
+        ("_frame1", "_frame1"),
+        ("ct_1001", "ct_1001"),
+    ],
+)
+def test_a_subject_ends_at_frame_and_a_number(volume: str, subject: str) -> None:
+    assert subject_of(volume) == subject
+
+
+def test_equal_images_join_subjects_by_way_of_others_too() -> None:
+    volumes = ["p1_frame1", "p1_frame2", "p2_frame1", "p3_frame1", "p4", "p5"]
+    equal = [
+        ["p2_frame1", "p1_frame2"],
+        ["p3_frame1", "unlabelled_0"],
+        ["unlabelled_0", "p2_frame2"],
+    ]
+    found = group_subjects(volumes, equal)
+    assert found == dict(zip(volumes, ["p1", "p1", "p1", "p1", "p4", "p5"], strict=True))
+    assert group_subjects(volumes)["p3_frame1"] == "p3"
+
+
+def test_equal_images_stay_on_one_side_and_only_where_they_are_given() -> None:
+    volumes = [f"case_{i}" for i in range(12)]
+    equal = [["case_2", "case_9"], ["case_4", "case_5", "case_11"]]
+    crossed = 0
+    for fold in range(5):
+        split = split_volumes(
+            volumes, fold=fold, num_labeled=None, subject=group_subjects(volumes, equal)
+        )
+        assert sorted((*split.train, *split.validation)) == sorted(volumes)
+        assert equal_images_across(split, equal) == []
+        crossed += len(
+            equal_images_across(split_volumes(volumes, fold=fold, num_labeled=None), equal)
+        )
+    assert crossed > 0
+    # M counts a group once.
+    for num_labeled in range(1, 5):
+        split = split_volumes(
+            volumes, fold=0, num_labeled=num_labeled, subject=group_subjects(volumes, equal)
+        )
+        assert (
+            len({group_subjects(volumes, equal)[volume] for volume in split.train}) == num_labeled
+        )
+
+
+def test_pairs_on_both_sides_are_found_in_the_papers_folds() -> None:
+    volumes = [f"patient{n:03}_frame{f:02}" for n in range(1, 101) for f in (1, 12)]
+    equal = [
+        ["patient074_frame01", "patient076_frame01"],
+        ["patient074_frame12", "patient076_frame12"],
+    ]
+    across = []
+    for fold in range(5):
+        split = split_volumes(volumes, fold=fold, num_labeled=None)
+        numbers = {n for n in (74, 76) if f"patient{n:03}_frame01" in split.validation}
+        pairs = equal_images_across(split, equal)
+        assert len(pairs) == (2 if len(numbers) == 1 else 0)
+        across += pairs
+    assert {name[:10] for pair in across for name in pair} in (set(), {"patient074", "patient076"})
+    by_hand = Split(("a", "b"), ("c", "d"))
+    assert equal_images_across(by_hand, [["c", "a"], ["b", "d", "a"]]) == [
+        ("a", "c"),
+        ("a", "d"),
+        ("b", "d"),
+    ]
 
 
 def test_impossible_splits_are_refused() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import tqdm
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.data.splits import equal_images_across
 from kafjax.files import write_checked, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
@@ -133,6 +134,10 @@ def evaluate_run(
         "checkpoint": how,
         "split": split,
         "run": describe_run(folder, config),
+        # Training and validation volumes that are one scan: the paper's folds of ACDC have such.
+        "equal_images": equal_images_across(
+            recorded.names, dataset.metadata.get("equal_images", ())
+        ),
         **summarize(counts, metrics, dataset.classes[1:]),
         "seconds": seconds,
         "environment": describe_environment(),
@@ -143,6 +148,8 @@ def evaluate_run(
     print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes")
     print(f"checkpoint: {how}, step {predictor.step}\n")
     print(format_table(results))
+    for trained, validated in results["equal_images"]:
+        print(f"\n{validated}, validated on, has the image of {trained}, trained on.")
     if later := describe_later(recorded, dataset):
         print(f"\n{later}")
     return results

@@ -13,6 +13,7 @@ Names of workdirs tell what was run, so that rows and tables with a run in commo
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -363,7 +364,7 @@ def _are_complete(config: Any, root: Path, runs: list[Run]) -> bool:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(Path(data_dir).glob(f"{name}/*/dataset_info.json"))
+    return any(Path(os.path.expanduser(data_dir)).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache

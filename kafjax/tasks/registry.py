@@ -9,6 +9,7 @@ from kafjax.data.input_pipeline import (
     pretraining_batches,
     segmentation_batches,
 )
+from kafjax.registry import Registry
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
@@ -32,8 +33,12 @@ class Kind(NamedTuple):
     frozen: tuple[str, ...] = ()
 
 
-TASKS = {
-    "pretrain": Kind(Pretraining, pretraining_batches, make_pair),
-    "local_contrast": Kind(LocalContrast, pretraining_batches, make_pair, frozen=("encoder",)),
-    "segment": Kind(Segmentation, segmentation_batches, make_labelled, "validation_dice", "max"),
-}
+TASKS = Registry(
+    {
+        "pretrain": Kind(Pretraining, pretraining_batches, make_pair),
+        "local_contrast": Kind(LocalContrast, pretraining_batches, make_pair, frozen=("encoder",)),
+        "segment": Kind(
+            Segmentation, segmentation_batches, make_labelled, "validation_dice", "max"
+        ),
+    }
+)

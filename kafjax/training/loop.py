@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -145,7 +146,9 @@ def _summarize(workdir: Workdir, best_metric: str) -> None:
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
     print(f"checkpoints:    {workdir.checkpoints} (the newest is of step {rows[-1]['step']})")
     print(f"metrics:        {workdir.metrics_file}")
-    print(f"TensorBoard:    tensorboard --logdir {workdir.tensorboard}", flush=True)
+    print(
+        f"TensorBoard:    tensorboard --logdir {shlex.quote(str(workdir.tensorboard))}", flush=True
+    )
 
 
 class _Run:

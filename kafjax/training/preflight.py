@@ -23,7 +23,14 @@ from kafjax.data.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
-from kafjax.data.splits import Split, read_splits_file, split_by_names, split_volumes
+from kafjax.data.splits import (
+    PAPER_KINDS,
+    Split,
+    group_subjects,
+    read_splits_file,
+    split_by_names,
+    split_volumes,
+)
 from kafjax.tasks.base import make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
@@ -136,24 +143,26 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
 
     All and none in pretraining. Of the labelled volumes: those that `validation` names or a fold of
     `splits_file` (nnU-Net's splits_final.json) has, those of a fold of the paper's kind, or none to
-    validate on where `fold` is None. `num_labeled` subjects are chosen of the others.
+    validate on where `fold` is None. `num_labeled` subjects are chosen of the others. Equal images
+    count as one subject, except in the paper's protocol, whose folds are fixed.
     """
-    data = config.data
+    data, metadata = config.data, dataset.metadata
     if "fold" not in data:
         return Split(tuple(dataset.volumes), ())
     volumes = labelled_volumes(dataset)
+    equal_images = () if metadata.get("kind") in PAPER_KINDS else metadata.get("equal_images", ())
+    common = {
+        "num_labeled": data.num_labeled,
+        "subject": group_subjects(volumes, equal_images, metadata.get("subjects")),
+    }
     if data.get("validation"):
-        return split_by_names(volumes, validation=data.validation, num_labeled=data.num_labeled)
+        return split_by_names(volumes, validation=data.validation, **common)
     if data.get("splits_file"):
         train, validation = read_splits_file(data.splits_file, data.fold)
-        return split_by_names(
-            volumes, train=train, validation=validation, num_labeled=data.num_labeled
-        )
+        return split_by_names(volumes, train=train, validation=validation, **common)
     if data.fold is None:
-        return split_by_names(volumes, num_labeled=data.num_labeled)
-    return split_volumes(
-        volumes, fold=data.fold, num_labeled=data.num_labeled, num_folds=data.num_folds
-    )
+        return split_by_names(volumes, **common)
+    return split_volumes(volumes, fold=data.fold, num_folds=data.num_folds, **common)
 
 
 def check_devices(config: Any) -> str:
