@@ -14,12 +14,8 @@ from kafjax.augment import KEYPOINT_MODES, AugmentConfig
 from kafjax.files import flatten
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE
 from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, PRETRAINING_HEADS
+from kafjax.tasks.registry import TASKS
 
-TASK_HEADS = {
-    "pretrain": "pretraining",
-    "local_contrast": "local_contrast",
-    "segment": "segmentation",
-}
 OPTIMIZERS = ("sgd", "adam")
 _MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
 _MAX_CLASSES = 256
@@ -82,7 +78,7 @@ _NAMES = Rule(
 )
 
 _COMMON = {
-    "task": _choice(TASK_HEADS),
+    "task": _choice(TASKS),
     "seed": _integer(0, 2**32 - 1),
     "batch_size": _integer(1),
     "num_microbatches": _integer(1),
