@@ -217,6 +217,8 @@ def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[li
     try:
         folds_there = json.loads(place.read_bytes())
         sides = [(list(map(str, f["train"])), list(map(str, f["val"]))) for f in folds_there]
+        if not sides:
+            raise ValueError("no fold")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"config.data.splits_file is {os.fspath(path)!r}, expected nnU-Net's splits_final.json:"

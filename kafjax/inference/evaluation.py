@@ -128,7 +128,10 @@ def evaluate_run(
     if not volumes:
         raise ValueError(f"{workdir}: the run has no {split} volume; expected --split train")
     counts, metrics, seconds = evaluate(predictor, dataset, volumes)
-    selected, how = folder.select_step(step)
+    found, how = folder.select_step(step)
+    selected, usual = folder.select_step()
+    if is_selected := step is None or found == selected:
+        how = usual
     results = {
         "step": predictor.step,
         "checkpoint": how,
@@ -142,8 +145,7 @@ def evaluate_run(
         "seconds": seconds,
         "environment": describe_environment(),
     }
-    is_default = step is None or selected == folder.select_step()[0]
-    path = folder.scores_file(split, None if is_default else predictor.step)
+    path = folder.scores_file(split, None if is_selected else predictor.step)
     write_results(results, path.with_suffix(""))
     print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes")
     print(f"checkpoint: {how}, step {predictor.step}\n")
