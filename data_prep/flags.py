@@ -95,6 +95,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         help="only read RAW: all its faults, what is in it, and which K and patch would suit it",
     )
     add(
+        "--strict",
+        action="store_true",
+        help="refuse what otherwise is a note: equal images, other planes, entries without use",
+    )
+    add(
         "--json",
         type=path_argument,
         metavar="FILE",

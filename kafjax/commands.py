@@ -1,6 +1,5 @@
 """What the commands share: one line for a user's mistake, and exit statuses."""
 
-import io
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from kafjax.errors import (
     missing_extra,
     out_of_memory,
 )
+from kafjax.files import show_any_name
 from kafjax.paths import expand, split_list
 from kafjax.xla import set_up_xla
 
@@ -57,6 +57,7 @@ class _Parser(flags.ArgumentParser):
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags for `absl.app.run`; mistakes end the program with a line each and status 2."""
+    show_any_name()
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -86,8 +87,6 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     A returned signal number is 128 + number. Anything else is a fault of ours: a traceback, and
     status 70.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of paths that are not UTF-8
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
         logging.get_absl_handler().setLevel("WARNING")
     try:

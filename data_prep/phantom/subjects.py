@@ -75,7 +75,7 @@ def _claim(out_dir: Path, recipe: dict[str, object], overwrite: bool) -> None:
     note, volumes = out_dir / "phantom.json", sorted(out_dir.glob("*.nii*"))
     if note.exists():
         try:
-            found = json.loads(note.read_text())
+            found = json.loads(note.read_bytes())
         except ValueError as error:
             raise UserError(f"{note}: damaged ({error}); choose another folder") from None
         if found == recipe:

@@ -17,8 +17,7 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.errors import UserError
-from kafjax.paths import expand
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 
 Variables = dict[str, Any]
 
@@ -107,7 +106,7 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(the variant :scratch starts without one, as in --config chd_finetune:scratch)"
         )
-    there = read_config(expand(workdir))
+    there = Workdir(workdir).read_config()
     differing = [
         f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
         for part, fields in FACTS.items()
@@ -137,9 +136,8 @@ def start_from(
       ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
     """
     check_facts_alike(workdir, config)
-    place = expand(workdir)
-    is_local = _look_up(read_config(place), "model", "head") == "local_contrast"
-    return transfer_encoder(variables, load_variables(place), with_decoder=is_local)
+    is_local = _look_up(Workdir(workdir).read_config(), "model", "head") == "local_contrast"
+    return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
 
 
 def _module(name: str) -> str:

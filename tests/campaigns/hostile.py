@@ -216,7 +216,7 @@ def _linked_step(place: _Place) -> object:
             checkpointer.save(number, state, metrics={"loss": 0.1}, data={"step": number})
     refused = restored[1] == {"step": 2}
     if refused:
-        raise ValueError("the linked step was not believed")
+        raise UserError("the linked step was not believed")
     return restored
 
 
