@@ -26,13 +26,15 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """
     if _URL.match(os.fspath(path)):
         raise UserError(f"{path}: a URL; expected the path of a file or folder of this machine")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
         raise UserError(
             f"{path}: that user's home is not known; expected another path (a folder of that very "
             f"name is ./{path})"
-        ) from None
+        )
+    # ./~ is a folder of that name, which pathlib would write as ~.
+    found = Path(text)
+    return found.absolute() if str(found).startswith("~") else found
 
 
 def path_argument(text: str) -> Path:

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from kafjax.training.config_checks import check_fields
-from tests.campaigns import checkpoints, datasets, degenerate, disks, hostile, runs, shards, volumes
+from tests.campaigns import (
+    checkpoints,
+    datasets,
+    degenerate,
+    disks,
+    hostile,
+    paths,
+    runs,
+    shards,
+    volumes,
+)
 from tests.campaigns.campaign import Settings, Tally, as_json, as_markdown
 from tests.campaigns.configs import _LINE, change_fields
 from tests.campaigns.damage import DAMAGES
@@ -31,6 +41,11 @@ def assert_held(tallies: list[Tally]) -> None:
 )
 def test_a_sample_of_the_campaign_holds(campaign, tmp_path):
     assert_held(list(campaign(settings(tmp_path, 12))))
+
+
+def test_a_study_in_a_folder_of_all_odd_characters_holds(tmp_path):
+    """Preparation, training, evaluation, resuming, prediction and report; and what is refused."""
+    assert_held(list(paths.run(settings(tmp_path, 1))))
 
 
 def test_a_run_and_a_preparation_that_are_killed_hold(tmp_path):

@@ -23,7 +23,6 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from kafjax.checkpoint.files import (
@@ -42,6 +41,7 @@ from kafjax.checkpoint.files import (
 )
 from kafjax.errors import UserError
 from kafjax.paths import plain
+from kafjax.processes import gather, together
 
 __all__ = [
     "Checkpointer",
@@ -123,7 +123,8 @@ class Checkpointer:
             saved = self._manager.save(step, args=args, metrics=best)
             if saved and not self._read_back:
                 self._manager.wait_until_finished()
-                read_state(self._workdir / STEPS / str(step), arrays)
+                with together():
+                    read_state(self._workdir / STEPS / str(step), arrays)
                 self._read_back = True
             return saved
 
@@ -132,21 +133,25 @@ class Checkpointer:
 
         `template` has the state's structure with arrays or `jax.ShapeDtypeStruct` leaves; the
         state's leaves are NumPy arrays. Newer checkpoints that are damaged are named in a warning
-        and moved aside. Raises `ValueError` listing all differences in tree, shape and dtype, or if
-        every checkpoint is damaged.
+        and moved aside. Raises `UserError` listing all differences in tree, shape and dtype, or if
+        every checkpoint is damaged; on all processes, if one of them cannot read what others can.
         """
         self.wait()
 
         def read(step: int) -> tuple[PyTree, dict[str, Any]]:
             return read_state(self._workdir / STEPS / str(step), template)
 
-        found = newest_good(self._workdir, read)
-        step = -1 if found is None else found[0]
-        if jax.process_count() > 1:
-            step = int(np.min(multihost_utils.process_allgather(np.int32(step))))
-        if found is None or step < 0:
+        with together():
+            found = newest_good(self._workdir, read)
+        steps = gather("" if found is None else str(found[0]))
+        if found is None or not all(steps):
+            if any(steps):  # never a fresh start where another process sees what was learnt
+                told = ", ".join(f"process {i} {s or 'none'}" for i, s in enumerate(steps))
+                raise UserError(f"{self._workdir}: not all processes find a checkpoint: {told}")
             return None
-        state, meta = found[1] if step == found[0] else read(step)
+        step = min(map(int, steps))
+        with together():
+            state, meta = found[1] if step == found[0] else read(step)
         self._move_aside(step)
         return state, meta["data"]
 

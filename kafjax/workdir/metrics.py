@@ -113,6 +113,7 @@ class MetricWriter:
             return
         self._file.write(json.dumps({"step": step, **metrics, "time": dict(time)}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # before a checkpoint that follows
         for name, value in {**metrics, **{f"time/{n}": v for n, v in time.items()}}.items():
             self._board.add_scalar(name, value, step)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
