@@ -1,5 +1,6 @@
 """What the commands share: one line for a user's mistake, and exit statuses."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from kafjax.config_files import unknown_fields
 from kafjax.errors import (
     FAULT,
     MISTAKE,
+    TRY_AGAIN,
     UserError,
     describe_fault,
+    lost_process,
     missing_extra,
     out_of_memory,
 )
@@ -84,7 +87,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
 
     A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
     it came from. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
-    A returned signal number is 128 + number. Anything else is a fault of ours: a traceback, and
+    A returned signal number is 128 + number. A process of several whose run has lost another ends
+    with status 75. Anything else is a fault of ours: a traceback, and
     status 70.
     """
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
@@ -99,6 +103,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:
+        if lost := lost_process(error):
+            _end_alone(lost)
         if advice := _advice(error):
             fail(advice, MISTAKE)
         print(describe_fault(error), file=sys.stderr, flush=True)
@@ -106,6 +112,13 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
     if received:
         print("Stopped by a signal; run the same command again to go on.", flush=True)
         sys.exit(128 + received)
+
+
+def _end_alone(message: str) -> NoReturn:
+    """Ends a process without JAX's wait for the others, of which one is gone."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(TRY_AGAIN)
 
 
 def _advice(error: Exception) -> str:

@@ -13,6 +13,9 @@ import kafjax
 # Exit statuses of commands; docs/recipes.md says which of them to retry.
 MISTAKE = 2
 FAULT = 70  # EX_SOFTWARE of sysexits.h
+TRY_AGAIN = 75  # EX_TEMPFAIL
+# What XLA reports of a process that is gone, or of the network to it.
+_LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL")
 # Modules that only some commands need, and the extra of setup.cfg that has them.
 _EXTRAS = {"cv2": "data", "nibabel": "data", "torch": "torch"}
 
@@ -44,6 +47,14 @@ def require_extra(extra: str) -> None:
         except ModuleNotFoundError as error:
             print(f"error: {missing_extra(error) or error}", file=sys.stderr)
             sys.exit(MISTAKE)
+
+
+def lost_process(error: BaseException) -> str:
+    """What to do where another process of the run is gone, or the network to it; else nothing."""
+    if type(error).__name__ != "JaxRuntimeError" or not any(word in str(error) for word in _LOST):
+        return ""
+    reason = " ".join(str(error).split())[:200]
+    return f"another process of the run has ended; start all with the same command again ({reason})"
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -39,7 +39,7 @@ from kafjax.checkpoint.files import (
     scores,
     steps_in,
 )
-from kafjax.errors import UserError
+from kafjax.errors import UserError, lost_process
 from kafjax.paths import plain
 from kafjax.processes import gather, together
 
@@ -186,6 +186,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
+            if lost_process(error):
+                raise
             reason = " ".join(str(error).split())
             reason = reason.replace(str(plain(self._workdir)), str(self._workdir))[:400]
             raise SaveError(
