@@ -12,7 +12,7 @@ import numpy as np
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset
-from kafjax.training.preflight import split_run
+from kafjax.training.preflight import complete_config, split_run
 from kafjax.workdir.split import describe_split, write_split
 from kafjax.workdir.workdir import Workdir
 
@@ -73,6 +73,8 @@ def write_run(
 ) -> None:
     """A workdir as a run leaves it: its config, a checkpoint, and its split of a dataset if any."""
     folder = Workdir(workdir)
+    if dataset is not None:
+        config = complete_config(config, dataset)
     folder.write_config(config.to_dict())
     if dataset is not None:
         write_split(folder, describe_split(split_run(config, dataset), dataset))

@@ -293,6 +293,8 @@ def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
             {
                 "model.filters": 4,
                 "model.num_attention_layers": 2,
+                "model.num_classes": 8,
+                "data.max_keypoints": 64,
                 "data.dir": str(phantom_dataset.parents[1]),
                 "data.patch_size": (48, 48),
                 "batch_size": 8,

@@ -20,7 +20,8 @@ SIZES = [(16, 16), (9, 20), (40, 33), (16, 17), (3, 3)]
 
 def tiny_config(**overrides: Any) -> Any:
     config = phantom_finetune.get_config()
-    tiny = {"model.name": "unet", "model.filters": 4, "data.patch_size": (16, 16), "batch_size": 4}
+    tiny = {"model.name": "unet", "model.filters": 4, "model.num_classes": 8}
+    tiny |= {"data.patch_size": (16, 16), "batch_size": 4}
     config.update_from_flattened_dict({**tiny, **overrides})
     return config
 
@@ -80,7 +81,7 @@ def test_probabilities_are_the_networks_softmax() -> None:
     views = [random_view((16, 16), seed=i) for i in range(3)]
     found = np.stack(list(Predictor(config, variables, batch_size=2).probabilities(views)))
     inputs = [np.stack(field) for field in zip(*views, strict=True)]
-    logits = build_model(config.model).apply(variables, *inputs, train=False)
+    logits = build_model(config.model, head="segmentation").apply(variables, *inputs, train=False)
     np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
 

@@ -300,7 +300,9 @@ def test_samples_are_image_reference_and_predictions(
     phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = phantom_scratch.get_config()
-    workdir = write_run(tmp_path / "run", config, **{"data.dir": str(tmp_path / "gone")})
+    workdir = write_run(
+        tmp_path / "run", config, **{"data.dir": str(tmp_path / "gone"), "data.max_keypoints": 64}
+    )
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     worst, middle, best = list(dataset.volumes)[:3]
     write_evaluation(workdir, {worst: 0.1, middle: 0.5, best: 0.9})

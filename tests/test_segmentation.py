@@ -71,7 +71,7 @@ def test_loss_is_cross_entropy_and_dice_of_the_batch_statistics(task, variables)
     config = phantom_finetune.get_config()
     config.update_from_flattened_dict(TINY)
     inputs = (batch[field] for field in ("image", "keypoints", "keypoint_mask"))
-    logits, updated = build_model(config.model).apply(
+    logits, updated = build_model(config.model, head="segmentation").apply(
         variables, *inputs, train=True, mutable=["batch_stats"]
     )
     logits = np.asarray(logits, np.float64)

@@ -36,6 +36,7 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
             "data.num_folds": 2,
             "model.name": "unet",
             "model.filters": 4,
+            "model.num_classes": 8,
             "every.log": 100,
             "every.picture": 0,
             "every.checkpoint": 100,

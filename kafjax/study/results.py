@@ -22,6 +22,7 @@ from kafjax.files import write_text
 from kafjax.study.cross_validation import Run, collect_results, mean_and_std, tabulate
 from kafjax.study.plan import Experiment, Row
 from kafjax.training.describe import count_parameters
+from kafjax.training.preflight import with_classes
 
 _PLOTS = (".png", ".svg")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -301,7 +302,7 @@ def _count_parameters(experiment: Experiment) -> dict[str, int]:
     counts: dict[str, int] = {}
     for row in experiment.table.rows:
         if row.model not in counts:
-            config = experiment.segmentation(row, experiment.seeds[0]).config()
+            config = with_classes(experiment.segmentation(row, experiment.seeds[0]).config())
             counts[row.model] = sum(count_parameters(config).values())
     return {row.name: counts[row.model] for row in experiment.table.rows}
 

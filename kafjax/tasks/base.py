@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from kafjax.data.splits import Split
 
 
+# The head of each task's network.
+HEADS_OF_TASKS = {
+    "pretrain": "pretraining",
+    "local_contrast": "local_contrast",
+    "segment": "segmentation",
+}
+
+
 def sample_keys(batch: dict[str, jax.Array]) -> jax.Array:
     """A random key for each sample, [b], which the run's seed and the sample's number decide.
 
@@ -46,15 +54,16 @@ def make_model(config: Any, axis_name: str | None) -> nn.Module:
     are those whose loss has a weight.
     """
     axis_name = axis_name if config.sync_batch_norm else None
-    if config.model.head != "pretraining":
-        return build_model(config.model, axis_name=axis_name)
+    head = HEADS_OF_TASKS[config.task]
+    if head != "pretraining":
+        return build_model(config.model, head=head, axis_name=axis_name)
     heads = tuple(name for name, weight in config.loss.weights.items() if weight)
-    return build_model(config.model, axis_name=axis_name, heads=heads)
+    return build_model(config.model, head=head, axis_name=axis_name, heads=heads)
 
 
 def network_shapes(config: Any) -> dict[str, Any]:
     """Shapes and types of the variables of the run's network (`variable_shapes`)."""
-    return variable_shapes(make_model(config, None), *example_inputs(config.model.head))
+    return variable_shapes(make_model(config, None), *example_inputs(HEADS_OF_TASKS[config.task]))
 
 
 def apply_training(
@@ -173,7 +182,7 @@ class Task(abc.ABC):
 
     def init(self) -> dict[str, Any]:
         """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        inputs = example_inputs(self._config.model.head)
+        inputs = example_inputs(HEADS_OF_TASKS[self._config.task])
         return init_variables(self._model, self._config.seed, *inputs)
 
     def apply(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:

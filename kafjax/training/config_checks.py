@@ -14,6 +14,7 @@ from kafjax.augment import KEYPOINT_MODES, AugmentConfig
 from kafjax.files import flatten
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE
 from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, PRETRAINING_HEADS
+from kafjax.tasks.base import HEADS_OF_TASKS
 from kafjax.tasks.registry import TASKS
 
 OPTIMIZERS = ("sgd", "adam")
@@ -106,7 +107,6 @@ _COMMON = {
 }
 _OF_TASK = {
     "pretrain": {
-        "model.head": _choice(("pretraining",)),
         "model.embedding": _integer(1),
         "model.num_matcher_layers": _integer(1),
         "model.num_sinkhorn_iterations": _integer(1),
@@ -116,14 +116,12 @@ _OF_TASK = {
         **{f"loss.weights.{name}": _number(0) for name in PRETRAINING_HEADS},
     },
     "local_contrast": {
-        "model.head": _choice(("local_contrast",)),
         "model.embedding": _integer(1),
         "model.num_decoder_blocks": _integer(1, 3),
         "loss.temperature": _POSITIVE,
         "init_from": _or_none(_TEXT),
     },
     "segment": {
-        "model.head": _choice(("segmentation",)),
         "data.fold": _or_none(_integer(0)),
         "data.num_folds": _integer(2),
         "data.num_labeled": _or_none(_integer(1)),
@@ -176,7 +174,8 @@ def check_fields(config: Any) -> None:
         needed["augment"] = Rule("none", lambda value: value is None)
     else:
         needed |= _AUGMENT
-    known = {**_OPTIONAL[task], **needed}
+    head = {"model.head": _choice((HEADS_OF_TASKS[task],))}
+    known = {**_OPTIONAL[task], **head, **needed}
     faults = [_line(path, fields, rule) for path, rule in needed.items() if path not in fields]
     faults += [
         _line(path, fields, known[path]) if path in known else _unknown(path, task, known)

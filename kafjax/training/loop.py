@@ -42,7 +42,7 @@ from kafjax.training.step import (
     step_inputs,
     to_host,
 )
-from kafjax.training.transfer import check_facts_alike, start_from
+from kafjax.training.transfer import check_architecture, start_from
 from kafjax.training.validation import Validation
 from kafjax.workdir.environment import write_environment
 from kafjax.workdir.metrics import (
@@ -124,7 +124,7 @@ class _Run(NamedTuple):
 
 def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split) -> _Run:
     if "init_from" in config and not workdir.checkpoints.exists():
-        check_facts_alike(config.init_from, config)
+        check_architecture(config.init_from, config)
     task = TASKS[config.task](config, axis_name=AXIS_NAME)
     epoch = steps_per_epoch(dataset, config.batch_size, split.train)
     schedule_steps = config.num_epochs * epoch
