@@ -55,9 +55,9 @@ def complete(line: str) -> list[str]:
     return sorted(word for word in _candidates(before, current) if word.startswith(current))
 
 
-def flags_of(command: str) -> set[str]:
-    """The flags that a command defines, without dashes; those of absl itself are not among them."""
-    source = find_source(command)
+def flags_of(module: str) -> set[str]:
+    """The flags that `python -m MODULE` takes, without dashes and without absl's own."""
+    source = find_source(module)
     sources = [source, *source.parent.glob("flags.py")]
     return {name for path in sources for name in _flags(ast.parse(path.read_bytes()))}
 
@@ -75,7 +75,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterator[str]:
         if len(before) == 1:
             yield from _PARTS.get(before[0], ())
         if current.startswith("-"):
-            yield from (f"--{name}" for name in (*flags_of(before[0]), "help"))
+            yield from (f"--{name}" for name in (*flags_of(COMMANDS[before[0]].module), "help"))
 
 
 def _values(flag: str, text: str) -> Iterator[str]:
