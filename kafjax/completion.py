@@ -37,7 +37,6 @@ _kafjax() {
 compdef _kafjax kafjax
 """,
 }
-_FLAG = r"(--)?[a-z]\w*"
 _NAMES = {"--config": CONFIGS, "--table": TABLES}
 # What follows a command without dashes.
 _PARTS = {"completion": list(_SCRIPTS), "figures": ["keypoints", "similarity", "segmentation"]}
@@ -92,14 +91,13 @@ def _flags(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        first, name = node.args[0], ast.unparse(node.func)
-        if name.endswith("define_config"):
+        function, first = ast.unparse(node.func), getattr(node.args[0], "value", None)
+        if function.endswith("define_config"):
             yield "config"
-        if not (isinstance(first, ast.Constant) and re.fullmatch(_FLAG, str(first.value))):
-            continue
         # A name, a default and a help are a flag's, whatever the function is called there.
-        if "DEFINE_" in name or first.value.startswith("--") or len(node.args) == 3:
-            yield first.value.removeprefix("--")
+        is_flag = "DEFINE_" in function or len(node.args) == 3 or str(first).startswith("--")
+        if is_flag and isinstance(first, str) and re.fullmatch(r"(--)?[a-z]\w*", first):
+            yield first.removeprefix("--")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ from tests.runs import command_environment
         ("kafjax experiment --table ", shipped_names(TABLES)),
         ("kafjax train --workdir ", []),  # the shell then offers files
         ("kafjax train --config 'chd", []),
-        ("kafjax trian --", []),
+        ("kafjax trai --", []),
     ],
 )
 def test_words_at_the_cursor(line: str, words: list[str]) -> None:
