@@ -29,7 +29,9 @@ def _run_from_command_line() -> None:
         "mirror": flags.DEFINE_bool(
             "mirror", False, "Average over mirrored slices; four times the work."
         ),
-        "step": flags.DEFINE_integer("step", None, "Checkpoint. Default: the best by validation."),
+        "step": flags.DEFINE_string(
+            "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
+        ),
         "data_dir": flags.DEFINE_string(
             "data_dir", None, "Where the runs' dataset is, for workdirs without preparation.json."
         ),

@@ -236,20 +236,23 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
       ValueError: the file does not fit `config.model`, or the workdir holds a run already. Nothing
         is written then.
     """
-    from kafjax.checkpoint.checkpointer import Checkpointer  # Orbax is needed for nothing else here
+    # Orbax is needed for nothing else here.
+    from kafjax.checkpoint.checkpointer import Checkpointer
+    from kafjax.workdir.workdir import Workdir
 
     state_dict = read_state_dict(source)
     variables = import_state_dict(state_dict, config.model)
-    if (workdir / "checkpoints").exists():
+    folder = Workdir(workdir)
+    if folder.checkpoints.exists():
         raise ValueError(f"{workdir}: holds checkpoints already, expected a new --output folder")
     origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
+    folder.write_config(config.to_dict())
+    with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(0, variables, metrics={}, data={"imported_from": origin})
     dropped = dead_weights(state_dict)
     print("\n  ".join([f"Dropped {len(dropped)} weights that nothing uses:", *dropped]))
-    print(f"Wrote {workdir}; fine-tune from it with --config.init_from={shlex.quote(str(workdir))}")
+    flag = shlex.quote(f"--config.init_from={workdir}")
+    print(f"Wrote {workdir}; fine-tune from it with {flag}")
 
 
 def _run_from_command_line() -> None:

@@ -22,7 +22,7 @@ def test_config_builds(name: str) -> None:
     module = importlib.import_module(f"kafjax.configs.{name}")
     config = module.get_config()
     assert re.search(rf"--config (configs/)?{name}\b", module.__doc__)
-    TASKS[config.task].task(config)
+    TASKS[config.task](config)
     make_optimizer(config.optimizer)
     assert sum(count_parameters(config).values()) > 1e5
     assert all(size % 16 == 0 for size in config.data.patch_size)

@@ -90,6 +90,6 @@ def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
             check_resumable(folder)
-    with Checkpointer(tmp_path, keep_newest=1, best_metric=None, config={}) as checkpointer:
+    with Checkpointer(tmp_path, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(3, {"w": np.zeros(2)}, metrics={}, data={})
     check_resumable(tmp_path)

@@ -9,12 +9,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.transfer import check_facts_alike, start_from, transfer_encoder
+from tests.runs import write_run
 
 TINY = {"model.filters": 4, "model.num_attention_layers": 2}
 
@@ -42,13 +42,6 @@ def pretrained() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
     return Segmentation(tiny(phantom_finetune)).init()
-
-
-def write_run(workdir: Path, config: Any, variables: dict[str, Any]) -> None:
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
-        checkpointer.save(3, variables, metrics={}, data={})
 
 
 def test_encoder_and_its_statistics_are_taken_and_the_decoder_is_not(pretrained, fresh) -> None:

@@ -6,6 +6,7 @@ Neither TensorFlow nor any code that a dataset's files name is imported.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shlex
@@ -24,13 +25,14 @@ class RecordError(ValueError):
 
 
 def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
-    """The directory of the newest prepared version of DATA_DIR/NAME.
+    """The directory of the newest prepared version of DATA_DIR/NAME; `~` is a home folder.
 
     Raises `ValueError` with the command that prepares the dataset where there is none.
     """
+    data_dir = os.path.expanduser(data_dir)
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        for path in Path(data_dir).glob(f"{glob.escape(name)}/*/dataset_info.json")
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
@@ -84,7 +86,7 @@ def naming_dataset(directory: Path) -> Iterator[None]:
 
 def _check_features(path: Path) -> None:
     """Raises `ValueError` for features that are not tfds' own."""
-    names = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
+    names = set(_class_names(json.loads(path.read_bytes())))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
         raise ValueError(f"features.json names {', '.join(foreign)}")
 

@@ -11,7 +11,7 @@ from absl.flags import argparse_flags
 from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
 from kafjax.figures import choice
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
 
 
@@ -172,7 +172,7 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
 
 
 def _dataset_of_runs(arguments: argparse.Namespace) -> Any:
-    data = read_config(arguments.workdir[0])["data"]
+    data = Workdir(arguments.workdir[0]).read_config()["data"]
     return choice.open_only_dataset(Path(arguments.data_dir or data["dir"]), data["name"])
 
 

@@ -13,21 +13,24 @@ Names of workdirs tell what was run, so that rows and tables with a run in commo
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kafjax.checkpoint.checkpointer import check_config, saved_steps
+from kafjax.checkpoint.checkpointer import saved_steps
 from kafjax.config_files import load_config
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
+from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
 from kafjax.study.cross_validation import Run, has_trained, is_complete, plan_runs, run_config
 from kafjax.study.jobs import Job
-from kafjax.training.config_checks import check_fields, flatten
+from kafjax.training.config_checks import check_fields
 from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.workdir import Workdir
 
 SCRATCH = "none"
 # Where a method goes on from the encoder of another.
@@ -254,7 +257,7 @@ class Experiment(NamedTuple):
             needs = (_pretraining_name(stage, seed),)
         command, workdir = self.pretraining(row, seed), self._pretraining_dir(row, seed)
         config = command.config()
-        check_config(workdir, config.to_dict())
+        Workdir(workdir).check_config(config.to_dict())
         subjects, slices = self._size()
         steps = config.num_epochs * int(subjects * slices // config.batch_size)
         arguments = ("-m", "kafjax.main", *command.arguments(), "--workdir", str(workdir))
@@ -273,7 +276,7 @@ class Experiment(NamedTuple):
         config = command.config()
         runs = plan_runs(config, num_labeled=self.num_labeled, folds=self.folds, seeds=[seed])
         for run in runs:
-            check_config(root / run.name, run_config(config, run).to_dict())
+            Workdir(root / run.name).check_config(run_config(config, run).to_dict())
         needs = self._prepared()
         if row.pretraining != SCRATCH:
             needs = (_pretraining_name(row, seed),)
@@ -361,7 +364,7 @@ def _are_complete(config: Any, root: Path, runs: list[Run]) -> bool:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(Path(data_dir).glob(f"{name}/*/dataset_info.json"))
+    return any(Path(os.path.expanduser(data_dir)).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache

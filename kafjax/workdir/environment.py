@@ -16,8 +16,8 @@ from pathlib import Path
 
 import kafjax
 from kafjax.files import write_text
+from kafjax.workdir.workdir import Workdir
 
-FILE = "environment.json"
 _LIBRARIES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
     *("ml-collections", "numpy", "scipy", "matplotlib"),
@@ -53,7 +53,9 @@ def describe_environment(*, devices: bool = True) -> Environment:
 
 def write_environment(workdir: str | os.PathLike[str]) -> None:
     """Notes in a run's workdir what this process runs on."""
-    write_text(Path(workdir) / FILE, json.dumps(describe_environment(), indent=2) + "\n")
+    write_text(
+        Workdir(workdir).environment_file, json.dumps(describe_environment(), indent=2) + "\n"
+    )
 
 
 def _version(library: str) -> str:

@@ -131,7 +131,7 @@ def _build(config: ml_collections.ConfigDict) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     try:
-        TASKS[config.task].task(config)
+        TASKS[config.task](config)
         make_optimizer(config.optimizer)
         learning_rates(config.optimizer, 10)
         json.dumps(config.to_dict())
