@@ -26,24 +26,48 @@ _COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others cha
 _INTRODUCTION = """\
 # Configuration
 
-A run is a Python file in `configs/` and what the command line changes in it:
+A run is a config, a Python file, and what the command line changes in it:
 
 <!-- needs: CHD -->
 ```sh
-python -m kafjax.main --config configs/chd_pretrain.py --config.batch_size=16
+kafjax train --config chd_pretrain --config.batch_size=16
 ```
 
-`configs/<dataset>_pretrain.py`, `_finetune.py` and `_scratch.py` are the paper's runs on CHD and
-ACDC, and small ones on phantoms; `phantom_small` is smaller still, for `kafjax.experiment --small`.
-`_scratch` is `_finetune` without `init_from`. A name after a colon chooses the method of
-pretraining, as in `configs/chd_pretrain.py:simclr` ([methods](#methods)). Every field is checked
-before a run starts: its name, type and range, and that fields fit each other. A pair is given as
-`--config.data.patch_size='(256, 256)'`.
+`<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
+on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. They are the files
+of `configs/`, which is installed as `kafjax.configs`: `--config configs/chd_pretrain.py` finds the
+shipped file where the current folder has none. A name after a colon chooses the method of
+pretraining, as in `chd_pretrain:simclr` ([methods](#methods)), or fine-tuning from fresh variables,
+without `init_from`, as in `chd_finetune:scratch`; `configs/chd_scratch.py` is the older name of
+that. Every field is checked before a run starts: its name, type and range, and that fields fit each
+other. A pair is given as `--config.data.patch_size='(256, 256)'`.
 
 A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
 such field, and giving one is an error.
 
 This page is written by `python -m docs.configuration`.
+
+## Your own config
+
+A file anywhere, which takes a shipped config and states what differs; modules of its own folder can
+be imported too:
+
+```python
+from kafjax.configs import chd_finetune
+
+
+def get_config(start="pretrained"):
+    config = chd_finetune.get_config(start)
+    config.data.name = "liver"
+    config.data.patch_size = (320, 320)
+    config.model.num_classes = 3
+    return config
+```
+
+<!-- needs: your own data -->
+```sh
+kafjax train --config ~/study/liver.py:scratch
+```
 """
 _SECTIONS = {
     "": ("The run", ""),
@@ -224,7 +248,7 @@ def _methods(methods: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "## Methods",
         "",
-        "After a colon behind any `configs/*_pretrain.py`; the default is `kaf`, the paper's. The",
+        "After a colon behind any `*_pretrain`; the default is `kaf`, the paper's. The",
         "last column is how a method's config differs from it; [the method](method.md#6-losses)",
         "says what they are.",
         "",

@@ -46,6 +46,16 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
     return config
 
 
+def command_environment(folder: Path) -> dict[str, str]:
+    """An environment in which `kafjax` and `python` are this clone's; `folder` is made for it."""
+    folder.mkdir(exist_ok=True)
+    command = folder.absolute() / "kafjax"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kafjax "$@"\n')
+    command.chmod(0o755)
+    places = (str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(places)}
+
+
 def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     """A pretraining batch of noise, 32 x 32, with about 70 % real keypoints."""
     rng = np.random.default_rng(seed)
