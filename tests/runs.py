@@ -1,6 +1,7 @@
 """Tiny pretraining runs for tests: a config, batches, and the command in a process of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,13 @@ def write_run(
         write_split(folder, describe_split(split_run(config, dataset), dataset))
     with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(step, variables, metrics={}, data={})
+
+
+def free_address() -> str:
+    """HOST:PORT for processes of this machine to meet at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def start_command(

@@ -158,6 +158,23 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "Validation", Scores)
 
 
+def test_ten_steps_make_no_implicit_transfer(phantom_dataset: Path, tmp_path: Path) -> None:
+    """Real steps with their logs, pictures, validation and checkpoints."""
+    every = {
+        "every.log": 1,
+        "every.picture": 3,
+        "every.checkpoint": 4,
+        "every.validation_epochs": 1,
+    }
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+            jax.jit(lambda x: x)(np.ones(2))
+        assert train(tiny_config(phantom_dataset, num_steps=10, **every), tmp_path) is None
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "validation_dice" in row] == [3, 6, 9, 10]
+
+
 @pytest.mark.usefixtures("cheap")
 def test_best_by_dice_and_newest_are_kept(phantom_dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(

@@ -13,16 +13,13 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
-from kafjax.tasks.base import Task, make_transform, sample_keys
+from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 
 if TYPE_CHECKING:
     import grain
 
     from kafjax.data.input_pipeline import BatchOptions, SliceDataset
     from kafjax.data.splits import Split
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 class Segmentation(Task):
@@ -59,7 +56,7 @@ class Segmentation(Task):
 
         return segmentation_batches(dataset, options, volumes=split.train, start_step=start_step)
 
-    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """The record's slice with its label."""
         from kafjax.data.input_pipeline import make_labelled
 
@@ -133,7 +130,7 @@ class Segmentation(Task):
         each = {f"validation_dice_{i + 1}": float(x) for i, x in enumerate(dice) if not np.isnan(x)}
         return {"validation_dice": mean_pooled_dice(counts), **each}
 
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""
         from kafjax.drawing.overlay import draw_sample
 
