@@ -61,7 +61,7 @@ def list_entries(folder: Path, *, used: Collection[str] = ()) -> Entries:
     wanted = {name.lower(): name for name in used if name not in names}
     for name in names:
         path = folder / name
-        if name in used or is_harmless(name, described):
+        if name in used or _is_harmless(path, described):
             continue
         if name.lower() in wanted:
             remedy = f"rename it to {wanted[name.lower()]}: capitals matter"
@@ -83,10 +83,11 @@ def is_scan_name(name: str) -> bool:
     return name.lower().endswith(SCAN_ENDINGS) and not name.startswith(".")
 
 
-def is_harmless(name: str, described: Collection[str] = ()) -> bool:
+def _is_harmless(path: Path, described: Collection[str]) -> bool:
     """Whether an entry is of a system, or JSON about the scan of that name without ending."""
-    side_car = name.endswith(".json") and name.removesuffix(".json") in described
-    return side_car or _OF_SYSTEMS.fullmatch(name) is not None
+    if path.name.endswith(".json") and path.name.removesuffix(".json") in described:
+        return os.path.isfile(path)
+    return _OF_SYSTEMS.fullmatch(path.name) is not None
 
 
 def scan_problem(path: Path) -> Fault | None:

@@ -158,7 +158,8 @@ def _list_folder(
     source: Path, target: Path, preparation: Preparation
 ) -> tuple[list[Path], list[Fault]]:
     """What is named as a scan and can be read, and what is said of all else."""
-    entries = list_entries(source, used=_DESCRIPTIONS.get(preparation["kind"], ()))
+    described = _DESCRIPTIONS.get(preparation["kind"], ())
+    entries = list_entries(source, used=[n for n in described if (source / n).is_file()])
     faults = list(entries.faults)
     results = target.resolve()
     for folder in entries.folders:
