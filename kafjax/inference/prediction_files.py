@@ -88,8 +88,9 @@ def list_jobs(
       ValueError: there is nothing to predict, or the output cannot be one.
     """
     _check_target(target, folder_given=source.is_dir())
+    faults: list[Fault] = []
     if not source.is_dir():
-        paths, faults = [source], []
+        paths = [source]
         if not os.path.lexists(source):
             raise ValueError(f"{source}: no such file or folder")
         if not is_scan_name(source.name):
@@ -211,7 +212,8 @@ def _no_scan(path: Path, preparation: Preparation) -> Fault:
 def _job(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Job:
     labels = target
     if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
-        labels = target / f"{name.result}{_SUFFIX.search(path.name)[0]}"
+        suffix = path.name.removeprefix(_SUFFIX.sub("", path.name))
+        labels = target / f"{name.result}{suffix}"
     return Job(
         Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
     )
