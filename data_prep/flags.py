@@ -1,4 +1,4 @@
-"""The flags of `python -m data_prep.main`."""
+"""The flags of `kafjax prepare`."""
 
 import argparse
 import os
@@ -21,9 +21,9 @@ layouts:
   phantom  synthetic subjects in the chd layout, written to RAW first
 
 examples:
-  python -m data_prep.main --dataset phantom --num_subjects 6 --size 128x128x24
-  python -m data_prep.main --dataset acdc --raw_dir ACDC/database/training --check
-  python -m data_prep.main --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
+  kafjax prepare --dataset phantom --num_subjects 6 --size 128x128x24
+  kafjax prepare --dataset acdc --raw_dir ACDC/database/training --check
+  kafjax prepare --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
 
 A command that was stopped is finished by running it again.
 """
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def make_parser() -> argparse.ArgumentParser:
     """The parser; what is right for one dataset only is left to `refuse_stray`."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.main",
+        prog="kafjax prepare",
         description="Turns raw volumes into records with keypoints and correspondences.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

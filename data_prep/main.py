@@ -1,4 +1,4 @@
-"""`python -m data_prep.main`: prepares a raw dataset for training, or phantoms to try things on.
+"""`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
 fault; 1 anything else that stopped the preparation, which the same command then continues. With
@@ -172,17 +172,16 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
     """Pretraining on the dataset, by its own config or by the nearest one's."""
     config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
-    command = f"python -m kafjax.main --config configs/{config}_pretrain.py"
+    words = ["kafjax", "train", "--config", f"{config}_pretrain"]
     if config == name:
-        return command
+        return shlex.join(words)
     changes = {
         "name": name,
         "dir": summary.directory.parent.parent,
         "max_keypoints": options.max_keypoints,
         "radius": reader.radius,
     }
-    flags = (shlex.quote(f"--config.data.{field}={to}") for field, to in changes.items())
-    return " ".join([command, *flags])
+    return shlex.join([*words, *(f"--config.data.{field}={to}" for field, to in changes.items())])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +96,24 @@ def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
             "as it is"
         )
     return fields
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted path; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], *, ignore: Collection[str] = ()
+) -> list[str]:
+    """A line for each name whose values differ, in order of name; a missing value is 'absent'."""
+    absent = object()
+    return [
+        f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name, absent) != here.get(name, absent) and name not in ignore
+    ]

@@ -369,7 +369,7 @@ def test_a_folder_is_prepared_under_a_name_of_its_own(tmp_path, capsys):
     assert f"Prepared 3 volumes, 18 slices, in {tmp_path / 'heart' / '1.0.0'}" in out
     assert "channel_name: T2\nintensity: zscore\n" in out
     assert (
-        "Next: python -m kafjax.main --config configs/chd_pretrain.py --config.data.name=heart "
+        "Next: kafjax train --config chd_pretrain --config.data.name=heart "
         f"--config.data.dir={tmp_path} --config.data.max_keypoints=64 --config.data.radius=20"
     ) in out
     assert main([*arguments, "--data_dir", str(tmp_path), "--channel", "CT"]) == 2

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import chd_pretrain, phantom_finetune
+from kafjax.configs import chd_pretrain, phantom_finetune
 from kafjax.models import build_model
 from kafjax.tasks.segmentation import Segmentation
 

@@ -13,6 +13,8 @@ from kafjax.data.splits import (
     equal_images_across,
     folds,
     group_subjects,
+    read_splits_file,
+    split_by_names,
     split_volumes,
     subject_of,
 )
@@ -105,7 +107,9 @@ def test_equal_images_stay_on_one_side_and_only_where_they_are_given() -> None:
     equal = [["case_2", "case_9"], ["case_4", "case_5", "case_11"]]
     crossed = 0
     for fold in range(5):
-        split = split_volumes(volumes, fold=fold, num_labeled=None, equal_images=equal)
+        split = split_volumes(
+            volumes, fold=fold, num_labeled=None, subject=group_subjects(volumes, equal)
+        )
         assert sorted((*split.train, *split.validation)) == sorted(volumes)
         assert equal_images_across(split, equal) == []
         crossed += len(
@@ -114,7 +118,9 @@ def test_equal_images_stay_on_one_side_and_only_where_they_are_given() -> None:
     assert crossed > 0
     # M counts a group once.
     for num_labeled in range(1, 5):
-        split = split_volumes(volumes, fold=0, num_labeled=num_labeled, equal_images=equal)
+        split = split_volumes(
+            volumes, fold=0, num_labeled=num_labeled, subject=group_subjects(volumes, equal)
+        )
         assert (
             len({group_subjects(volumes, equal)[volume] for volume in split.train}) == num_labeled
         )
@@ -152,3 +158,50 @@ def test_impossible_splits_are_refused() -> None:
         split_volumes(volumes, fold=0, num_labeled=5)
     with pytest.raises(ValueError, match="num_labeled is 0"):
         choose_labeled(volumes, 0)
+
+
+VOLUMES = [f"p{n}_frame{f}" for n in range(1, 6) for f in (1, 2)]
+
+
+def test_two_labelled_volumes_are_both_trained_on_without_validation() -> None:
+    assert split_by_names(["b", "a"]) == Split(("a", "b"), ())
+    with pytest.raises(ValueError, match=r"5 folds of 2 .*config\.data\.fold=None"):
+        split_volumes(["a", "b"], fold=0, num_labeled=None)
+
+
+def test_named_volumes_or_subjects_are_validated_on_and_their_subjects_not_trained_on() -> None:
+    by_subject = split_by_names(VOLUMES, validation=["p4"])
+    assert by_subject.validation == ("p4_frame1", "p4_frame2")
+    assert by_subject.train == tuple(v for v in VOLUMES if "p4" not in v)
+    by_volume = split_by_names(VOLUMES, validation=["p4_frame2"])
+    assert by_volume == Split(by_subject.train, ("p4_frame2",))
+    chosen = split_by_names(VOLUMES, validation=["p4"], num_labeled=2)
+    assert {subject_of(v) for v in chosen.train} == set(choose_labeled(["p1", "p2", "p3", "p5"], 2))
+    assert len(chosen.train) == 4
+
+
+def test_names_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="validation: no labelled volume or subject p7, p9; there"):
+        split_by_names(VOLUMES, validation=["p9", "p4", "p7"])
+    with pytest.raises(ValueError, match="p1: on both sides"):
+        split_by_names(VOLUMES, train=["p1_frame1", "p2"], validation=["p1_frame2"])
+    with pytest.raises(ValueError, match="no labelled volume is left to train on"):
+        split_by_names(VOLUMES[:2], validation=["p1"])
+    # A table joins what names do not.
+    table = {"p1_frame1": "one", "p2_frame1": "one"}
+    subject = group_subjects(VOLUMES, table=table)
+    with pytest.raises(ValueError, match="one: on both sides"):
+        split_by_names(VOLUMES, train=["p1_frame1"], validation=["p2_frame1"], subject=subject)
+
+
+def test_nnunets_splits_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "splits_final.json"
+    sides = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(sides).encode())  # with a byte order mark
+    assert read_splits_file(path, 1) == (["c"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"config\.data\.fold is 2, expected 0 to 1"):
+        read_splits_file(path, 2)
+    for text in ("{", "{}", '[{"train": []}]', "[7]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"splits_file is .*expected nnU-Net's splits_final"):
+            read_splits_file(path, 0)

@@ -36,13 +36,13 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
-        raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
+        raw = [] if name == "phantom" else ["--raw_dir", "RAW"]  # phantoms are made, not found
         known = name in ("chd", "acdc", "phantom")
-        quoted = shlex.quote(name)
-        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {quoted}"
+        dataset = ["--dataset", *([name] if known else ["nnunet", "--name", name])]
+        command = ["kafjax", "prepare", *dataset, *raw, "--data_dir", str(data_dir)]
         raise ValueError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main {dataset} {raw}--data_dir {shlex.quote(data_dir)}"
+            f"  {shlex.join(command)}"
         )
     return max(prepared)[1]
 

@@ -1,6 +1,6 @@
 """Segments raw volumes by trained runs: NIfTI in, NIfTI of labels out, on the source's grid.
 
-    python -m kafjax.predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
+    kafjax predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
 
 A volume is treated as its dataset's preparation treats those of training: the same intensities,
 grid and keypoints. Of several runs, such as folds, and of mirrored slices the class probabilities
