@@ -216,6 +216,24 @@ def test_info_of_any_system_is_read(spoilt, change):
     assert len(sources) == 4
 
 
+def test_patients_that_are_named_otherwise_or_are_links_to_nothing_are_faults(spoilt):
+    (spoilt / "patient002").rename(spoilt / "Patient002")
+    (spoilt / "patient003").symlink_to("../elsewhere/patient003")
+    (spoilt / "Training").mkdir()
+    (spoilt / "patient001" / "Info.cfg").rename(spoilt / "patient001" / "info.cfg")
+    (spoilt / "copies" / "patient004").mkdir(parents=True)
+    shutil.copy(spoilt / "patient001" / "patient001_frame01.nii.gz", spoilt / "copies" / "a.nii.gz")
+    found = {fault.path.name: (fault.found, fault.stops) for fault in ACDC.find(spoilt)[1]}
+    assert found == {
+        "Patient002": ("its name is not one of a patient", True),
+        "patient003": ("is a link to ../elsewhere/patient003, which is not there", True),
+        "Training": ("its name is not one of this layout's", True),
+        "info.cfg": ("its name is not one of this layout's", True),
+        "Info.cfg": ("cannot be read (No such file or directory)", True),
+        "copies": ("is a folder that is not used, with 1 scans", False),
+    }
+
+
 def test_a_patient_twice_is_prepared_and_recorded(raw_dir, tmp_path):
     raw = shutil.copytree(raw_dir, tmp_path / "raw")
     for path in sorted((raw / "patient001").iterdir()):

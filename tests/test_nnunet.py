@@ -367,6 +367,7 @@ def test_a_folder_is_prepared_under_a_name_of_its_own(tmp_path, capsys):
     assert main([*arguments, "--data_dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"Prepared 3 volumes, 18 slices, in {tmp_path / 'heart' / '1.0.0'}" in out
+    assert "with labels: 2 of 3 volumes\n" in out
     assert "channel_name: T2\nintensity: zscore\n" in out
     assert (
         "Next: kafjax train --config chd_pretrain --config.data.name=heart "
