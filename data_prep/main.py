@@ -162,6 +162,7 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
     cut = np.mean(found > options.max_keypoints)
     return (
         f"Prepared {counts}, in {summary.directory}\n"
+        f"with labels: {summary.num_labelled} of {summary.num_volumes} volumes\n"
         + "".join(f"{fact}: {value}\n" for fact, value in reader.facts.items())
         + f"SIFT keypoints per slice: min {found.min()}, median {np.median(found):.0f}, "
         f"max {found.max()}; {cut:.1%} of the slices had more than {options.max_keypoints}\n"

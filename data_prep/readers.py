@@ -21,7 +21,7 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
 
     Raises `ValueError` for an unknown kind of dataset.
     """
-    kind = metadata.get("kind")
+    kind = str(metadata.get("kind"))
     if kind == NnunetReader.kind:
         return NnunetReader(
             classes=tuple(metadata["classes"]),

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from kafjax.workdir.scores import describe_run
-from kafjax.workdir.workdir import Workdir
 from kafjax.config_files import TABLES, load_table, shipped_names
 from kafjax.study import experiment as command_module
 from kafjax.study import plan as plan_module
@@ -20,6 +18,8 @@ from kafjax.study.experiment import format_plan, make_experiment, parse_shard
 from kafjax.study.jobs import Slot, run_jobs
 from kafjax.study.plan import Experiment, Planned, Row, Table, is_pretrained
 from kafjax.study.results import collect, draw, format_csv, mean_of, write_results
+from kafjax.workdir.scores import describe_run
+from kafjax.workdir.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 FILES = [f"configs/tables/{name}.py" for name in shipped_names(TABLES)]
