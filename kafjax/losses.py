@@ -19,6 +19,8 @@ BASE_TEMPERATURE = 0.07
 
 CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
 
+SEGMENTATION_LOSSES = ("cross_entropy", "dice")
+
 MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
 
 

@@ -88,14 +88,15 @@ def build_model(
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
         computation; parameters and statistics are at least float32), `remat` (compute blocks again
         in the backward pass in place of keeping what is inside them), `norm` (of maps, one of
-        `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
-        `num_sinkhorn_iterations`; for local contrast `embedding` and `num_decoder_blocks`.
+        `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
+        `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
+        `num_decoder_blocks`.
       axis_name: the mapped axis whose devices share batch statistics.
       heads: of the pretraining network, those of 'cnn', 'kaf' and 'matching' that it shall have.
 
     Raises:
-      ValueError: a name, head, dtype or norm that there is not; float64 where JAX has it switched off;
-        local contrast of a network without the UNet's decoder.
+      ValueError: a name, head, dtype or norm that there is not; float64 where JAX has it switched
+        off; local contrast of a network without the UNet's decoder.
     """
     _check_choice("name", config.name, MODELS)
     _check_choice("head", config.head, HEADS)

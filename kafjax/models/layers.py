@@ -217,7 +217,7 @@ class SampleNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x [b, h, w, c]."""
         dtype = parameter_dtype(self.dtype)
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,), dtype)
         bias = self.param("bias", nn.initializers.zeros, (c,), dtype)
         size = math.gcd(c, self.group_size)

@@ -37,6 +37,7 @@ from kafjax.training.step import (
     on_devices,
     replicate,
     shard,
+    start_averages,
     unreplicate,
 )
 from kafjax.training.transfer import check_facts_alike, start_from
@@ -184,7 +185,8 @@ class _Run:
 
     def _begin(self) -> tuple[TrainState, dict[str, Any]]:
         """The state of the last checkpoint and what was saved with it, or that of a new run."""
-        state = init_state(self._task, self._optimizer)
+        averages = self._config.optimizer.average_decay > 0
+        state = init_state(self._task, self._optimizer, averages=averages)
         restored = self._checkpointer.restore_latest(state)
         if restored is not None:
             print(f"Resuming {self._workdir} from step {restored[0].step}.", flush=True)
@@ -193,12 +195,14 @@ class _Run:
             fresh = {"params": state.params, "batch_stats": state.batch_stats}
             variables, report = start_from(self._config.init_from, self._config, fresh)
             state = dataclasses.replace(state, **variables)
+            state = start_averages(state) if averages else state
             if jax.process_index() == 0:
                 print(f"Starting from {self._config.init_from}:\n{report}", flush=True)
         return state, {}
 
     def _train(self, state: TrainState, start: int, signals: _Signals) -> int | None:
-        update = make_update(self._task, self._optimizer)
+        decay = self._config.optimizer.average_decay
+        update = make_update(self._task, self._optimizer, average_decay=decay)
         if self._split.validation:
             options, volumes = self._batch_options(), self._split.validation
             self._validation = Validation(self._task, self._dataset, options, volumes)
@@ -246,6 +250,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=self._config.data.num_threads,
+            foreground_share=self._config.data.get("foreground_share", 0.0),
         )
 
     def _validates(self, step: int) -> bool:

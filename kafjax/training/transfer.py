@@ -22,9 +22,11 @@ Variables = dict[str, Any]
 
 # Of a run's config: what must be alike for an encoder to be of use to another run.
 FACTS = {
-    "model": ("name", "filters", "num_attention_layers"),
+    "model": ("name", "filters", "num_attention_layers", "norm"),
     "data": ("name", "max_keypoints", "radius"),
 }
+# What runs of older versions do not name, and were.
+_OLDER = {"norm": "batch"}
 
 
 class TransferReport(NamedTuple):
@@ -158,4 +160,4 @@ def _list_modules(modules: Mapping[str, int]) -> str:
 
 def _look_up(config: Mapping[str, Any], part: str, field: str) -> Any:
     fields = config.get(part)
-    return fields.get(field, "absent") if isinstance(fields, dict) else "absent"
+    return fields.get(field, _OLDER.get(field, "absent")) if isinstance(fields, dict) else "absent"
