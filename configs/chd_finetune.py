@@ -34,7 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
         del config.model[field]
     config.loss = {
         "weights": {"cross_entropy": 1.0, "dice": 0.0},
-        # A number for each class with the background; all weigh the same if not given.
         "class_weights": config_dict.placeholder(tuple),
     }
     # CHD's slices are cropped at random, and nothing else.

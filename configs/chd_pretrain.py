@@ -81,7 +81,7 @@ def _kaf() -> ml_collections.ConfigDict:
                 "embedding": 512,
                 "num_matcher_layers": 4,
                 "num_sinkhorn_iterations": 100,
-                "norm": "batch",  # or instance, group: of maps, each slice by itself
+                "norm": "batch",
                 "dtype": "float32",
                 # Blocks are computed again in the backward pass: on accelerators, less memory.
                 "remat": False,
