@@ -3,8 +3,8 @@
     python -m data_prep.main --dataset nnunet --raw_dir RAW --name own
     python -m kafjax.main --config configs/own_pretrain.py
 
-256 x 256, batches of 16 pairs, 51 epochs. Set `data.patch_size` so that a patch shows a whole slice,
-or as much of it as memory allows; `python -m data_prep.main --check` suggests one.
+256 x 256, batches of 16 pairs, 51 epochs. Set `data.patch_size` so that a patch shows a whole
+slice, or as much of it as memory allows; `python -m data_prep.main --check` suggests one.
 """
 
 import ml_collections

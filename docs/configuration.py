@@ -35,8 +35,8 @@ python -m kafjax.main --config configs/chd_pretrain.py --config.batch_size=16
 
 `configs/<dataset>_pretrain.py`, `_finetune.py` and `_scratch.py` are the paper's runs on CHD and
 ACDC, and small ones on phantoms; `phantom_small` is smaller still, for `kafjax.experiment --small`.
-`own_pretrain.py` and `own_finetune.py` are for your own scans: fine-tuning has the pieces of a strong
-baseline, each a field that any other config can switch on. `_scratch` is `_finetune` without
+`own_pretrain.py` and `own_finetune.py` are for your own scans: fine-tuning has the pieces of a
+strong baseline, each a field that any other config can switch on. `_scratch` is `_finetune` without
 `init_from`, as is `own_finetune.py:scratch`. A name after a colon chooses the method of
 pretraining, as in `configs/chd_pretrain.py:simclr` ([methods](#methods)). Every field is checked
 before a run starts: its name, type and range, and that fields fit each other. A pair is given as
