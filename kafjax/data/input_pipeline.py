@@ -343,7 +343,7 @@ def segmentation_batches(
     do not fill one batch or a volume has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
-    common = {"patch_size": options.patch_size, "seed": options.seed}
+    common: dict[str, Any] = {"patch_size": options.patch_size, "seed": options.seed}
     records = _records(dataset, volumes)
 
     def make(sample: int, record: int) -> Batch:

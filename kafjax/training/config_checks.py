@@ -146,7 +146,7 @@ _OF_TASK = {
         "every.validation_epochs": _integer(0),
     },
 }
-_RANGES = {"augment.transform": AugmentConfig, "augment.intensity": IntensityConfig}
+_RANGES: dict[str, Any] = {"augment.transform": AugmentConfig, "augment.intensity": IntensityConfig}
 _AUGMENT = {
     "augment.keypoints": _choice(KEYPOINT_MODES),
     **{
