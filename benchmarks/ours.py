@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.case import Case, inputs
 from benchmarks.profiles import profile_jax
@@ -60,13 +59,8 @@ class TrainingStep:
         optimizer = step.make_optimizer(config.optimizer)
         with stopwatch() as init_seconds:
             state = step.init_state(task, optimizer)
-        self._state = step.on_devices(state)
-        n = jax.local_device_count()
-        self._rest = (
-            jax.pmap(lambda x: x)(step.shard(inputs(case))),
-            np.full(n, 5e-5, np.float32),
-            np.zeros(n, np.int32),
-        )
+        self._state = step.replicate(state)
+        self._rest = step.step_inputs(inputs(case), 5e-5)
         self._task = task
         self._update = step.make_update(task, optimizer)
         with stopwatch() as compile_seconds:
@@ -81,22 +75,18 @@ class TrainingStep:
         """Takes one step and waits for it; its loss."""
         self._state, metrics = self._update(self._state, *self._rest)
         jax.block_until_ready(self._state)
-        return float(metrics["loss"][0])
+        return float(metrics["loss"])
 
     def prediction(self) -> Callable[[], Any]:
         """Prediction by the state's running statistics, compiled."""
         batch = self._rest[0]
 
-        def predict(params: Any, batch_stats: Any, batch: Any) -> jax.Array:
-            variables = {"params": params, "batch_stats": batch_stats}
-            return self._task.predict(variables, batch)
-
-        mapped = jax.pmap(predict, axis_name=step.AXIS_NAME)
+        mapped = step.map_devices(self._task.predict, in_axes=(None, 0), out_axes=0)
 
         def call() -> None:
-            jax.block_until_ready(mapped(self._state.params, self._state.batch_stats, batch))
+            jax.block_until_ready(mapped(self._state.variables, batch))
 
-        mapped.lower(self._state.params, self._state.batch_stats, batch).compile()
+        mapped.lower(self._state.variables, batch).compile()
         step.return_freed_memory()
         return call
 

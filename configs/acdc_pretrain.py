@@ -1,13 +1,13 @@
 """Pretraining of KAF-UNet on ACDC: the paper's run (appendix, table 3; docs/method.md 7).
 
-    python -m kafjax.main --config configs/acdc_pretrain.py
+    kafjax train --config acdc_pretrain
 
 352 x 352 at 1.25 mm, f = 48, batches of 32 pairs, 51 epochs. Wall time and score: not yet measured.
 """
 
 import ml_collections
 
-from configs import chd_pretrain
+from kafjax.configs import chd_pretrain
 
 
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:

@@ -1,7 +1,13 @@
 """Few-label segmentation of CHD from a pretrained encoder (appendix, table 3; docs/method.md 7).
 
-    python -m kafjax.main --config configs/chd_finetune.py --config.init_from=runs/chd_pretrain \
+    kafjax train --config chd_finetune --config.init_from=runs/chd_pretrain \
         --config.data.fold=0 --config.data.num_labeled=2 --workdir runs/chd_fold0_M2
+
+and without pretraining, what it is compared with (the appendix's tables 1 and 3;
+`--config.model.name=unet`, `unet_c2` or `kaf_unet` for table 1):
+
+    kafjax train --config chd_finetune:scratch \
+        --config.data.fold=0 --config.data.num_labeled=2 --workdir runs/chd_scratch_fold0_M2
 
 512 x 512, batches of 10 slices of the M labelled volumes, 101 epochs. Device, wall time and score:
 not yet measured.
@@ -10,17 +16,25 @@ not yet measured.
 import ml_collections
 from ml_collections import config_dict
 
-from configs import chd_pretrain
+from kafjax.configs import chd_pretrain
+
+STARTS = ("pretrained", "scratch")
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The pretraining run's data and encoder, with a decoder and labels."""
+def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
+    """The pretraining run's data and encoder, with a decoder and labels.
+
+    `scratch` starts from fresh variables, and has no `init_from`.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}")
     config = chd_pretrain.get_config()
     config.task = "segment"
     config.batch_size = 10  # slices, over all devices
     config.num_epochs = 101
-    # The workdir of a pretraining run or of an import, whose encoder this run begins with.
-    config.init_from = config_dict.placeholder(str)
+    if start == "pretrained":
+        # The workdir of a pretraining run or of an import, whose encoder this run starts with.
+        config.init_from = config_dict.placeholder(str)
     config.data.fold = 0
     config.data.num_folds = 5
     # M, labelled volumes to train on; all of the fold's if not given.

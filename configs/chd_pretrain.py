@@ -1,13 +1,13 @@
 """Pretraining of KAF-UNet on CHD: the paper's run (appendix, table 3; docs/method.md 7).
 
-    python -m kafjax.main --config configs/chd_pretrain.py
+    kafjax train --config chd_pretrain
 
 512 x 512, batches of 32 pairs, 51 epochs. Wall time and score: not yet measured.
 
 What the paper compares with, by the same loop, data and augmentation (docs/method.md 6):
 
-    python -m kafjax.main --config configs/chd_pretrain.py:simclr     # or gcl, or pcl
-    python -m kafjax.main --config configs/chd_pretrain.py:glcl \
+    kafjax train --config chd_pretrain:simclr     # or gcl, or pcl
+    kafjax train --config chd_pretrain:glcl \
         --config.init_from=runs/chd_pretrain_gcl                      # after gcl
 """
 

@@ -1,36 +1,25 @@
 """Few-label segmentation of your own scans: what a strong baseline has, on the paper's networks.
 
-    python -m kafjax.main --config configs/own_finetune.py --config.init_from=runs/own_pretrain \
+    kafjax train --config own_finetune --config.init_from=runs/own_pretrain \
         --config.data.num_labeled=2
 
-From fresh variables: `--config configs/own_finetune.py:scratch`. Each piece below was measured by
-itself; docs/results.md, "What the recipe for own data is made of", has the table.
+and from fresh variables, `--config own_finetune:scratch`. Each piece below was measured by itself:
+docs/results.md, "What the recipe for own data is made of".
 """
 
 import ml_collections
 
-from configs import chd_finetune, own_pretrain
-
-STARTS = ("pretrained", "scratch")
+from kafjax.configs import chd_finetune, own_pretrain
 
 
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
-    """Fine-tuning of the pretraining run, or the same without it."""
-    if start not in STARTS:
-        raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}")
-    config = chd_finetune.get_config()
+    """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
+    config = chd_finetune.get_config(start)
     config.data.update(own_pretrain.get_config().data)
     config.model.num_classes = 4
-    if start == "scratch":
-        del config.init_from
-    # Turns and sizes that patients have, not any angle: where an organ lies tells what it is.
+    # Turns of a patient, not any angle: where an organ lies tells what it is.
     config.augment.transform.update(
-        {
-            "mirror_probability": 0.5,
-            "spatial_probability": 0.67,
-            "rotation": (-0.52, 0.52),
-            "shrink_scale": (1.0, 1.4),
-        }
+        {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
     )
     config.augment.intensity.probability = 1.0
     config.loss.weights.dice = 1.0

@@ -1,15 +1,15 @@
 """Pretraining on your own scans: the paper's networks and losses, sizes that suit most data.
 
-    python -m data_prep.main --dataset nnunet --raw_dir RAW --name own
-    python -m kafjax.main --config configs/own_pretrain.py
+    kafjax prepare --dataset nnunet --raw_dir RAW --name own
+    kafjax train --config own_pretrain
 
 256 x 256, batches of 16 pairs, 51 epochs. Set `data.patch_size` so that a patch shows a whole
-slice, or as much of it as memory allows; `python -m data_prep.main --check` suggests one.
+slice, or as much of it as memory allows; `kafjax prepare --check` suggests one.
 """
 
 import ml_collections
 
-from configs import chd_pretrain
+from kafjax.configs import chd_pretrain
 
 
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:

@@ -1,14 +1,14 @@
 """Pretraining on synthetic hearts in a few minutes on two CPU cores: `make demo` runs it.
 
-    python -m data_prep.main --dataset phantom --num_subjects 4 --size 64x64x24 --max_keypoints 64
-    python -m kafjax.main --config configs/phantom_pretrain.py
+    kafjax prepare --dataset phantom --num_subjects 4 --size 64x64x24 --max_keypoints 64
+    kafjax train --config phantom_pretrain
 
 Small everywhere: 64 x 64 slices, f = 8, 2 attention layers, 120 steps of 16 pairs.
 """
 
 import ml_collections
 
-from configs import chd_pretrain
+from kafjax.configs import chd_pretrain
 
 
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:

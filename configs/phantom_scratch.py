@@ -1,17 +1,7 @@
-"""Few-label segmentation of synthetic hearts without pretraining, to compare with.
+"""An older name, `--config configs/phantom_scratch.py`: `phantom_finetune:scratch`."""
 
-    python -m kafjax.main --config configs/phantom_scratch.py --config.data.num_labeled=2
+from functools import partial
 
-on the phantoms that `phantom_finetune.py` tells to prepare; wall time and score are there too.
-"""
+from kafjax.configs import phantom_finetune
 
-import ml_collections
-
-from configs import phantom_finetune
-
-
-def get_config() -> ml_collections.ConfigDict:
-    """The fine-tuning run from fresh variables."""
-    config = phantom_finetune.get_config()
-    del config.init_from
-    return config
+get_config = partial(phantom_finetune.get_config, "scratch")

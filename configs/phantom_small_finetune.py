@@ -1,6 +1,6 @@
 """Few-label segmentation of small synthetic hearts in a minute or two of one CPU core.
 
-    python -m kafjax.main --config configs/phantom_small_finetune.py \
+    kafjax train --config phantom_small_finetune \
         --config.init_from=runs/phantom_small_pretrain --config.data.num_labeled=2
 
 on the phantoms and the run that `phantom_small_pretrain.py` tells of.
@@ -8,12 +8,12 @@ on the phantoms and the run that `phantom_small_pretrain.py` tells of.
 
 import ml_collections
 
-from configs import phantom_finetune, phantom_small_pretrain
+from kafjax.configs import phantom_finetune, phantom_small_pretrain
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """The phantoms' run, smaller."""
-    config = phantom_finetune.get_config()
+    config = phantom_finetune.get_config(start)
     pretraining = phantom_small_pretrain.get_config()
     config.data.update(pretraining.data)
     config.model.num_attention_layers = pretraining.model.num_attention_layers

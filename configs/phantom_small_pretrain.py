@@ -1,15 +1,15 @@
 """Pretraining on small synthetic hearts in minutes of one CPU core.
 
-    python -m data_prep.main --dataset phantom --name phantom_small \
+    kafjax prepare --dataset phantom --name phantom_small \
         --raw_dir data/raw/phantom_small --num_subjects 10 --size 48x48x16 --max_keypoints 24
-    python -m kafjax.main --config configs/phantom_small_pretrain.py
+    kafjax train --config phantom_small_pretrain
 
-What `kafjax.experiment --small` runs: 200 steps of 16 pairs, 48 x 48 slices, K = 24.
+What `kafjax experiment --small` runs: 200 steps of 16 pairs, 48 x 48 slices, K = 24.
 """
 
 import ml_collections
 
-from configs import phantom_pretrain
+from kafjax.configs import phantom_pretrain
 
 
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:

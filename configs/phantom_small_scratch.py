@@ -1,17 +1,7 @@
-"""Few-label segmentation of small synthetic hearts without pretraining, to compare with.
+"""An older name, `--config configs/phantom_small_scratch.py`: `phantom_small_finetune:scratch`."""
 
-    python -m kafjax.main --config configs/phantom_small_scratch.py --config.data.num_labeled=2
+from functools import partial
 
-on the phantoms that `phantom_small_pretrain.py` tells to prepare.
-"""
+from kafjax.configs import phantom_small_finetune
 
-import ml_collections
-
-from configs import phantom_small_finetune
-
-
-def get_config() -> ml_collections.ConfigDict:
-    """The fine-tuning run from fresh variables."""
-    config = phantom_small_finetune.get_config()
-    del config.init_from
-    return config
+get_config = partial(phantom_small_finetune.get_config, "scratch")

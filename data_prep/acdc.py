@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.entries import list_entries, misplaced, unused_folder
 from data_prep.faults import DatasetError, Fault
 from data_prep.intensity import with_moments
 from data_prep.nifti import Plane, count_frames, slice_plane
 from data_prep.resampling import resample_image, resample_label, resampled_affine, size_at
-from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume, is_nifti
+from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume
+from kafjax.files import read_text
 
 PIXEL = 1.25  # mm, edge of the resampled pixels
 _FOLDER = re.compile(r"patient(\d+)")
 _FILE = re.compile(r"patient(\d+)_(?:4d|frame(\d+)(_gt)?)\.nii(?:\.gz)?")
 _CINE = 0  # where a frame's number would be
+_INFO = "Info.cfg"
+_PARTS = ("training", "testing")
 _EXPECTED = (
     "patient001/ with Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz, ..."
 )
@@ -45,6 +49,7 @@ class AcdcReader(Reader):
     kind = "acdc"
     classes = ("background", "right_ventricle", "myocardium", "left_ventricle")
     radius = 30
+    one_plane = False  # short axes lie between the planes
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,28 +72,22 @@ class AcdcReader(Reader):
         """The frames of all patients, by number of patient and frame."""
         if not raw_dir.is_dir():
             return [], [Fault(raw_dir, "is not a folder", "give the folder of the patients")]
-        folders: dict[int, list[Path]] = defaultdict(list)
-        for parent in (raw_dir, raw_dir / "training", raw_dir / "testing"):
-            for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-                if path.is_dir() and (match := _FOLDER.fullmatch(path.name)):
-                    folders[int(match[1])].append(path)
-        faults: list[Fault] = []
+        folders, faults = _find_folders(raw_dir)
         if not folders:
             faults.append(Fault(raw_dir, "holds no patient's folder", f"expected {_EXPECTED}"))
         sources: list[Source] = []
         for number, paths in sorted(folders.items()):
             for extra in paths[1:]:
-                faults.append(
-                    Fault(extra, f"is a second folder of patient {number}", "keep one of them")
-                )
+                remedy = f"move it or {paths[0]} away"
+                faults.append(Fault(extra, f"is a second folder of patient {number}", remedy))
             of_patient, more = self._find_patient(number, paths[0])
             sources += of_patient
             faults += more
         return sources, faults
 
     def _find_patient(self, number: int, folder: Path) -> tuple[list[Source], list[Fault]]:
-        files, faults = _sort_files(number, folder)
-        named, more = _read_info(folder / "Info.cfg")
+        files, broken, faults = _sort_files(number, folder)
+        named, more = _read_info(folder / _INFO)
         faults += more
         # Without Info.cfg the files' own faults are still to be found.
         frames = named or sorted({frame for frame, _ in files if frame != _CINE})
@@ -98,7 +97,7 @@ class AcdcReader(Reader):
             cine, more = _cine_frames(number, folder, frames, files)
             sources = sorted([*sources, *cine], key=lambda source: source.id)
             faults += more
-        return sources, faults
+        return [source for source in sources if not broken & {*source.files}], faults
 
 
 def resample(volume: Volume) -> Volume:
@@ -129,27 +128,47 @@ def _name(number: int, frame: int) -> str:
     return f"patient{number:03d}_frame{frame:02d}"
 
 
-def _sort_files(number: int, folder: Path) -> tuple[_Files, list[Fault]]:
-    """A patient's NIfTI files by what they are, one each, and those that are out of place."""
+def _find_folders(raw_dir: Path) -> tuple[dict[int, list[Path]], list[Fault]]:
+    """Patients' folders by number, in the folder and its parts, and what else lies there."""
+    folders: dict[int, list[Path]] = defaultdict(list)
+    faults: list[Fault] = []
+    for parent in (raw_dir, *(raw_dir / part for part in _PARTS)):
+        entries = list_entries(parent, used=_PARTS if parent == raw_dir else ())
+        faults += [*entries.faults, *misplaced(entries.scans, _EXPECTED)]
+        for path in entries.folders:
+            if match := _FOLDER.fullmatch(path.name):
+                folders[int(match[1])].append(path)
+            elif "patient" in path.name.lower():
+                remedy = "rename it to patient<number>, or move it away"
+                faults.append(Fault(path, "its name is not one of a patient", remedy))
+            else:
+                faults.append(unused_folder(path, _EXPECTED))
+    return folders, faults
+
+
+def _sort_files(number: int, folder: Path) -> tuple[_Files, frozenset[Path], list[Fault]]:
+    """A patient's NIfTI files by what they are, one each; those of them that cannot be read."""
     files: _Files = defaultdict(list)
-    faults = []
-    for path in sorted(p for p in folder.iterdir() if is_nifti(p)):
+    entries = list_entries(folder, used=(_INFO,))
+    faults = [*entries.faults, *(unused_folder(path, _EXPECTED) for path in entries.folders)]
+    for path in entries.scans:
         match = _FILE.fullmatch(path.name)
         if match is None or int(match[1]) != number:
             remedy = f"expected {_EXPECTED}; rename it, or move it away"
             faults.append(Fault(path, "its name is not one of this patient's", remedy))
         elif files[key := (int(match[2] or _CINE), bool(match[3]))]:
-            faults.append(Fault(path, f"is a second {files[key][0].name}", "keep one of them"))
+            found = f"is a second {files[key][0].name}"
+            faults.append(Fault(path, found, "move one of them away"))
         else:
             files[key].append(path)
-    return files, faults
+    return files, entries.broken, faults
 
 
 def _read_info(path: Path) -> tuple[list[int], list[Fault]]:
     """The frames of end-diastole and end-systole; none if the file is faulty."""
     remedy = "expected lines such as 'ED: 1' and 'ES: 12', the numbers of its frames"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         return [], [Fault(path, f"cannot be read ({error.strerror})", remedy)]
     fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 
 from data_prep import sift
 from data_prep.faults import DatasetError, Fault
-from data_prep.volumes import Prepared, Reader, Source
+from data_prep.findings import equal_images, planes
+from data_prep.volumes import Facts, Prepared, Reader, Source
 from kafjax.data.records import masked_crc32c, records_digest, write_index
 
 VERSION = "1.0.0"  # of the records' format; the name of a dataset's folder
@@ -157,8 +158,13 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
     )
 
 
-def write_dataset_files(directory: Path, plan: Plan, shards: list[Shard]) -> None:
-    """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index."""
+def write_dataset_files(
+    directory: Path, plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]
+) -> None:
+    """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index.
+
+    `facts` of the volumes, by id, give what is recorded of the dataset as a whole.
+    """
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=plan.name, filetype_suffix="tfrecord"
     )
@@ -179,12 +185,12 @@ def write_dataset_files(directory: Path, plan: Plan, shards: list[Shard]) -> Non
         check_data=False,
         description="Slices of medical volumes with SIFT keypoints and their correspondences.",
         disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(_metadata(plan, shards)),
+        metadata=tfds.core.MetadataDict(_metadata(plan, shards, facts)),
     )
     write_index(directory)
 
 
-def _metadata(plan: Plan, shards: list[Shard]) -> Metadata:
+def _metadata(plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]) -> Metadata:
     volumes = {
         shard.volume_id: {
             "sources": shard.sources,
@@ -193,11 +199,18 @@ def _metadata(plan: Plan, shards: list[Shard]) -> Metadata:
             "size": shard.size,
             "labelled": shard.labelled,
             "reach": shard.reach,
+            "plane": facts[shard.volume_id].plane,
             **({} if shard.case is None else {"case": shard.case}),
         }
         for shard in shards
     }
-    return {"dataset": plan.name, **plan.parameters, "volumes": volumes}
+    return {
+        "dataset": plan.name,
+        **plan.parameters,
+        "planes": planes(facts.values()),
+        "equal_images": equal_images(facts.values()),
+        "volumes": volumes,
+    }
 
 
 def _features(max_keypoints: int, reach: int, dtype: str) -> tfds.features.FeaturesDict:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.entries import list_entries, unused_folder
 from data_prep.faults import Fault
 from data_prep.intensity import clip_percentiles
-from data_prep.volumes import Prepared, Reader, Source, Volume, is_nifti
+from data_prep.volumes import Prepared, Reader, Source, Volume
+
+_PHANTOMS = "phantom.json"  # how the phantoms in the folder were made
 
 
 class ChdReader(Reader):
@@ -35,16 +38,19 @@ class ChdReader(Reader):
         if not raw_dir.is_dir():
             return [], [Fault(raw_dir, "is not a folder", "give the folder of the raw volumes")]
         files: dict[tuple[int, str], list[Path]] = defaultdict(list)
-        faults = []
-        for path in sorted(p for p in raw_dir.iterdir() if is_nifti(p)):
+        entries = list_entries(raw_dir, used=(_PHANTOMS,))
+        faults = [*entries.faults]
+        faults += [unused_folder(path, self._EXPECTED) for path in entries.folders]
+        for path in entries.scans:
             if match := self._NAME.fullmatch(path.name):
                 files[int(match[1]), match[2]].append(path)
             else:
                 remedy = f"rename it to {self._EXPECTED}, or move it away"
                 faults.append(Fault(path, "its name is not one of this layout's", remedy))
-        if not files and not faults:
+        if not entries.scans:
             faults.append(Fault(raw_dir, "holds no volume", f"expected {self._EXPECTED}"))
-        return self._pair(files, faults)
+        sources, faults = self._pair(files, faults)
+        return [source for source in sources if not entries.broken & {*source.files}], faults
 
     def _pair(
         self, files: dict[tuple[int, str], list[Path]], faults: list[Fault]
@@ -53,7 +59,9 @@ class ChdReader(Reader):
         for number in sorted({number for number, _ in files}):
             images, labels = files.get((number, "image"), []), files.get((number, "label"), [])
             for extra in images[1:] + labels[1:]:
-                faults.append(Fault(extra, f"is a second file of ct_{number}", "keep one of them"))
+                faults.append(
+                    Fault(extra, f"is a second file of ct_{number}", "move one of them away")
+                )
             if not images or not labels:
                 path, missing = (images or labels)[0], "label" if images else "image"
                 remedy = f"add ct_{number}_{missing}.nii.gz, or move this file away"

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.faults import Fault
-from data_prep.prepare import read_through, sort_faults
+from data_prep.faults import Fault, sort_faults
+from data_prep.findings import equal_images, findings_of, planes
+from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
-from data_prep.volumes import Facts, Reader, Source, duplicate_faults, facts_of
+from data_prep.volumes import Facts, Reader, Source, facts_of
 
 SAMPLED_SLICES = 8  # of each volume, for keypoints
 PERCENTILES = (0, 1, 50, 99, 100)
@@ -50,14 +51,18 @@ class Survey:
 
 
 def survey_dataset(
-    reader: Reader, raw_dir: Path, *, num_workers: int
+    reader: Reader, raw_dir: Path, *, num_workers: int, strict: bool = False
 ) -> tuple[Survey, list[Fault]]:
-    """Reads every volume of a folder; all faults of the folder, in order of file."""
+    """Reads every volume of a folder; all its faults and findings, in order of file.
+
+    With `strict` findings are faults.
+    """
     sources, faults = reader.find(raw_dir)
     survey_one = functools.partial(survey_volume, reader)
     volumes, more = read_through(survey_one, sources, num_workers=num_workers)
     facts = {id: volume.facts for id, volume in volumes.items()}
-    faults = sort_faults([*faults, *more, *duplicate_faults(sources, facts)])
+    faults = [*faults, *more, *findings_of(reader, sources, facts)]
+    faults = sort_faults(faults, strict=strict)
     return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
 
 
@@ -69,7 +74,7 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
     sampled = np.linspace(0, num_slices - 1, min(SAMPLED_SLICES, num_slices)).round().astype(int)
     shown = _count_classes(volume.label, len(reader.classes))
     return VolumeSurvey(
-        facts=facts_of(volume),
+        facts=facts_of(raw, volume),
         spacing=volume.spacing,
         dtype=raw.image.dtype.name,
         intensities=tuple(np.percentile(raw.image, PERCENTILES).tolist()),
@@ -106,10 +111,8 @@ def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
     return {
         "dataset": survey.reader.kind,
         "raw_dir": str(survey.raw_dir),
-        "faults": [
-            {"file": str(fault.path), "found": fault.found, "remedy": fault.remedy}
-            for fault in faults
-        ],
+        "faults": [_as_dict(fault) for fault in faults if fault.stops],
+        "findings": [_as_dict(fault) for fault in faults if not fault.stops],
         "fingerprint": fingerprint(survey) if survey.volumes else None,
         "volumes": {
             id: {
@@ -123,6 +126,10 @@ def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
             for id, volume in survey.volumes.items()
         },
     }
+
+
+def _as_dict(fault: Fault) -> dict[str, str]:
+    return {"file": str(fault.path), "found": fault.found, "remedy": fault.remedy}
 
 
 def fingerprint(survey: Survey) -> dict[str, Any]:
@@ -143,6 +150,8 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
         "intensity": _spreads(
             [f"percentile_{p}" for p in PERCENTILES], [volume.intensities for volume in volumes]
         ),
+        "planes": planes(volume.facts for volume in volumes),
+        "equal_images": equal_images(volume.facts for volume in volumes),
         "classes": _classes(survey),
         "keypoints_per_slice": {"sampled_slices": len(keypoints), **_spread(keypoints)},
         "suggestion": {
@@ -201,6 +210,8 @@ def as_text(survey: Survey) -> str:
         f"{survey.raw_dir}: {found['num_volumes']} sound volumes, {found['num_labelled']} of them "
         f"labelled, {found['num_slices']} slices, {', '.join(found['dtypes'])}",
         *[f"{fact}: {value}" for fact, value in survey.reader.facts.items()],
+        f"cut in {' and '.join(found['planes'])} slices",
+        *[f"equal images: {', '.join(group)}" for group in found["equal_images"]],
         "",
         _line("", "min", "median", "max"),
         *[_spread_line(axis, found["size"][axis]) for axis in _AXES],
@@ -234,8 +245,10 @@ def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
 
 
 def _spread_line(name: str, spread: dict[str, float]) -> str:
-    return _line(name, *(f"{spread[key]:g}" for key in ("min", "median", "max")))
+    """Rounded so that any number fits its column, as small as those of normalised images may be."""
+    texts = [f"{spread[key]:g}" for key in ("min", "median", "max")]
+    return _line(name, *(text if len(text) < 10 else f"{float(text):.3g}" for text in texts))
 
 
 def _line(name: str, *values: object) -> str:
-    return f"{name:<28}" + "".join(f"{value!s:>10}" for value in values)
+    return f"{name:<27}" + "".join(f" {value!s:>9}" for value in values)

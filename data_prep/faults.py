@@ -1,17 +1,22 @@
-"""What is wrong with a dataset's files, said so that its owner can mend it."""
+"""What is wrong with a dataset's files, or worth knowing, said so that its owner can act on it."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: the file or folder, what was found there, and what to do about it."""
+    """One fault: the file or folder, what was found there, and what to do about it.
+
+    A finding is a fault that stops nothing: it is reported, and preparation goes on.
+    """
 
     path: Path
     found: str
     remedy: str
+    stops: bool = True
 
     def __str__(self) -> str:
         return f"{self.path}: {self.found}; {self.remedy}"
@@ -26,3 +31,35 @@ class DatasetError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.faults))
+
+
+def finding(path: Path, found: str, remedy: str) -> Fault:
+    """A fault that stops nothing."""
+    return Fault(path, found, remedy, stops=False)
+
+
+def sort_faults(faults: Iterable[Fault], *, strict: bool = False) -> list[Fault]:
+    """By file, and each once: the frames of one damaged file have the same fault.
+
+    With `strict` every finding stops.
+    """
+    if strict:
+        faults = (dataclasses.replace(fault, stops=True) for fault in faults)
+    return sorted(set(faults), key=lambda fault: (str(fault.path), fault.found))
+
+
+def refuse(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """Raises `DatasetError` with all faults if one of them stops; else gives them back."""
+    if any(fault.stops for fault in faults):
+        raise DatasetError(faults)
+    return tuple(faults)
+
+
+def findings_text(findings: Iterable[Fault]) -> Iterator[str]:
+    """A line for each finding; what is said of many files of one name is said once."""
+    alike: dict[tuple[str, str, str], list[Fault]] = {}
+    for fault in findings:
+        alike.setdefault((fault.path.name, fault.found, fault.remedy), []).append(fault)
+    for (_, found, remedy), group in alike.items():
+        others = f", and {len(group) - 1} others of that name" if len(group) > 1 else ""
+        yield f"{group[0].path}{others}: {found}; {remedy}"

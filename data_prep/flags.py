@@ -1,4 +1,4 @@
-"""The flags of `python -m data_prep.main`."""
+"""The flags of `kafjax prepare`."""
 
 import argparse
 import os
@@ -21,9 +21,9 @@ layouts:
   phantom  synthetic subjects in the chd layout, written to RAW first
 
 examples:
-  python -m data_prep.main --dataset phantom --num_subjects 6 --size 128x128x24
-  python -m data_prep.main --dataset acdc --raw_dir ACDC/database/training --check
-  python -m data_prep.main --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
+  kafjax prepare --dataset phantom --num_subjects 6 --size 128x128x24
+  kafjax prepare --dataset acdc --raw_dir ACDC/database/training --check
+  kafjax prepare --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
 
 A command that was stopped is finished by running it again.
 """
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def make_parser() -> argparse.ArgumentParser:
     """The parser; what is right for one dataset only is left to `refuse_stray`."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.main",
+        prog="kafjax prepare",
         description="Turns raw volumes into records with keypoints and correspondences.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,13 +71,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
     add(
         "--raw_dir",
-        type=Path,
+        type=_path,
         metavar="RAW",
         help="folder of raw files (phantom: DATA/raw/phantom)",
     )
     add(
         "--data_dir",
-        type=Path,
+        type=_path,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
@@ -92,7 +92,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only read RAW: all its faults, what is in it, and which K and patch would suit it",
     )
-    add("--json", type=Path, metavar="FILE", help="with --check: write its findings there too")
+    add(
+        "--strict",
+        action="store_true",
+        help="refuse what otherwise is a note: equal images, other planes, entries without use",
+    )
+    add("--json", type=_path, metavar="FILE", help="with --check: write its findings there too")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +161,11 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="XxYxZ",
         help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
     )
+
+
+def _path(text: str) -> Path:
+    """A path as the shell has it: it expands no `~` after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def _num_cores() -> int:

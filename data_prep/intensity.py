@@ -23,24 +23,18 @@ def clip_percentiles(volume: Volume) -> Prepared:
         # The same as clipping and then truncating, without a float copy of the volume.
         low, high = int(low), int(high)
     clipped = np.clip(volume.image, low, high).astype(volume.image.dtype)
-    return with_moments(dataclasses.replace(volume, image=clipped))
+    constant = "is constant between its 1st and 99th percentile"
+    return with_moments(dataclasses.replace(volume, image=clipped), constant=constant)
 
 
-def with_moments(volume: Volume) -> Prepared:
-    """Adds mean and standard deviation of the image; `DatasetError` if it is constant."""
+def with_moments(volume: Volume, *, constant: str = "is constant") -> Prepared:
+    """Adds mean and standard deviation; `DatasetError`, so worded, if the image is constant."""
     slices = np.moveaxis(volume.image, 2, 0)  # one by one, to save memory
     mean = np.mean([s.mean(dtype=np.float64) for s in slices])
     std = np.sqrt(np.mean([((s - mean) ** 2).mean() for s in slices]))
     if std == 0:
-        raise DatasetError(
-            [
-                Fault(
-                    Path(next(iter(volume.sha256))),
-                    "is constant between its 1st and 99th percentile",
-                    "leave this volume out",
-                )
-            ]
-        )
+        file = Path(next(iter(volume.sha256)))
+        raise DatasetError([Fault(file, constant, "leave this volume out")])
     return Prepared(volume, float(mean), float(std))
 
 

@@ -1,4 +1,4 @@
-"""`python -m data_prep.main`: prepares a raw dataset for training, or phantoms to try things on.
+"""`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
 fault; 1 anything else that stopped the preparation, which the same command then continues. With
@@ -8,8 +8,9 @@ fault; 1 anything else that stopped the preparation, which the same command then
 import argparse
 import json
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,29 @@ from tqdm import tqdm
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
-from data_prep.faults import DatasetError
+from data_prep.faults import DatasetError, Fault, findings_text, refuse
 from data_prep.flags import make_parser, refuse_stray
 from data_prep.nnunet import NnunetReader, open_nnunet
 from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader
+from kafjax.files import show_any_name
+
+_LONGEST_NAME = 60  # it is a part of file names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
+    show_any_name()
     arguments = make_parser().parse_args(argv)
     kept = "" if arguments.check else "; volumes already finished are kept"
     try:
         refuse_stray(arguments)
         _run(arguments)
+    except DatasetError as error:
+        _note(fault for fault in error.faults if not fault.stops)
+        return _report("\n".join(str(fault) for fault in error.faults if fault.stops), 2)
     except ValueError as error:
         return _report(error, 2)
     except OSError as error:
@@ -52,6 +60,11 @@ def _report(message: object, status: int) -> int:
     for line in str(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return status
+
+
+def _note(findings: Iterable[Fault]) -> None:
+    for line in findings_text(findings):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -77,18 +90,21 @@ def _run(arguments: argparse.Namespace) -> None:
         options=options,
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
+        strict=arguments.strict,
     )
+    _note(summary.findings)
     print(_describe(summary, name, reader, options))
 
 
 def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
-    """Prints what is in the raw folder. Raises `DatasetError` with its faults."""
-    survey, faults = survey_dataset(reader, raw_dir, num_workers=arguments.num_workers)
+    """Prints what is in the raw folder and findings. Raises `DatasetError` with its faults."""
+    survey, faults = survey_dataset(
+        reader, raw_dir, num_workers=arguments.num_workers, strict=arguments.strict
+    )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(as_json(survey, faults), indent=1) + "\n")
     print(as_text(survey))
-    if faults:
-        raise DatasetError(faults)
+    _note(refuse(faults))
 
 
 def _name(arguments: argparse.Namespace) -> str:
@@ -98,6 +114,8 @@ def _name(arguments: argparse.Namespace) -> str:
         raise ValueError(
             f"name is {name!r}; expected lower-case letters, digits and underscores, a letter first"
         )
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"name has {len(name)} letters; expected at most {_LONGEST_NAME}")
     return name
 
 
@@ -154,16 +172,16 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
     """Pretraining on the dataset, by its own config or by the nearest one's."""
     config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
-    command = f"python -m kafjax.main --config configs/{config}_pretrain.py"
+    words = ["kafjax", "train", "--config", f"{config}_pretrain"]
     if config == name:
-        return command
+        return shlex.join(words)
     changes = {
         "name": name,
         "dir": summary.directory.parent.parent,
         "max_keypoints": options.max_keypoints,
         "radius": reader.radius,
     }
-    return command + "".join(f" --config.data.{field}={to}" for field, to in changes.items())
+    return shlex.join([*words, *(f"--config.data.{field}={to}" for field, to in changes.items())])
 
 
 if __name__ == "__main__":

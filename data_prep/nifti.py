@@ -15,13 +15,14 @@ import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
 from data_prep.faults import DatasetError, Fault
+from data_prep.nifti_header import header_kind, header_problem, without_remarks
 
 Plane = Literal["axial", "coronal", "sagittal"]
 
@@ -35,6 +36,8 @@ _PLANE_ACROSS: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by NIfTI'
 # An axis this many times coarser than the next is the one across the slices.
 _COARSER = 2.0
 _FETCH_AGAIN = "copy or download it again"
+_GZIP = b"\x1f\x8b"
+_MAX_HEADER = 1 << 22  # with extensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +53,10 @@ def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
     """Reads a `.nii` or `.nii.gz` of three dimensions, or one frame (from 0) of a 4-d one.
 
     A compressed file is read to its end first, so that its checksum is verified: nibabel by itself
-    accepts most damaged files. Integers stay integers; a scaled file whose values are all whole
-    becomes int16 or int32, any other float32. Raises `DatasetError` with one fault.
+    accepts most damaged files. Whether it is compressed, its content decides and not its name. What
+    nibabel would mend or remark is a fault or nothing (`nifti_header`). Integers stay integers; a
+    scaled file whose values are all whole becomes int16 or int32, any other float32. Raises
+    `DatasetError` with one fault.
     """
     if frame is None:
         return _read(path, 3)
@@ -66,12 +71,30 @@ def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
 def count_frames(path: Path) -> int:
     """The number of frames in a 4-d file, by its header. Raises `DatasetError` with one fault."""
     try:
-        shape: tuple[int, ...] = getattr(nib.load(path), "shape", ())
-    except Exception:  # nibabel's parsers raise whatever a bad header makes them
+        shape: tuple[int, ...] = open_header(path).shape
+    except DatasetError:
         shape = ()
     if len(shape) != 4 or 0 in shape:
         return _read(path, 4).array.shape[3]  # which says what is wrong
     return shape[3]
+
+
+def open_header(path: Path) -> nib.Nifti1Image:
+    """An image with a file's header, affine and shape, whose values cannot be read.
+
+    Raises `DatasetError` with one fault.
+    """
+    try:
+        with path.open("rb") as stored:
+            compressed = stored.read(len(_GZIP)) == _GZIP
+        stream: Any
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            content = stream.read(_MAX_HEADER)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (EOFError, zlib.error) as error:
+        raise _error(path, f"its gzip stream is damaged ({error})", _FETCH_AGAIN) from error
+    return _parse(path, content)
 
 
 def slice_plane(affine: np.ndarray) -> Plane:
@@ -109,7 +132,8 @@ def _read_frames(path: Path, modified: int, size: int) -> Nifti:
 
 def _read(path: Path, num_dimensions: int) -> Nifti:
     stored = _read_bytes(path)
-    content = _decompress(path, stored) if path.suffix == ".gz" else stored
+    plain = not stored.startswith(_GZIP) and (path.suffix != ".gz" or header_kind(stored))
+    content = stored if plain else _decompress(path, stored)
     image = _parse(path, content)
     if len(image.shape) != num_dimensions or 0 in image.shape:
         expected = (
@@ -153,19 +177,27 @@ def _decompress(path: Path, stored: bytes) -> bytes:
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     """Opens the file's bytes as NIfTI-1 or NIfTI-2; the values are not read yet."""
-    for kind in (nib.Nifti1Image, nib.Nifti2Image):
-        try:
+    kind = header_kind(content)
+    if kind is None:
+        found = "is not a NIfTI file (its first number is neither 348 nor 540)"
+        raise _error(path, found, "save it as NIfTI")
+    try:
+        with without_remarks():
+            if problem := header_problem(kind, content):
+                raise _error(path, *problem)
             return kind.from_stream(io.BytesIO(content))
-        except Exception as error:  # nibabel's parsers raise whatever a bad header makes them
-            reason = error
-    raise _error(path, f"is not a NIfTI file ({reason})", "save it as NIfTI") from reason
+    except DatasetError:
+        raise
+    except Exception as error:  # nibabel's parsers raise whatever a bad header makes them
+        raise _error(path, f"is not a NIfTI file ({error})", "save it as NIfTI") from error
 
 
 def _values(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     if image.get_data_dtype().kind not in "iuf":
         raise _error(path, f"holds {image.get_data_dtype()}", "save it as integers or floats")
     try:
-        array = np.asanyarray(image.dataobj)
+        with without_remarks():
+            array = np.asanyarray(image.dataobj)
     except Exception as error:  # too few bytes, or a header that promises nonsense
         raise _error(path, f"its values cannot be read ({error})", _FETCH_AGAIN) from error
     long = array.dtype.kind in "iu" and array.dtype.itemsize == 8

@@ -10,23 +10,28 @@ format (Isensee et al., Nature Methods 2021). Neighbours follow the CHD rule of 
 do the intensities of CT; those of other channels are not clipped.
 """
 
+import hashlib
 import json
+import os
 import re
 from collections import defaultdict
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.entries import SCAN_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, slice_plane
-from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, is_nifti
+from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume
 
-ENDINGS = (".nii.gz", ".nii")
 DEFAULT_RADIUS = 20
 _FILE = "dataset.json"
+_LONGEST_NAME = 120
+_IMAGES, _LABELS = ("imagesTr", "imagesTs"), "labelsTr"
 _EXPECTED = "imagesTr/<case>_0000.nii.gz"
 _CONVERT = "nnUNetv2_convert_MSD_dataset and nnUNetv2_convert_old_nnUNet_dataset write version 2"
 
@@ -40,7 +45,7 @@ class NnunetReader(Reader):
     channel: int = 0
     channel_name: str = ""
     intensity: Intensity = "zscore"
-    ending: str = ENDINGS[0]
+    ending: str = SCAN_ENDINGS[0]
     num_channels: int = 1
     faults: tuple[Fault, ...] = ()
 
@@ -70,62 +75,113 @@ class NnunetReader(Reader):
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
         """The cases of both folders of images, by name."""
         faults = list(self.faults)
-        if self.ending not in ENDINGS or not raw_dir.is_dir():
+        if self.ending not in SCAN_ENDINGS or not raw_dir.is_dir():
             return [], faults
-        labels, more = self._find_labels(raw_dir / "labelsTr")
+        faults += _outside(raw_dir)
+        labels, broken, more = self._find_labels(raw_dir)
         faults += more
         sources: list[Source] = []
-        cases: set[str] = set()
-        for folder in ("imagesTr", "imagesTs"):
-            images, more = self._find_images(raw_dir / folder)
+        cases: dict[str, Path] = {}
+        for folder in _IMAGES:
+            images, unread, more = self._find_images(raw_dir / folder, labels)
             faults += more
+            broken |= unread
             for case, path in images.items():
                 if case in cases:
                     faults.append(Fault(path, f"is a second case {case!r}", "rename one of them"))
-                elif path.is_file():
-                    id = split_name(case)
-                    own_name = None if id == case else case
-                    sources.append(Source(id, path, labels.get(case), case=own_name))
-            cases |= images.keys()
-        if not cases and not faults:
+                    continue
+                id = split_name(case)
+                own_name = None if id == case else case
+                source = Source(id, path, labels.get(case), case=own_name)
+                if path.exists() and not broken & {*source.files}:
+                    sources.append(source)
+            cases = images | cases
+        if not cases and not any(fault.stops for fault in faults):
             faults.append(Fault(raw_dir, "holds no volume", f"expected {_EXPECTED}"))
-        remedy = "add it, or move this file away"
-        for case in sorted(labels.keys() - cases):
-            faults.append(Fault(labels[case], "has no image in imagesTr", remedy))
+        for case in sorted(labels.keys() - cases.keys()):
+            faults.append(self._without_image(labels, case, cases))
         return sorted(sources, key=lambda source: source.id), faults
 
-    def _find_images(self, folder: Path) -> tuple[dict[str, Path], list[Fault]]:
+    def _find_images(
+        self, folder: Path, labels: Container[str]
+    ) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
         """The chosen channel's file of each case, whether it is there or not, with a fault."""
         name = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}", re.DOTALL)
+        entries = list_entries(folder)
         cases: dict[str, dict[int, Path]] = defaultdict(dict)
-        faults = []
-        for path in _nifti_files(folder):
+        others: list[tuple[Path, str]] = []
+        faults = [*entries.faults, *(unused_folder(path, _EXPECTED) for path in entries.folders)]
+        for path in entries.scans:
             match = name.fullmatch(path.name)
-            if match is None:
-                remedy = f"expected <case>_<channel, 4 digits>{self.ending}"
-                faults.append(Fault(path, "its name is not one of this layout's", remedy))
-            elif int(match[2]) >= self.num_channels:
-                remedy = f"{_FILE} has channels up to {self.num_channels - 1}"
-                faults.append(Fault(path, f"is of channel {int(match[2])}", remedy))
-            else:
+            if match is not None and int(match[2]) < self.num_channels:
                 cases[match[1]][int(match[2])] = path
+            elif path not in entries.broken:
+                found = "its name is not one of this layout's"
+                others.append((path, f"is of channel {int(match[2])}" if match else found))
+        # Cases all the same, though their names have no channel: labels are named so.
+        nameless: dict[str, Path] = {}
+        for path, found in others:
+            stem = path.name.removesuffix(self.ending)
+            right = f"{stem}_{self.channel:04d}{self.ending}"
+            if stem in labels and stem not in cases:
+                nameless[stem] = path
+                faults.append(Fault(path, "has no channel in its name", f"rename it to {right}"))
+            else:
+                remedy = (
+                    f"expected <case>_<channel, 4 digits>{self.ending}, channels up to "
+                    f"{self.num_channels - 1}"
+                )
+                faults.append(Fault(path, found, remedy))
         chosen = {case: folder / f"{case}_{self.channel:04d}{self.ending}" for case in cases}
         for case, channels in cases.items():
             if self.channel not in channels:
                 remedy = f"add {chosen[case].name}, or move the case away"
-                found = f"has no channel {self.channel} beside it"
+                found = f"has no channel {self.channel} next to it"
                 faults.append(Fault(next(iter(channels.values())), found, remedy))
-        return chosen, faults
+        broken = entries.broken | frozenset(nameless.values())
+        return nameless | chosen, broken, faults
 
-    def _find_labels(self, folder: Path) -> tuple[dict[str, Path], list[Fault]]:
-        labels, faults = {}, []
-        for path in _nifti_files(folder):
+    def _find_labels(self, raw_dir: Path) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
+        """Labels by case, and those of them that cannot be read."""
+        folder = raw_dir / _LABELS
+        for images in _IMAGES:
+            if (
+                folder.is_dir()
+                and (raw_dir / images).is_dir()
+                and folder.samefile(raw_dir / images)
+            ):
+                fault = Fault(
+                    folder, f"is the same folder as {images}", "expected the labels alone"
+                )
+                return {}, frozenset(), [fault]
+        entries = list_entries(folder)
+        labels: dict[str, Path] = {}
+        faults = [*entries.faults]
+        expected = f"<case>{self.ending}, as {_FILE} says"
+        faults += [unused_folder(path, expected) for path in entries.folders]
+        for path in entries.scans:
             if path.name.endswith(self.ending):
                 labels[path.name.removesuffix(self.ending)] = path
-            else:
-                remedy = f"expected <case>{self.ending}, as {_FILE} says"
-                faults.append(Fault(path, "its name is not one of this layout's", remedy))
-        return labels, faults
+            elif path not in entries.broken:
+                found = "its name is not one of this layout's"
+                faults.append(Fault(path, found, f"expected {expected}"))
+        return labels, entries.broken, faults
+
+    def _without_image(
+        self, labels: Mapping[str, Path], case: str, cases: Mapping[str, Path]
+    ) -> Fault:
+        """The fault of a label, with the image that its name is nearest to."""
+        found, remedy = f"has no image in {_IMAGES[0]}", "add it, or move this file away"
+        near = max((other for other in cases if case.startswith(other)), key=len, default=None)
+        if near is not None:
+            image = cases[near]
+            remedy = f"if it is of {image.name}, rename it to {near}{self.ending}"
+            if case == image.name.removesuffix(self.ending):
+                found = f"is named as its image, {image.parent.name}/{image.name}"
+                remedy = f"rename it to {near}{self.ending}"
+            if near in labels:
+                remedy = f"move it away: {image.name} has labels, {labels[near].name}"
+        return Fault(labels[case], found, remedy)
 
 
 def open_nnunet(
@@ -168,26 +224,35 @@ def split_name(case: str) -> str:
 
     Every other character, and an underscore before an x, becomes `_x<code point, hexadecimal>_`;
     most names stay as they are. Names that tfds reserves or refuses have their first so written.
+    Of what is longer than 120, the end becomes a digest: the name is a part of file names.
     """
     special = case == "all" or not re.search("[A-Za-z0-9]", case)
     first = _escape(case[0]) if special else ""
-    return first + re.sub(
+    name = first + re.sub(
         "[^A-Za-z0-9_]|_(?=x)", lambda match: _escape(match[0]), case[1:] if special else case
     )
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(os.fsencode(case)).hexdigest()[:16]
+    return f"{name[: _LONGEST_NAME - len(digest) - 1]}_{digest}"
 
 
 def _escape(character: str) -> str:
     return f"_x{ord(character):x}_"
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if is_nifti(p)) if folder.is_dir() else []
+def _outside(raw_dir: Path) -> list[Fault]:
+    """What is said of all that lies next to the layout's own entries."""
+    layout = f"{_FILE}, {', '.join((*_IMAGES, _LABELS))}"
+    entries = list_entries(raw_dir, used=(_FILE, *_IMAGES, _LABELS))
+    faults = [*entries.faults, *misplaced(entries.scans, layout)]
+    return faults + [unused_folder(path, layout) for path in entries.folders]
 
 
 def _read_description(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
     """`dataset.json`, or nothing, with a fault, if it cannot be read."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(path.read_bytes())
     except OSError as error:
         found = f"cannot be read ({error.strerror})"
     except ValueError as error:
@@ -275,10 +340,10 @@ def _labels_problem(labels: Any) -> tuple[str, str] | None:
 
 def _ending(path: Path, description: dict[str, Any] | None, faults: list[Fault]) -> str:
     if description is None:
-        return ENDINGS[0]
+        return SCAN_ENDINGS[0]
     ending = description.get("file_ending")
-    if ending not in ENDINGS:
-        remedy = f"expected {' or '.join(ENDINGS)}; save the volumes as NIfTI"
+    if ending not in SCAN_ENDINGS:
+        remedy = f"expected {' or '.join(SCAN_ENDINGS)}; save the volumes as NIfTI"
         faults.append(Fault(path, _found("file_ending", description), remedy))
     return str(ending)
 

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from data_prep import builder
 from data_prep.builder import Options, Plan, Shard
-from data_prep.faults import DatasetError, Fault
-from data_prep.volumes import Facts, Reader, Source, duplicate_faults, inspect
+from data_prep.faults import DatasetError, Fault, refuse, sort_faults
+from data_prep.findings import findings_of, recorded_findings
+from data_prep.volumes import Facts, Reader, Source, inspect
 from data_prep.workers import run_jobs
-from kafjax.data.records import RecordError, load_index
+from kafjax.data.records import load_index
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class Summary:
     num_volumes: int
     num_slices: int
     keypoints_found: tuple[int, ...]  # by slice, before the choice of K; empty if already prepared
+    findings: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,46 +76,56 @@ def prepare_dataset(
     options: Options,
     num_workers: int,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> Summary:
     """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, or finds that it is done.
 
     The same sources and options give the same bytes for any `num_workers` (0: in this process) and
-    after any interruption. Raises `DatasetError` with every fault of the raw files; `ValueError`
-    if another dataset is in the place and `overwrite` is false, or another process is at work on
-    it; `PreparationError` if workers died; `OSError` where the disk does not take it.
+    after any interruption. With `strict` findings are faults. Raises `DatasetError` with every
+    fault and finding of the raw files where one of them stops; `ValueError` if another dataset is
+    in the place and `overwrite` is false, or another process is at work on it; `PreparationError`
+    if workers died; `OSError` where the disk does not take it.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
-    if not faults and place.final.exists() and any(place.final.iterdir()):
+    faults = sort_faults([*faults, *_long_names(name, sources)], strict=strict)
+    stopped = any(fault.stops for fault in faults)
+    if not stopped and place.final.exists() and any(place.final.iterdir()):
         differences = _differences(place.final, reader, sources, options)
         if not differences:
             shutil.rmtree(place.preparing, ignore_errors=True)
-            return _already_prepared(place.final)
+            metadata = _read_metadata(place.final)
+            faults += recorded_findings(reader, sources, metadata)
+            findings = refuse(sort_faults(faults, strict=strict))
+            volumes = metadata["volumes"].values()
+            num_slices = sum(volume["num_slices"] for volume in volumes)
+            return Summary(place.final, True, len(volumes), num_slices, (), findings)
         if not overwrite:
             raise ValueError(
                 f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
                 + "\n".join(f"  {line}" for line in differences)
             )
-    facts = _check(reader, sources, faults, num_workers)
+    facts, findings = _check(reader, sources, faults, num_workers, strict=strict)
     with _lock(place.preparing):
         plan = _plan(name, reader, options, facts)
         shards = _prepare_volumes(plan, sources, facts, place, num_workers)
-        _publish(plan, shards, place)
+        _publish(plan, shards, facts, place)
     return Summary(
         directory=place.final,
         already_prepared=False,
         num_volumes=len(shards),
         num_slices=sum(shard.num_slices for shard in shards),
         keypoints_found=tuple(found for shard in shards for found in shard.keypoints_found),
+        findings=findings,
     )
 
 
 def _differences(final: Path, reader: Reader, sources: list[Source], options: Options) -> list[str]:
     """How the dataset in place differs from what is asked for; libraries are not compared."""
     try:
-        found = json.loads((final / "metadata.json").read_text())
+        found = _read_metadata(final)
         load_index(final)
-    except (OSError, json.JSONDecodeError, RecordError) as error:
+    except (OSError, ValueError) as error:
         return [f"it is not a finished dataset of ours ({error})"]
     asked: dict[str, Any] = {
         "kind": reader.kind,
@@ -148,22 +160,36 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _already_prepared(final: Path) -> Summary:
-    volumes = json.loads((final / "metadata.json").read_text())["volumes"].values()
-    num_slices = sum(volume["num_slices"] for volume in volumes)
-    return Summary(final, True, len(volumes), num_slices, ())
+def _read_metadata(final: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((final / "metadata.json").read_bytes())
+    return metadata
+
+
+def _long_names(name: str, sources: list[Source]) -> list[Fault]:
+    """Faults about volumes whose shards the disk would not take."""
+    longest = 230  # of the system's 255; a file that is being written has a longer name
+    return [
+        Fault(
+            source.image, "its name is too long", "rename it: the volume's name is a part of files'"
+        )
+        for source in sources
+        if len(os.fsencode(builder.shard_name(name, source.id))) > longest
+    ]
 
 
 def _check(
-    reader: Reader, sources: list[Source], faults: list[Fault], num_workers: int
-) -> dict[str, Facts]:
-    """Reads every volume once. Raises `DatasetError` with all faults of the dataset."""
+    reader: Reader,
+    sources: list[Source],
+    faults: list[Fault],
+    num_workers: int,
+    *,
+    strict: bool,
+) -> tuple[dict[str, Facts], tuple[Fault, ...]]:
+    """Reads every volume once: what it is like, and findings. Raises `DatasetError`."""
     inspect_volume = functools.partial(inspect, reader)
     facts, more = read_through(inspect_volume, sources, num_workers=num_workers)
-    faults = sort_faults([*faults, *more, *duplicate_faults(sources, facts)])
-    if faults:
-        raise DatasetError(faults)
-    return facts
+    found = [*faults, *more, *findings_of(reader, sources, facts)]
+    return facts, refuse(sort_faults(found, strict=strict))
 
 
 def read_through(
@@ -190,11 +216,6 @@ def read_through(
             else:
                 found[id] = result
     return found, faults
-
-
-def sort_faults(faults: Iterable[Fault]) -> list[Fault]:
-    """By file, and each once: the frames of one damaged file have the same fault."""
-    return sorted(set(faults), key=lambda fault: (str(fault.path), fault.found))
 
 
 def _plan(name: str, reader: Reader, options: Options, facts: dict[str, Facts]) -> Plan:
@@ -252,9 +273,9 @@ def _prepare_volume(plan: Plan, facts: dict[str, Facts], place: _Place, source: 
 def _finished(plan: Plan, fact: Facts, place: _Place) -> Shard | None:
     """The volume's shard if an earlier run finished it and nothing that made it has changed."""
     try:
-        shard = Shard(**json.loads(place.note(fact.id).read_text()))
+        shard = Shard(**json.loads(place.note(fact.id).read_bytes()))
         intact = _sha256(place.dataset / shard.file) == shard.sha256
-    except (OSError, json.JSONDecodeError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
     same = shard.parameters == plan.parameters and shard.sources == fact.sha256
     named = shard.file == builder.shard_name(plan.name, fact.id)
@@ -273,12 +294,12 @@ def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) 
         raise error
 
 
-def _publish(plan: Plan, shards: list[Shard], place: _Place) -> None:
+def _publish(plan: Plan, shards: list[Shard], facts: dict[str, Facts], place: _Place) -> None:
     """Completes the folder of shards and moves it to its final place."""
     wanted = {shard.file for shard in shards}
     for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:
         leftover.unlink()
-    builder.write_dataset_files(place.dataset, plan, shards)
+    builder.write_dataset_files(place.dataset, plan, shards, facts)
     for path in place.dataset.iterdir():
         _sync(path)
     _sync(place.dataset)

@@ -7,9 +7,12 @@ from data_prep.acdc import AcdcReader
 from data_prep.chd import ChdReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
+from kafjax.registry import Registry
 
 # Those whose rules are the same for every folder; nnU-Net's are in the folder's own description.
-READERS: dict[str, Reader] = {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
+READERS: Registry[Reader] = Registry(
+    {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
+)
 KINDS = (*READERS, NnunetReader.kind)
 
 

@@ -63,7 +63,8 @@ def find_keypoints(
 
 def slice_generator(seed: int, volume_id: str, slice_index: int) -> np.random.Generator:
     """The generator of one slice's choice: the same whoever prepares the slice, and when."""
-    return np.random.default_rng([seed, zlib.crc32(volume_id.encode()), slice_index])
+    name = volume_id.encode(errors="surrogateescape")  # a file's name may be no UTF-8
+    return np.random.default_rng([seed, zlib.crc32(name), slice_index])
 
 
 def _strongest_per_pixel(positions: np.ndarray, responses: np.ndarray) -> np.ndarray:

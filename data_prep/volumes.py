@@ -7,7 +7,6 @@ intensities and grid are prepared, how far apart neighbouring slices may be. Vol
 
 import abc
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ class Volume:
     spacing: tuple[float, float, float]  # mm, (row, col, slice)
     affine: np.ndarray  # (row, col, slice) index to NIfTI's mm
     sha256: dict[str, str]
+    plane: Plane = "axial"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,8 @@ class Facts:
     dtype: str
     labelled: bool
     sha256: dict[str, str]
-    content: str  # hash of the prepared image's shape and values
+    plane: Plane
+    content: str  # hash of the raw image's shape and values, of whatever type and spacing
 
 
 class Reader(abc.ABC):
@@ -83,6 +84,7 @@ class Reader(abc.ABC):
     kind: str
     classes: tuple[str, ...]  # names, background first; none if a fault hides them
     radius: int  # pixels by Manhattan distance, see `sift.correspondences`
+    one_plane = True  # whether volumes are expected to be cut in the same plane
 
     @abc.abstractmethod
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
@@ -143,42 +145,26 @@ class Reader(abc.ABC):
 
 def inspect(reader: Reader, source: Source) -> Facts:
     """Reads and prepares one volume for what the dataset must know of it. Raises `DatasetError`."""
-    return facts_of(reader.prepare(reader.read(source)).volume)
+    raw = reader.read(source)
+    return facts_of(raw, reader.prepare(raw).volume)
 
 
-def facts_of(volume: Volume) -> Facts:
-    """What the dataset must know of a prepared volume."""
-    rows, columns, num_slices = volume.image.shape
-    digest = hashlib.sha256(repr(volume.image.shape).encode())
-    digest.update(np.ascontiguousarray(volume.image).data)
+def facts_of(raw: Volume, prepared: Volume) -> Facts:
+    """What the dataset must know of a volume, as it was read and as it is prepared."""
+    rows, columns, num_slices = prepared.image.shape
+    digest = hashlib.sha256(repr(raw.image.shape).encode())
+    for k in range(raw.image.shape[2]):  # one by one, to save memory
+        digest.update(np.ascontiguousarray(raw.image[:, :, k], np.float32).data)
     return Facts(
-        id=volume.id,
+        id=prepared.id,
         size=(rows, columns),
         num_slices=num_slices,
-        dtype=volume.image.dtype.name,
-        labelled=volume.label is not None,
-        sha256=volume.sha256,
+        dtype=prepared.image.dtype.name,
+        labelled=prepared.label is not None,
+        sha256=prepared.sha256,
+        plane=prepared.plane,
         content=digest.hexdigest(),
     )
-
-
-def duplicate_faults(sources: Iterable[Source], facts: dict[str, Facts]) -> list[Fault]:
-    """A fault for every image whose values another, earlier volume already has."""
-    first: dict[str, Source] = {}
-    faults = []
-    for source in sources:
-        if source.id in facts:
-            original = first.setdefault(facts[source.id].content, source)
-            if original is not source:
-                where = "" if source.frame is None else f"frame {source.frame + 1} "
-                found = f"{where}has the same values as {original.image_name}"
-                faults.append(Fault(source.image, found, "move one of the two volumes away"))
-    return faults
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether a file is named as NIfTI, and not hidden as some systems' own files are."""
-    return path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
 
 
 def _read_all(source: Source) -> tuple[dict[Path, Nifti], list[Fault]]:
@@ -207,15 +193,24 @@ def _image_faults(source: Source, image: Nifti) -> list[Fault]:
 
 
 def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) -> list[Fault]:
-    remedy = f"resample it onto {image_path.name}'s grid"
+    if image.sha256 == label.sha256:
+        return [Fault(path, "is the image itself", "expected its labels")]
     if image.array.shape != label.array.shape:
         found = f"shape {label.array.shape}, but the image has {image.array.shape}"
+        remedy = (
+            f"draw or resample it onto {image_path.name}'s grid, and look that no label is lost"
+        )
         return [Fault(path, found, remedy)]
     # The farthest that the two affines put one voxel apart, in voxels.
     corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
     corners[:, :3] *= np.array(image.array.shape) - 1
     apart = np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max()
     if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
+        # Resampling by a wrong header would throw labels away, and pass the next check.
+        remedy = (
+            f"do not resample it: its shape is the image's. Lay it on {image_path.name} voxel by "
+            "voxel; if it fits, its header is wrong: save it with the image's affine"
+        )
         return [Fault(path, f"its affine differs from the image's by up to {apart:.3g} mm", remedy)]
     return []
 
@@ -239,4 +234,4 @@ def _volume(
     turned, affine = to_slices(image.array, image.affine, plane)
     label = None if classes is None else to_slices(classes, image.affine, plane)[0]
     row, column, between = map(float, nib.affines.voxel_sizes(affine))
-    return Volume(source.id, turned, label, (row, column, between), affine, sha256)
+    return Volume(source.id, turned, label, (row, column, between), affine, sha256, plane)

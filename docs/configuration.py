@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import chd_pretrain
+from kafjax.configs import chd_pretrain
 from kafjax.training.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -147,7 +147,9 @@ def page() -> str:
       ValueError: `_MEANINGS` explains a field that there is not, or a field is not explained.
     """
     runs = {
-        (task, dataset): _fields(importlib.import_module(f"configs.{dataset}_{task}").get_config())
+        (task, dataset): _fields(
+            importlib.import_module(f"kafjax.configs.{dataset}_{task}").get_config()
+        )
         for task in TASKS
         for dataset in DATASETS
     }
@@ -261,7 +263,7 @@ def _comments() -> dict[str, str]:
     """The config files' comments by field: beside it, or on the lines above it."""
     found: dict[str, str] = {}
     for name in _COMMENTED:
-        source = Path(f"{importlib.import_module(f'configs.{name}').__file__}").read_text()
+        source = Path(f"{importlib.import_module(f'kafjax.configs.{name}').__file__}").read_text()
         beside, above = _comment_lines(source)
         for path, line in _places(ast.parse(source)):
             text = beside.get(line) or _block_above(above, line)

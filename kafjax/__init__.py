@@ -10,4 +10,4 @@ The packages, each of which lists its public names in `__all__`:
     drawing, figures, report  what people look at
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

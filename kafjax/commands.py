@@ -6,11 +6,13 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from kafjax.files import show_any_name
 from kafjax.xla import set_up_xla
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags for `absl.app.run`; a mistake ends the program with one line and status 2."""
+    show_any_name()
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

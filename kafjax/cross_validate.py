@@ -1,4 +1,4 @@
-"""Trains and evaluates a config over folds, M and seeds: `python -m kafjax.cross_validate --help`.
+"""Trains and evaluates a config over folds, M and seeds: `kafjax cross-validate --help`.
 
 `kafjax.study.cross_validation` describes what it does and writes.
 """
@@ -14,8 +14,9 @@ def _run_from_command_line() -> None:
     from ml_collections import config_flags
 
     from kafjax.commands import run_app
+    from kafjax.config_files import define_config
 
-    config = config_flags.DEFINE_config_file("config", help_string="Config file of the runs.")
+    config = define_config("The runs: a config file, or the name of a shipped one.")
     workdir = flags.DEFINE_string("workdir", None, "Where the runs live.", required=True)
     num_labeled = flags.DEFINE_string(
         "num_labeled", None, "Values of M, as in 2,6,10.", required=True
@@ -23,7 +24,6 @@ def _run_from_command_line() -> None:
     folds = flags.DEFINE_string("folds", None, "As in 0-4 or 0,2. Default: all of the config's.")
     seeds = flags.DEFINE_string("seeds", None, "As in 0,1,2. Default: the config's.")
     collect = flags.DEFINE_bool("collect", False, "Only make the table of the runs there are.")
-    flags.mark_flag_as_required("config")
 
     def command() -> int | None:
         given = {"data.num_labeled": num_labeled, "data.fold": folds, "seed": seeds}

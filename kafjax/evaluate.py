@@ -1,9 +1,10 @@
-"""Evaluates a segmentation run: `python -m kafjax.evaluate --workdir RUN`.
+"""Evaluates a segmentation run: `kafjax evaluate --workdir RUN`.
 
 `kafjax.inference.evaluation` describes what it computes and writes.
 """
 
-from kafjax.inference.evaluation import SPLITS, evaluate_run
+from kafjax.inference.evaluation import evaluate_run
+from kafjax.workdir.scores import SPLITS
 
 
 def _run_from_command_line() -> None:
@@ -13,10 +14,16 @@ def _run_from_command_line() -> None:
     from kafjax.commands import run_app
 
     workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.", required=True)
-    split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run's fold.")
-    step = flags.DEFINE_integer("step", None, "Checkpoint. Default: the best by validation.")
+    split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
+    step = flags.DEFINE_string(
+        "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
+    )
     data_dir = flags.DEFINE_string("data_dir", None, "Default: where the run had its dataset.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
+
+    record_split = flags.DEFINE_bool(
+        "record_split", False, "For runs of kafjax 0.1: record the split of the dataset as it is."
+    )
 
     def command() -> None:
         evaluate_run(
@@ -25,6 +32,7 @@ def _run_from_command_line() -> None:
             step=step.value,
             data_dir=data_dir.value,
             batch_size=batch_size.value,
+            record_split=record_split.value,
         )
 
     run_app(command)

@@ -1,19 +1,18 @@
-"""Runs a table of runs: `python -m kafjax.experiment --table TABLE --dataset NAME`.
+"""Runs a table of runs: `kafjax experiment --table TABLE --dataset NAME`.
 
 `kafjax.study.experiment` describes what it does and writes.
 """
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from kafjax.config_files import TABLES, find, load_table
 from kafjax.study.cross_validation import parse_numbers
 from kafjax.study.experiment import format_plan, make_experiment, parse_shard
 from kafjax.study.jobs import find_slots, run_jobs
-from kafjax.study.plan import load
 from kafjax.study.results import write_results
 
 
@@ -24,7 +23,9 @@ def _run_from_command_line() -> None:
     from kafjax.commands import run_app
 
     string, boolean = flags.DEFINE_string, flags.DEFINE_bool
-    table = string("table", None, "File of the table, as in configs/tables/.", required=True)
+    table = string(
+        "table", None, "A table's file, or the name of a shipped one, as in table1.", required=True
+    )
     dataset = string("dataset", None, "chd, acdc, phantom, or another's name.", required=True)
     small = boolean("small", False, "The configs of DATASET_small, for CPUs.")
     numbers = {
@@ -47,7 +48,7 @@ def _run_from_command_line() -> None:
         # This process trains nothing, and must not take the devices' memory.
         jax.config.update("jax_platforms", "cpu")
         experiment = make_experiment(
-            load(table.value, "get_table")(),
+            load_table(table.value),
             dataset.value,
             workdir=workdir.value,
             data_dir=data_dir.value,
@@ -67,7 +68,10 @@ def _run_from_command_line() -> None:
             outcome = run_jobs(jobs, find_slots(slots.value), is_ours=lambda i: i % every == first)
             if outcome.received:
                 return outcome.received
-        print(write_results(experiment, Path(table.value).stem, _repeat(flags.FLAGS)), flush=True)
+        print(
+            write_results(experiment, find(table.value, TABLES).name, _repeat(flags.FLAGS)),
+            flush=True,
+        )
         if outcome and outcome.failed:
             print(f"error: failed: {', '.join(outcome.failed)}", file=sys.stderr)
             sys.exit(1)
@@ -102,7 +106,7 @@ def _repeat(flags: Any) -> str:
         *("workdir", "data_dir"),
     )
     arguments = [flags[name].serialize() for name in names if flags[name].present]
-    return shlex.join(["python", "-m", "kafjax.experiment", *arguments])
+    return shlex.join(["kafjax", "experiment", *arguments])
 
 
 if __name__ == "__main__":

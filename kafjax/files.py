@@ -5,12 +5,15 @@ checksum of its own fields in the field `checksum`, so that a changed value is f
 without that field, written by hand, is taken as it is.
 """
 
+import codecs
 import contextlib
 import hashlib
+import io
 import json
 import os
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,24 @@ def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file of any system: UTF-8, or UTF-16 with a byte order mark; lines end in newlines.
+
+    Bytes that are no UTF-8 become U+FFFD. JSON needs no such care if it is read as bytes.
+    """
+    content = Path(path).read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def show_any_name() -> None:
+    """Lets names that are not UTF-8 be printed: the bytes in question as `\\udcff`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -61,7 +82,7 @@ def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: its content is not JSON, not fields, or not what was written. The message does not
         name the file.
     """
-    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    fields = json.loads(Path(path).read_bytes())
     if not isinstance(fields, dict):
         raise ValueError("no fields")
     if CHECKSUM_FIELD in fields and fields.pop(CHECKSUM_FIELD) != checksum(fields):
@@ -70,3 +91,24 @@ def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
             "as it is"
         )
     return fields
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted path; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], *, ignore: Collection[str] = ()
+) -> list[str]:
+    """A line for each name whose values differ, in order of name; a missing value is 'absent'."""
+    absent = object()
+    return [
+        f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name, absent) != here.get(name, absent) and name not in ignore
+    ]

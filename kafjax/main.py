@@ -1,4 +1,4 @@
-"""Trains as a config file says: `python -m kafjax.main --config configs/chd_pretrain.py`.
+"""Trains as a config file says: `kafjax train --config chd_pretrain`.
 
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
 is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from kafjax.checkpoint.checkpointer import check_resumable
 from kafjax.commands import parse_flags, run_command
+from kafjax.config_files import define_config, given_config
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
 from kafjax.training.preflight import look
 from kafjax.xla import set_up_xla
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run.")
+_CONFIG = define_config("The run: a config file, or the name of a shipped one.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
 _RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
 _CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
@@ -29,15 +29,12 @@ _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its para
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
-flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
     """Dispatches to `describe`, `look` or `train`."""
     del argv
-    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = "_".join(filter(None, (Path(path).stem, variant)))
-    run_command(_run, _CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+    run_command(_run, _CONFIG.value, Path(_WORKDIR.value or f"runs/{given_config().name}"))
 
 
 def _run(config: Any, workdir: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Segments raw volumes: `python -m kafjax.predict --workdir RUN[,RUN2...] --input X --output Y`.
+"""Segments raw volumes: `kafjax predict --workdir RUN[,RUN2...] --input X --output Y`.
 
 `kafjax.inference.prediction` describes what it does.
 """
@@ -29,7 +29,9 @@ def _run_from_command_line() -> None:
         "mirror": flags.DEFINE_bool(
             "mirror", False, "Average over mirrored slices; four times the work."
         ),
-        "step": flags.DEFINE_integer("step", None, "Checkpoint. Default: the best by validation."),
+        "step": flags.DEFINE_string(
+            "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
+        ),
         "data_dir": flags.DEFINE_string(
             "data_dir", None, "Where the runs' dataset is, for workdirs without preparation.json."
         ),

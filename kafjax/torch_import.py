@@ -3,7 +3,7 @@
 `import_state_dict` needs only NumPy. The command, which alone needs PyTorch, turns a checkpoint
 file into an Orbax checkpoint that every other command takes:
 
-    python -m kafjax.torch_import --input latest.pth --config configs/chd_finetune.py --output DIR
+    kafjax import-torch --input latest.pth --config chd_finetune --output DIR
 
 The release's names are those of docs/method.md section 9. Its networks also hold weights that
 nothing uses (`DEAD_WEIGHTS`); they are dropped and named.
@@ -11,6 +11,7 @@ nothing uses (`DEAD_WEIGHTS`); they are dropped and named.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -235,33 +236,35 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
       ValueError: the file does not fit `config.model`, or the workdir holds a run already. Nothing
         is written then.
     """
-    from kafjax.checkpoint.checkpointer import Checkpointer  # Orbax is needed for nothing else here
+    # Orbax is needed for nothing else here.
+    from kafjax.checkpoint.checkpointer import Checkpointer
+    from kafjax.workdir.workdir import Workdir
 
     state_dict = read_state_dict(source)
     variables = import_state_dict(state_dict, config.model)
-    if (workdir / "checkpoints").exists():
+    folder = Workdir(workdir)
+    if folder.checkpoints.exists():
         raise ValueError(f"{workdir}: holds checkpoints already, expected a new --output folder")
     origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
+    folder.write_config(config.to_dict())
+    with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(0, variables, metrics={}, data={"imported_from": origin})
     dropped = dead_weights(state_dict)
     print("\n  ".join([f"Dropped {len(dropped)} weights that nothing uses:", *dropped]))
-    print(f"Wrote {workdir}; fine-tune from it with --config.init_from={workdir}")
+    flag = shlex.quote(f"--config.init_from={workdir}")
+    print(f"Wrote {workdir}; fine-tune from it with {flag}")
 
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import app, flags
-    from ml_collections import config_flags
 
     from kafjax.commands import parse_flags, run_command
+    from kafjax.config_files import define_config
 
     source = flags.DEFINE_string("input", None, "PyTorch checkpoint of the release.", required=True)
-    config = config_flags.DEFINE_config_file("config", help_string="Its `model` fits the file.")
+    config = define_config("A config whose `model` fits the file, or a shipped one's name.")
     workdir = flags.DEFINE_string("output", None, "Workdir to write, a new one.", required=True)
-    flags.mark_flag_as_required("config")
 
     def main(_: list[str]) -> None:
         run_command(import_checkpoint, Path(source.value), config.value, Path(workdir.value))

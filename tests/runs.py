@@ -9,7 +9,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain
+from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_pretrain
+from kafjax.data.input_pipeline import SliceDataset
+from kafjax.training.preflight import split_run
+from kafjax.workdir.split import describe_split, write_split
+from kafjax.workdir.workdir import Workdir
 
 # Set for every test by conftest.py.
 XLA_FLAGS = os.environ["XLA_FLAGS"]
@@ -56,6 +61,23 @@ def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[
         "sample": np.arange(b, dtype=np.uint32) + seed * b,
         "seed": np.zeros(b, np.uint32),
     }
+
+
+def write_run(
+    workdir: Path,
+    config: Any,
+    variables: Any,
+    *,
+    step: int = 0,
+    dataset: SliceDataset | None = None,
+) -> None:
+    """A workdir as a run leaves it: its config, a checkpoint, and its split of a dataset if any."""
+    folder = Workdir(workdir)
+    folder.write_config(config.to_dict())
+    if dataset is not None:
+        write_split(folder, describe_split(split_run(config, dataset), dataset))
+    with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
+        checkpointer.save(step, variables, metrics={}, data={})
 
 
 def start_command(

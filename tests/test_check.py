@@ -128,18 +128,22 @@ def test_every_fault_and_the_sound_rest_are_reported_and_nothing_is_written(
     before = sorted(path.name for path in raw_dir.iterdir())
     arguments = ["--dataset", "chd", "--raw_dir", raw_dir, "--data_dir", data_dir]
     status, out, errors = check(capsys, *arguments, "--json", tmp_path / "found.json")
+    note, *errors = errors
+    assert note.startswith(f"note: {raw_dir / 'ct_1100_image.nii.gz'}: has the same values as ct_")
     assert status == 2
     assert "3 sound volumes" in out
+    assert "equal images: ct_1003, ct_1100\n" in out
     assert [line.split(": ")[1].rpartition("/")[2] for line in errors] == [
         "ct_1001_image.nii.gz",
         "ct_1002_image.nii.gz",
         "ct_1004_label.nii.gz",
         "ct_1004_label.nii.gz",
         "ct_1100_image.nii.gz",
-        "ct_1100_image.nii.gz",
     ]
     found = json.loads((tmp_path / "found.json").read_text())
     assert [f"error: {f['file']}: {f['found']}; {f['remedy']}" for f in found["faults"]] == errors
+    assert [f"note: {f['file']}: {f['found']}; {f['remedy']}" for f in found["findings"]] == [note]
+    assert found["fingerprint"]["equal_images"] == [["ct_1003", "ct_1100"]]
     assert set(found["volumes"]) == {"ct_1001", "ct_1003", "ct_1100"}
     assert not data_dir.exists()
     assert sorted(path.name for path in raw_dir.iterdir()) == before

@@ -16,11 +16,9 @@ import pytest
 from kafjax.checkpoint.checkpointer import (
     Checkpointer,
     SaveError,
-    check_config,
     load_variables,
     saved_metrics,
 )
-from kafjax.files import read_checked
 
 CONFIG = {"model": {"filters": 4, "levels": [1, 2]}, "num_steps": 10}
 
@@ -59,9 +57,7 @@ def assert_same_bits(found, expected):
 
 
 def open_checkpointer(workdir, **options) -> Checkpointer:
-    return Checkpointer(
-        workdir, **{"keep_newest": 3, "best_metric": None, "config": CONFIG, **options}
-    )
+    return Checkpointer(workdir, **{"keep_newest": 3, "best_metric": None, **options})
 
 
 def save_steps(workdir, steps) -> None:
@@ -250,36 +246,6 @@ def test_load_variables_refuses_another_programs_steps(tmp_path):
         load_variables(tmp_path)
 
 
-def test_config_is_stored_and_another_refused_with_all_differences(tmp_path):
-    open_checkpointer(tmp_path).close()
-    assert read_checked(tmp_path / "config.json") == CONFIG
-    other = {"model": {"filters": 8}, "num_steps": 20, "seed": 1}
-    with pytest.raises(ValueError) as error:
-        open_checkpointer(tmp_path, config=other)
-    assert str(error.value).splitlines()[1:] == [
-        "  model.filters: 4 there, 8 here",
-        "  model.levels: [1, 2] there, 'absent' here",
-        "  seed: 'absent' there, 1 here",
-    ]
-    assert read_checked(tmp_path / "config.json") == CONFIG
-
-
-def test_config_may_change_in_length_and_tuples_equal_lists(tmp_path):
-    open_checkpointer(tmp_path).close()
-    longer = {"model": {"filters": 4, "levels": (1, 2)}, "num_steps": 20}
-    check_config(tmp_path, longer)
-    open_checkpointer(tmp_path, config=longer).close()
-    assert read_checked(tmp_path / "config.json")["num_steps"] == 20
-    with pytest.raises(ValueError, match="num_steps: 20 there, 10 here"):
-        check_config(tmp_path, CONFIG, may_change=())
-
-
-def test_config_that_is_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not a run's config"):
-        check_config(tmp_path, CONFIG)
-
-
 PROCESS = """
 import sys
 import jax
@@ -292,7 +258,7 @@ def state(step, index):
     return {"params": {"w": w}, "step": np.array(step)}
 def open_it():
     options = {"keep_newest": 2, "best_metric": "loss", "best_mode": "min"}
-    return Checkpointer(workdir, config={"a": 1}, **options)
+    return Checkpointer(workdir, **options)
 with open_it() as checkpointer:
     assert checkpointer.restore_latest(state(0, 0)) is None
     for step in (1, 2, 3):

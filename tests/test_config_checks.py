@@ -1,16 +1,16 @@
 """The checks of a config's fields: every config passes, every mistake is told by name."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 import pytest
 
-from configs import chd_pretrain, phantom_finetune, phantom_pretrain
+from kafjax.config_files import shipped_names
+from kafjax.configs import chd_pretrain, phantom_finetune, phantom_pretrain
 from kafjax.training.config_checks import check_fields
 
-CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*_*.py"))
+CONFIGS = shipped_names()
 
 
 def changed(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
@@ -22,7 +22,7 @@ def changed(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_passes(name: str) -> None:
-    get_config = importlib.import_module(f"configs.{name}").get_config
+    get_config = importlib.import_module(f"kafjax.configs.{name}").get_config
     for method in chd_pretrain.METHODS if name.endswith("pretrain") else ():
         check_fields(get_config(method))
     check_fields(get_config())
@@ -109,7 +109,7 @@ def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) 
         (
             {"model__name": "unet", "loss__weights__matching": 0.0},
             "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
-            "configs/*_pretrain.py:pcl has it",
+            "--config chd_pretrain:pcl has it",
         ),
         (
             {f"loss__weights__{name}": 0.0 for name in ("cnn", "kaf", "matching")},

@@ -1,15 +1,16 @@
 """Every config builds its network, task and optimiser."""
 
 import importlib
+import re
 
 import pytest
 
+from kafjax.config_files import shipped_names
 from kafjax.tasks.registry import TASKS
 from kafjax.training.describe import count_parameters
 from kafjax.training.step import make_optimizer
-from tests.runs import ROOT
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+NAMES = shipped_names()
 
 
 def test_there_are_configs() -> None:
@@ -18,10 +19,10 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name: str) -> None:
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"kafjax.configs.{name}")
     config = module.get_config()
-    assert f"--config configs/{name}.py" in module.__doc__
-    TASKS[config.task].task(config)
+    assert re.search(rf"--config (configs/)?{name}\b", module.__doc__)
+    TASKS[config.task](config)
     make_optimizer(config.optimizer)
     assert sum(count_parameters(config).values()) > 1e5
     assert all(size % 16 == 0 for size in config.data.patch_size)
@@ -29,7 +30,7 @@ def test_config_builds(name: str) -> None:
 
 
 def test_chd_pretraining_is_the_papers_run() -> None:
-    config = importlib.import_module("configs.chd_pretrain").get_config()
+    config = importlib.import_module("kafjax.configs.chd_pretrain").get_config()
     assert (config.batch_size, config.num_epochs) == (32, 51)
     assert config.data.patch_size == (512, 512)
     assert (config.model.filters, config.model.num_attention_layers) == (32, 16)
@@ -46,7 +47,7 @@ def test_chd_pretraining_is_the_papers_run() -> None:
 
 
 def test_what_is_set_in_one_config_is_not_set_in_the_next() -> None:
-    get_config = importlib.import_module("configs.chd_pretrain").get_config
+    get_config = importlib.import_module("kafjax.configs.chd_pretrain").get_config
     for method in ("kaf", "pcl", "glcl"):
         config, before = get_config(method), get_config(method).to_dict()
         config.model.filters, config.loss.temperature = 1, 9.0

@@ -15,8 +15,8 @@ import ml_collections
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.checkpoint.checkpointer import saved_metrics
+from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.study import cross_validation as module
 from kafjax.study.cross_validation import (
     Run,
@@ -29,6 +29,8 @@ from kafjax.study.cross_validation import (
     tabulate,
 )
 from kafjax.training import loop as train_module
+from kafjax.workdir.scores import describe_run
+from kafjax.workdir.workdir import Workdir
 from tests.test_loop import steps_of
 
 ROOT = Path(__file__).parents[1]
@@ -145,7 +147,16 @@ class Runs:
         config = json.loads((workdir / "config.json").read_text())
         dice = 0.5 + config["data"]["fold"] / 10 + config["seed"] / 100
         chance = 0.1 + config["seed"] / 100
-        found = {"step": 2, "pooled_dice": {"mean": dice}, "chance": chance, "by_class": {}}
+        found = {
+            "step": config["num_steps"],
+            "checkpoint": "last",
+            "split": "validation",
+            "run": describe_run(Workdir(workdir), config),
+            "pooled_dice": {"mean": dice},
+            "chance": chance,
+            "by_class": {},
+            "by_volume": {},
+        }
         (workdir / "evaluation.json").write_text(json.dumps(found))
 
     def take(self) -> list[str]:
@@ -187,12 +198,14 @@ def test_collects_what_is_there_and_names_the_rest(
     printed = capsys.readouterr().out
     assert "| 2 |  | 0.6350 |  |" in printed
     assert "frequencies of classes: 0.135" in printed
-    assert "Missing, 2 of 4 runs: fold0_M2_seed0, fold0_M2_seed7" in printed
+    assert "Missing, 2 of 6 runs: fold0_M2_seed0, fold0_M2_seed7" in printed
     assert (tmp_path / "cross_validation.md").read_text().strip() == printed.strip()
     found = json.loads((tmp_path / "cross_validation.json").read_text())
     assert found["missing"] == ["fold0_M2_seed0", "fold0_M2_seed7"]
-    assert [run["pooled_dice"]["mean"] for run in found["runs"]] == pytest.approx([0.6, 0.67])
-    assert found["rows"][0]["folds"] == [None, pytest.approx(0.635)]
+    assert [run["pooled_dice"]["mean"] for run in found["runs"]] == pytest.approx([0.6, 0.67] * 2)
+    # The runs with M = 1 are in the table too: whoever planned them may be running others.
+    assert [row["num_labeled"] for row in found["rows"]] == [1, 2]
+    assert found["rows"][1]["folds"] == [None, pytest.approx(0.635)]
 
 
 def test_workdirs_of_another_config_and_damaged_ones_are_refused(
@@ -287,8 +300,8 @@ def test_real_runs_compile_once_stop_go_on_and_make_a_table(
     runs = plan_runs(config, num_labeled=[1, 2])
     found = [json.loads((tmp_path / r.name / "evaluation.json").read_text()) for r in runs]
     for m, row in zip((1, 2), rows, strict=True):
-        of_row = [of_run for of_run in found if of_run["num_labeled"] == m]
-        assert [of_run["fold"] for of_run in of_row] == [0, 1]
+        of_row = [of_run for of_run in found if of_run["run"]["num_labeled"] == m]
+        assert [of_run["run"]["fold"] for of_run in of_row] == [0, 1]
         assert row["folds"] == [of_run["pooled_dice"]["mean"] for of_run in of_row]
     assert config.data.fold == 0
     assert run_config(config, runs[-1]).data.fold == 1

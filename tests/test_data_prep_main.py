@@ -40,7 +40,7 @@ def test_phantoms_are_written_and_prepared_by_one_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Prepared 2 volumes, 12 slices, in {tmp_path / 'phantom' / '1.0.0'}" in out
     assert re.search(r"keypoints per slice: min \d+, median \d+, max \d+; 0\.0% of", out)
-    assert "python -m kafjax.main --config configs/phantom_pretrain.py" in out
+    assert "kafjax train --config phantom_pretrain" in out
     assert len(list((tmp_path / "raw" / "phantom").glob("*.nii.gz"))) == 4
 
     assert main(arguments) == 0
@@ -56,7 +56,7 @@ def test_chd_is_prepared_in_a_process_of_its_own(phantom_raw, tmp_path):
     done = run("--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "chd" / "1.0.0" / "dataset_info.json").exists()
-    assert "configs/chd_pretrain.py" in done.stdout
+    assert "--config chd_pretrain" in done.stdout
 
 
 def test_acdc_with_its_cine_stands_beside_acdc(tmp_path, capsys):
@@ -66,11 +66,11 @@ def test_acdc_with_its_cine_stands_beside_acdc(tmp_path, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert f"Prepared 2 volumes, 12 slices, in {tmp_path / 'acdc' / '1.0.0'}" in out
-    assert out.endswith("Next: python -m kafjax.main --config configs/acdc_pretrain.py\n")
+    assert out.endswith("Next: kafjax train --config acdc_pretrain\n")
     assert main([*arguments, "--cine"]) == 0
     out = capsys.readouterr().out
     assert f"Prepared 5 volumes, 30 slices, in {tmp_path / 'acdc_cine' / '1.0.0'}" in out
-    assert "configs/acdc_pretrain.py --config.data.name=acdc_cine" in out
+    assert "--config acdc_pretrain --config.data.name=acdc_cine" in out
 
 
 def test_neither_jax_nor_tensorflow_is_imported(phantom_raw, tmp_path):

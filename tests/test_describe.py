@@ -3,7 +3,7 @@
 import ml_collections
 import pytest
 
-from configs import chd_finetune, chd_pretrain
+from kafjax.configs import chd_finetune, chd_pretrain
 from kafjax.training.describe import count_parameters, describe
 
 

@@ -135,7 +135,7 @@ def test_files_and_fields_in_the_text_exist(page: Path) -> None:
 
 
 def fields_of(config: str) -> set[str]:
-    tree = importlib.import_module(f"configs.{config}").get_config().to_dict()
+    tree = importlib.import_module(f"kafjax.configs.{config}").get_config().to_dict()
     return set(flax.traverse_util.flatten_dict(tree, sep="."))
 
 

@@ -22,9 +22,7 @@ LONG = ("--config.batch_size=4", "--config.num_epochs=1000")
 def state_of(dataset: Path, workdir: Path, step: int) -> dict[str, np.ndarray]:
     config = tiny_config(dataset, batch_size=4, num_epochs=1000)
     template = init_state(Pretraining(config), make_optimizer(config.optimizer))
-    with checkpoint.Checkpointer(
-        workdir, keep_newest=1, best_metric="loss", config=config.to_dict()
-    ) as checkpointer:
+    with checkpoint.Checkpointer(workdir, keep_newest=1, best_metric="loss") as checkpointer:
         restored = checkpointer.restore_latest(template)
     assert restored is not None
     assert restored[0].step == step
@@ -140,7 +138,7 @@ def test_two_processes_train_as_one_of_two_devices(phantom_dataset: Path, tmp_pa
     [
         ("--config.batchsize=4", "batch_size"),
         ("--config.data.max_keypoints=99", "max_keypoints: the dataset has 64"),
-        ("--config.data.name=chd", "python -m data_prep.main --dataset chd"),
+        ("--config.data.name=chd", "kafjax prepare --dataset chd"),
         ("--config.model.name=vnet", "expected one of unet"),
     ],
 )

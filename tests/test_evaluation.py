@@ -1,8 +1,8 @@
 """Evaluation of whole volumes: every pixel once, tables, and the command on a run of its own."""
 
 import csv
-import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,14 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import phantom_finetune, phantom_pretrain
-from kafjax.checkpoint.checkpointer import Checkpointer, load_variables, saved_metrics
+from data_prep.builder import Options
+from data_prep.phantom.subjects import write_subjects
+from data_prep.prepare import prepare_dataset
+from data_prep.readers import READERS
+from kafjax.checkpoint.checkpointer import load_variables, saved_metrics
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.files import read_checked, write_checked
 from kafjax.inference.evaluation import (
     evaluate,
     evaluate_run,
@@ -30,7 +35,10 @@ from kafjax.segmentation_metrics import ClassMetrics, volume_metrics
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.loop import train
 from kafjax.workdir.metrics import read_metrics
-from kafjax.workdir.workdir import best_step
+from kafjax.workdir.scores import read_scores
+from kafjax.workdir.split import read_split
+from kafjax.workdir.workdir import Workdir
+from tests.runs import write_run
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model.name": "unet", "model.filters": 4, "seed": 3}
@@ -102,7 +110,7 @@ def test_results_are_written_as_json_and_csv_and_a_table(tmp_path: Path) -> None
     results = summarize(COUNTS, METRICS, ("heart", "lung"))
     write_results(results, tmp_path / "evaluation")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluation.csv", "evaluation.json"]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == results
+    assert read_checked(tmp_path / "evaluation.json") == results
     rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
     assert [(row["volume"], row["class"], row["dice"]) for row in rows] == [
         ("pooled", "mean", "0.5"),
@@ -141,10 +149,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("pretrained")
     config = phantom_pretrain.get_config()
     config.update_from_flattened_dict({**TINY, "seed": 1})
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
-        checkpointer.save(0, Pretraining(config).init(), metrics={}, data={})
+    write_run(workdir, config, Pretraining(config).init())
     return workdir
 
 
@@ -162,6 +167,7 @@ def finetune_config(dataset: Path, pretrained: Path, **overrides: Any) -> ml_col
             "every.log": 1,
             "every.validation_epochs": 1,
             "every.picture": 0,
+            "checkpoint.keep_newest": 2,
             "num_steps": 6,
             **overrides,
         }
@@ -210,9 +216,9 @@ def test_finetuning_resumes_bit_for_bit(
 
 def test_evaluation_is_the_same_for_any_batches_and_agrees_with_validation(finetuned: Path) -> None:
     found = [evaluate_run(finetuned, batch_size=size) for size in (1, 7)]
-    stored = json.loads((finetuned / "evaluation.json").read_text())
+    stored = read_checked(finetuned / "evaluation.json")
     assert stored == found[1]
-    assert stored["step"] == best_step(finetuned)
+    assert stored["step"] == Workdir(finetuned).best_step()
     assert len(stored["by_volume"]) == 2
     assert stored["seconds"].keys() == stored["by_volume"].keys()
     assert stored["environment"]["jax"] == jax.__version__
@@ -220,6 +226,91 @@ def test_evaluation_is_the_same_for_any_batches_and_agrees_with_validation(finet
     # Slices fill the patch, so that validation sees what evaluation sees.
     score = saved_metrics(finetuned)[stored["step"]]["validation_dice"]
     assert stored["pooled_dice"]["mean"] == pytest.approx(score, abs=1e-5)
+
+
+def test_scores_of_another_checkpoint_never_take_the_place_of_the_selected_ones(
+    finetuned: Path,
+) -> None:
+    workdir = Workdir(finetuned)
+    evaluate_run(finetuned, batch_size=1)
+    selected = read_scores(workdir)
+    assert selected is not None
+    assert selected["checkpoint"] == "best on the validation volumes"
+    (other,) = set(saved_metrics(finetuned)) - {selected["step"]}
+    found = evaluate_run(finetuned, step=other, batch_size=1)
+    assert (found["step"], found["checkpoint"]) == (other, f"step {other}")
+    assert read_scores(workdir) == selected
+    assert read_checked(workdir.scores_file("validation", other)) == found
+    again = evaluate_run(finetuned, step=selected["step"], batch_size=1)
+    assert again["checkpoint"] == "best on the validation volumes"
+
+
+def test_scores_of_another_run_or_split_are_refused(finetuned: Path, tmp_path: Path) -> None:
+    evaluate_run(finetuned, batch_size=1)
+    workdir = Workdir(shutil.copytree(finetuned, tmp_path / "copy"))
+    assert read_scores(workdir) is not None
+    fields = read_checked(workdir.scores_file("validation"))
+    write_checked(workdir.scores_file("train"), fields)
+    with pytest.raises(ValueError, match=r"another run.*\n  side: 'validation' there"):
+        read_scores(workdir, "train")
+    changed = {**fields, "run": {**fields["run"], "fold": 4, "seed": 9}}
+    write_checked(workdir.scores_file("validation"), changed)
+    with pytest.raises(ValueError, match=r"(?s)fold: 4 there, 0 here.*seed: 9 there"):
+        read_scores(workdir)
+    # A run that was trained further has not been evaluated.
+    write_checked(workdir.scores_file("validation"), {**fields, "step": 1})
+    assert read_scores(workdir) is None
+
+
+def test_a_run_keeps_its_split_when_volumes_come_and_is_refused_others(
+    finetuned: Path,
+    phantom_raw: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = evaluate_run(finetuned, batch_size=1)
+    raw = Path(shutil.copytree(phantom_raw, tmp_path / "raw"))
+    write_subjects(tmp_path / "more", 2, size=(64, 64, 12), seed=5)
+    for kind in ("image", "label"):
+        shutil.copy(tmp_path / "more" / f"ct_1001_{kind}.nii.gz", raw / f"ct_1999_{kind}.nii.gz")
+    prepare(raw, tmp_path / "grown")
+    capsys.readouterr()
+    after = evaluate_run(finetuned, data_dir=tmp_path / "grown", batch_size=1)
+    assert after["by_volume"] == before["by_volume"]
+    assert "came after the run began and are no part of it: ct_1999" in capsys.readouterr().out
+
+    split = read_split(Workdir(finetuned))
+    assert split is not None
+    validated, trained = next(iter(split.validation)), next(iter(split.train))
+    for kind in ("image", "label"):
+        shutil.copy(
+            tmp_path / "more" / f"ct_1002_{kind}.nii.gz", raw / f"{validated}_{kind}.nii.gz"
+        )
+        (raw / f"{trained}_{kind}.nii.gz").unlink()
+    prepare(raw, tmp_path / "changed")
+    with pytest.raises(ValueError, match="is not the dataset that the run") as error:
+        evaluate_run(finetuned, data_dir=tmp_path / "changed", batch_size=1)
+    assert str(error.value).splitlines()[1:] == [
+        f"  {trained} (train): missing",
+        f"  {validated} (validation): other content",
+    ]
+
+
+def test_a_run_of_version_0_1_records_its_split_when_asked(finetuned: Path, tmp_path: Path) -> None:
+    workdir = Workdir(shutil.copytree(finetuned, tmp_path / "old"))
+    workdir.split_file.unlink()
+    with pytest.raises(ValueError, match="record its split with kafjax evaluate --record_split"):
+        evaluate_run(workdir, batch_size=1)
+    found = evaluate_run(workdir, batch_size=1, record_split=True)
+    assert found["by_volume"] == evaluate_run(finetuned, batch_size=1)["by_volume"]
+    assert read_split(workdir) == read_split(Workdir(finetuned))
+
+
+def prepare(raw: Path, data_dir: Path) -> None:
+    """Prepares a folder of phantoms as `phantom_dataset` is."""
+    options = Options(max_keypoints=64)
+    reader = READERS["chd"]
+    prepare_dataset(reader, raw, data_dir, name="phantom", options=options, num_workers=0)
 
 
 def run_command(module: str, *arguments: str, devices: int = 1) -> tuple[int, str]:

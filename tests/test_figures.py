@@ -13,9 +13,8 @@ from absl import flags
 from matplotlib.figure import Figure
 from scipy.spatial.distance import cosine
 
-from configs import phantom_finetune, phantom_pretrain
 from kafjax.augment import AugmentConfig
-from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing.figures import save_figure
@@ -24,6 +23,7 @@ from kafjax.figures import choice, segmentation, similarity
 from kafjax.figures.__main__ import main, make_parser
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
+from tests.runs import write_run
 
 TINY = {"model.filters": 4, "data.num_threads": 1}
 
@@ -34,7 +34,9 @@ def dataset(phantom_dataset: Path) -> SliceDataset:
 
 
 @pytest.fixture(scope="module")
-def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    phantom_dataset: Path, dataset: SliceDataset, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Workdirs as runs leave them: a pretrained KAF-UNet, and a plain UNet that segments."""
     folder = tmp_path_factory.mktemp("runs")
     pretraining, finetuning = phantom_pretrain.get_config(), phantom_finetune.get_config()
@@ -45,10 +47,7 @@ def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     )
     tasks = {"kaf": Pretraining(pretraining), "plain": Segmentation(finetuning)}
     for (name, task), config in zip(tasks.items(), (pretraining, finetuning), strict=True):
-        with Checkpointer(
-            folder / name, keep_newest=1, best_metric=None, config=config.to_dict()
-        ) as checkpointer:
-            checkpointer.save(0, task.init(), metrics={}, data={})
+        write_run(folder / name, config, task.init(), dataset=dataset)
     return {name: folder / name for name in tasks}
 
 

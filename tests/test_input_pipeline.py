@@ -135,7 +135,7 @@ def test_a_record_is_described_by_volume_and_slice(phantom_dataset):
 
 
 def test_a_missing_dataset_says_which_command_prepares_it(tmp_path):
-    with pytest.raises(ValueError, match=r"python -m data_prep\.main --dataset chd --raw_dir"):
+    with pytest.raises(ValueError, match=r"kafjax prepare --dataset chd --raw_dir"):
         open_dataset(tmp_path, "chd")
 
 

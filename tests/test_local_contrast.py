@@ -6,16 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_pretrain
+from kafjax.configs import phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
-from kafjax.tasks.registry import TASKS
 from kafjax.training.step import (
     init_state,
     make_optimizer,
     make_update,
     replicate,
-    shard,
-    unreplicate,
+    step_inputs,
+    to_host,
 )
 from tests.runs import random_batch
 
@@ -48,14 +47,13 @@ def test_views_show_the_same_places_in_other_intensities(config: Any) -> None:
 def test_steps_lower_the_loss_and_leave_the_encoder_as_it_was(config: Any) -> None:
     config.optimizer.weight_decay = 0.1
     task = LocalContrast(config, axis_name="batch")
-    optimizer = make_optimizer(config.optimizer, frozen=TASKS["local_contrast"].frozen)
+    optimizer = make_optimizer(config.optimizer, frozen=LocalContrast.frozen)
     begin = init_state(task, optimizer)
     update, state, losses = make_update(task, optimizer), replicate(begin), []
     for _ in range(8):
-        scalars = replicate((np.float32(1e-2), np.int32(0)))
-        state, metrics = update(state, shard(random_batch(8, 16)), *scalars)
-        losses.append(float(unreplicate(metrics)["loss"]))
-    end = unreplicate(state)
+        state, metrics = update(state, *step_inputs(random_batch(8, 16), 1e-2))
+        losses.append(float(to_host(metrics)["loss"]))
+    end = to_host(state)
     assert losses[-1] < losses[0] - 0.1
     same = jax.tree.map(np.array_equal, begin.params, end.params)
     assert all(jax.tree.leaves(same["encoder"]))

@@ -34,12 +34,11 @@ def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
     def make_update(task: Any, optimizer: Any, *, average_decay: float) -> Callable[..., Any]:
         del task, optimizer, average_decay
 
-        def update(state: Any, batch: Any, learning_rate: np.ndarray, stop: np.ndarray) -> Any:
+        def update(state: Any, batch: Any, learning_rate: jax.Array, stop: jax.Array) -> Any:
             del batch, learning_rate
-            state = jax.tree.map(jax.numpy.asarray, state)
-            step = state.step + 1
-            values = jax.numpy.full(stop.shape, loss(int(step[0])))
-            return state.replace(step=step), {"loss": values, "stop": jax.numpy.asarray(stop)}
+            step = int(state.step) + 1
+            metrics = {"loss": np.float32(loss(step)), "stop": stop[0]}
+            return state.replace(step=np.int32(step)), metrics
 
         return update
 

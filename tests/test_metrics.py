@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
-from kafjax.workdir.metrics import METRICS_FILE, MetricMeans, MetricWriter, read_metrics
+from kafjax.workdir.metrics import MetricMeans, MetricWriter, read_metrics
 
 
 def test_means_are_of_the_steps_since_the_last_and_survive_json() -> None:
@@ -31,7 +31,7 @@ def write(workdir: Path, steps: range, start_step: int) -> None:
 
 def test_resumed_run_drops_lines_that_its_checkpoint_has_not_reached(tmp_path: Path) -> None:
     write(tmp_path, range(1, 5), 0)
-    with (tmp_path / METRICS_FILE).open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
     write(tmp_path, range(3, 7), 2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -44,9 +44,9 @@ def test_resumed_run_drops_lines_that_its_checkpoint_has_not_reached(tmp_path: P
 
 def test_damaged_line_is_named(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), 0)
-    path = tmp_path / METRICS_FILE
+    path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('"step": 2', '"step 2'))
-    with pytest.raises(ValueError, match=f"{METRICS_FILE}, line 2: not metrics"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not metrics"):
         read_metrics(tmp_path)
 
 

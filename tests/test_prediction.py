@@ -16,7 +16,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from scipy.ndimage import gaussian_filter
 
-from configs import phantom_finetune
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.nifti import from_slices, to_slices
@@ -24,7 +23,7 @@ from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader, Source
-from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune
 from kafjax.data.input_pipeline import SliceDataset, open_dataset
 from kafjax.inference import prediction as predict
 from kafjax.inference import prediction_files
@@ -38,6 +37,7 @@ from kafjax.inference.prediction import (
 from kafjax.inference.predictor import View, load_predictor
 from kafjax.tasks.segmentation import Segmentation
 from tests.raw_layouts import write_acdc, write_nnunet
+from tests.runs import write_run
 
 ROOT = Path(__file__).parents[1]
 # Fewer places than slices have keypoints, so that the choice matters.
@@ -117,7 +117,7 @@ def test_raw_volumes_give_the_numbers_of_the_records(
     facts = {k: v for k, v in dataset.metadata.items() if k != "volumes"}
     read, chosen = set(), 0
     for path in scans:
-        (job,) = prediction_files.list_jobs(path, tmp_path / "out", facts)
+        (job,), _ = prediction_files.list_jobs(path, tmp_path / "out", facts)
         volume = VolumePredictor((), facts).reader.read(job.source)
         views = predict.prepare_views(reader.prepare(volume), facts)
         records = dataset.volumes[volume.id]
@@ -300,10 +300,7 @@ def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
             }
         )
         workdirs.append(tmp_path_factory.mktemp(f"run{seed}"))
-        with Checkpointer(
-            workdirs[-1], keep_newest=1, best_metric=None, config=config.to_dict()
-        ) as checkpointer:
-            checkpointer.save(0, Segmentation(config).init(), metrics={}, data={})
+        write_run(workdirs[-1], config, Segmentation(config).init())
     return workdirs
 
 

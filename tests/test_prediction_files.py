@@ -14,25 +14,32 @@ def names(jobs: list[Job]) -> list[tuple[str, str, str]]:
     return [(j.source.image.name, j.source.id, j.labels.name) for j in jobs]
 
 
-def test_scans_of_a_folder_are_known_by_their_names(tmp_path: Path) -> None:
+def make(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def test_scans_of_a_folder_are_known_by_their_names_and_the_rest_is_named(tmp_path: Path) -> None:
     files = {
-        "chd": [
-            "ct_1001_image.nii.gz",
-            "ct_1001_label.nii.gz",
-            "other.nii",
-            ".hidden.nii",
-            "a.txt",
-        ],
-        "acdc": ["patient001_frame01.nii.gz", "patient001_frame01_gt.nii.gz", "patient001_4d.nii"],
-        "nnunet": ["a-b_0000.nii.gz", "a-b_0001.nii.gz", "plain.nii.gz"],
+        "chd": (
+            *("ct_1001_image.nii.gz", "ct_1001_label.nii.gz", "ct_1002_label.nii.gz"),
+            *("other.nii", ".hidden.nii", "._other.nii", ".DS_Store", "other.json", "a.txt"),
+        ),
+        "acdc": (
+            *("patient001_frame01.nii.gz", "patient001_frame01_gt.nii.gz", "patient001_4d.nii"),
+            *("patient002_4d.nii.gz", "patient003_frame01_gt.nii.gz", "Info.cfg"),
+        ),
+        "nnunet": ("a-b_0000.nii.gz", "a-b_0001.nii.gz", "plain.nii.gz", "amos_0002.nii.gz"),
     }
-    found = {}
+    found, left_out = {}, {}
     for kind, listed in files.items():
-        (tmp_path / kind).mkdir()
-        for name in listed:
-            (tmp_path / kind / name).touch()
+        make(tmp_path / kind, *listed)
         facts = {"kind": kind, "channel": 0}
-        found[kind] = names(list_jobs(tmp_path / kind, tmp_path / "out", facts))
+        listing = list_jobs(tmp_path / kind, tmp_path / "out", facts)
+        found[kind] = names(listing.jobs)
+        left_out[kind] = {fault.path.name for fault in listing.left_out}
     assert found == {
         "chd": [
             ("ct_1001_image.nii.gz", "ct_1001", "ct_1001_image.nii.gz"),
@@ -44,11 +51,68 @@ def test_scans_of_a_folder_are_known_by_their_names(tmp_path: Path) -> None:
             ("plain.nii.gz", "plain", "plain.nii.gz"),
         ],
     }
+    assert left_out == {
+        "chd": {"ct_1002_label.nii.gz", ".hidden.nii", "a.txt"},
+        "acdc": {"patient002_4d.nii.gz", "patient003_frame01_gt.nii.gz"},
+        "nnunet": {"amos_0002.nii.gz"},
+    }
+
+
+def test_four_digits_are_a_channel_and_how_to_say_otherwise(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", "amos_0001.nii.gz")
+    jobs, (fault,) = list_jobs(folder, tmp_path / "out", {"kind": "nnunet", "channel": 0})
+    assert jobs == []
+    assert fault.found == "is by its name of channel 1, the runs are of channel 0"
+    assert "amos_0001_0000.nii.gz" in fault.remedy
+
+
+def test_links_folders_and_capitals_are_named_and_stop_no_other(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", "a.nii.gz", "b.NII.GZ", "c.mha")
+    (folder / "d.nii.gz").symlink_to("nowhere")
+    (folder / "e.nii.gz").mkdir()
+    make(folder / "more", "f.nii.gz")
+    make(folder / "out" / "labels")
+    jobs, left_out = list_jobs(folder, folder / "out" / "labels", {"kind": "chd"})
+    assert names(jobs) == [("a.nii.gz", "a", "a.nii.gz")]
+    assert {fault.path.name: fault.found for fault in left_out} == {
+        "b.NII.GZ": "its ending has capitals",
+        "c.mha": "is an image of another format",
+        "d.nii.gz": "is a link to nowhere, which is not there",
+        "e.nii.gz": "is a folder, though it is named as a scan",
+        "more": "is a folder that is not used, with 1 scans",
+    }
+
+
+def test_what_an_earlier_prediction_wrote_is_no_scan(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def save(name: str, array: np.ndarray) -> None:
+        nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 4, 1])), tmp_path / name)
+
+    def listed() -> tuple[list[str], list[str]]:
+        facts = {"kind": "nnunet", "channel": 0, "classes": ["background", "liver"]}
+        jobs, left_out = list_jobs(tmp_path, tmp_path, facts, probabilities=True)
+        return [job.source.image.name for job in jobs], [fault.path.name for fault in left_out]
+
+    save("a_0000.nii.gz", rng.integers(0, 99, (5, 6, 4)).astype(np.int16))
+    before = listed()
+    save("a.nii.gz", rng.integers(0, 2, (5, 6, 4)).astype(np.uint8))
+    save("a_probabilities.nii.gz", rng.random((5, 6, 4, 2)).astype(np.float32))
+    assert before == listed() == (["a_0000.nii.gz"], [])
+    # A scan in that place is never taken for labels.
+    for other in (rng.integers(0, 9, (5, 6, 4)), rng.integers(0, 2, (5, 6, 3))):
+        save("a.nii.gz", other.astype(np.uint8))
+        assert listed() == ([], ["a.nii.gz", "a_0000.nii.gz"])
 
 
 def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
     def listed(source: Path, target: Path, **facts: Any) -> Any:
         return list_jobs(source, target, {"kind": "chd", **facts})
+
+    def wrong(source: Path, target: Path, **facts: Any) -> list[str]:
+        jobs, left_out = listed(source, target, **facts)
+        assert not jobs
+        return [f"{fault.path.name}: {fault.found}" for fault in left_out]
 
     one = tmp_path / "in" / "a_0000.nii.gz"
     one.parent.mkdir()
@@ -56,19 +120,41 @@ def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
         listed(one.parent, tmp_path / "out")
     with pytest.raises(ValueError, match="no such file"):
         listed(one, tmp_path / "out")
-    for path in (one, one.with_name("a.nii.gz")):
+    two = one.with_name("a.nii.gz")
+    for path in (one, two):
         path.touch()
-    with pytest.raises(ValueError, match=r"a.nii.gz: is one of the scans\n.*a_0000.nii.gz: is one"):
-        listed(one.parent, one.parent)
-    with pytest.raises(ValueError, match="is one of the scans"):
-        listed(one, one)
-    with pytest.raises(ValueError, match="place of 2 results"):
-        listed(one.parent, tmp_path / "out", kind="nnunet", channel=0)
-    with pytest.raises(ValueError, match="expected a folder"):
-        listed(one.parent, tmp_path / "out.nii.gz")
-    with pytest.raises(ValueError, match="not that of a scan in the nnunet layout"):
-        listed(one, tmp_path / "out", kind="nnunet", channel=1)
-    assert listed(one, tmp_path / "x" / "y.nii")[0].labels == tmp_path / "x" / "y.nii"
+    assert wrong(one.parent, one.parent) == [
+        f"{path.name}: its result, {path}, would lie on a scan" for path in (two, one)
+    ]
+    assert wrong(one, one) == [f"a_0000.nii.gz: its result, {one}, would lie on a scan"]
+    place = tmp_path / "out" / "a.nii.gz"
+    assert wrong(one.parent, tmp_path / "out", kind="nnunet", channel=0) == [
+        f"{path.name}: its result, {place}, would be that of another scan too"
+        for path in (two, one)
+    ]
+    (fault,) = listed(one, tmp_path / "out", kind="nnunet", channel=1).left_out
+    assert "is by its name of channel 0, the runs are of channel 1" in fault.found
+    assert listed(one, tmp_path / "x" / "y.nii").jobs[0].labels == tmp_path / "x" / "y.nii"
+
+
+@pytest.mark.parametrize("name", ["l.mha", "l.nrrd", "l.NII.GZ", "l.nii.bz2", "l.png", "l.json"])
+def test_an_output_of_another_format_is_never_a_folder(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", "a.nii.gz")
+    for source in (folder, folder / "a.nii.gz"):
+        with pytest.raises(ValueError, match=r"output is .*; expected a"):
+            list_jobs(source, tmp_path / name, {"kind": "chd"})
+    with pytest.raises(ValueError, match="expected a folder, as the input is one"):
+        list_jobs(folder, tmp_path / "out.nii.gz", {"kind": "chd"})
+    (tmp_path / name).mkdir()  # whoever has such a folder may use it
+    (job,), _ = list_jobs(folder, tmp_path / name, {"kind": "chd"})
+    assert job.labels == tmp_path / name / "a.nii.gz"
+
+
+def test_a_name_that_the_disk_would_not_take_is_refused_first(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", f"{'a' * 240}.nii.gz", "b.nii.gz")
+    jobs, (fault,) = list_jobs(folder, tmp_path / "out", {"kind": "chd"})
+    assert [job.source.id for job in jobs] == ["b"]
+    assert "is too long" in fault.found
 
 
 @pytest.mark.parametrize("endianness", ["<", ">"])

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_finetune
 from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune
 from kafjax.inference import predictor as inference
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.models import build_model
 from kafjax.tasks.segmentation import Segmentation
+from kafjax.workdir.workdir import Workdir
 
 SIZES = [(16, 16), (9, 20), (40, 33), (16, 17), (3, 3)]
 
@@ -90,11 +91,9 @@ def test_batches_that_devices_do_not_divide_are_refused(monkeypatch: pytest.Monk
 
 
 def save(workdir: Path, config: Any, scores: dict[int, float], variables: Any) -> None:
+    Workdir(workdir).write_config(config.to_dict())
     with Checkpointer(
-        workdir,
-        keep_newest=len(scores),
-        best_metric="validation_dice",
-        config=config.to_dict(),
+        workdir, keep_newest=len(scores), best_metric="validation_dice"
     ) as checkpointer:
         for step, score in scores.items():
             metrics = {"validation_dice": score}

@@ -72,7 +72,7 @@ def test_a_wrong_config_hides_the_rest_and_a_missing_dataset_names_its_command(
     config = tiny_config(phantom_dataset, **{"data.dir": str(tmp_path)})
     wrong = [finding for finding in look(config, tmp_path) if finding.wrong]
     assert [finding.name for finding in wrong] == ["dataset"]
-    assert "python -m data_prep.main --dataset phantom" in wrong[0].text
+    assert "kafjax prepare --dataset phantom" in wrong[0].text
 
 
 def test_memory_grows_with_the_batch_and_not_with_microbatches(phantom_dataset: Path) -> None:
@@ -90,6 +90,6 @@ def test_resuming_needs_a_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
             check_resumable(folder)
-    with Checkpointer(tmp_path, keep_newest=1, best_metric=None, config={}) as checkpointer:
+    with Checkpointer(tmp_path, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(3, {"w": np.zeros(2)}, metrics={}, data={})
     check_resumable(tmp_path)

@@ -10,9 +10,10 @@ import pytest
 from nibabel import orientations
 
 from data_prep.faults import DatasetError
+from data_prep.findings import equal_images, findings_of
 from data_prep.nifti import from_slices, read_nifti, to_slices
 from data_prep.readers import READERS
-from data_prep.volumes import Source, Volume, duplicate_faults, inspect
+from data_prep.volumes import Source, Volume, inspect
 
 CHD = READERS["chd"]
 AFFINE = np.array([[-0.7, 0, 0, 31], [0, -0.8, 0, 22], [0, 0, 2.5, -60], [0, 0, 0, 1.0]])
@@ -262,9 +263,9 @@ def test_numbers_may_have_gaps_and_are_in_order(tmp_path):
         save_pair(tmp_path, number)
     (tmp_path / "README.txt").write_text("notes")
     (tmp_path / "._ct_1003_image.nii.gz").write_bytes(b"of another system")
-    sources, faults = CHD.find(tmp_path)
+    sources, (note,) = CHD.find(tmp_path)
     assert [source.id for source in sources] == ["ct_999", "ct_1003", "ct_1101"]
-    assert faults == []
+    assert (note.path.name, note.found, note.stops) == ("README.txt", "is not used", False)
 
 
 def test_all_faults_of_names_are_found_at_once(tmp_path):
@@ -291,16 +292,21 @@ def test_a_missing_or_empty_folder_is_a_fault(tmp_path):
         assert (sources, fault.path, fault.found) == ([], folder, found)
 
 
-def test_the_same_values_twice_are_a_fault_however_compressed(tmp_path):
-    first, second = save_pair(tmp_path, 1001), save_pair(tmp_path, 1002)
-    other = save_pair(tmp_path, 1003)
+def test_equal_images_are_a_finding_however_they_are_stored(tmp_path):
+    first, second, third = (save_pair(tmp_path, number) for number in (1001, 1002, 1003))
+    other = save_pair(tmp_path, 1004)
     content = gzip.decompress(first.image.read_bytes())
     second.image.write_bytes(gzip.compress(content, compresslevel=9, mtime=7))
-    sources = [first, second, other]
+    save(third.image, random_image(1001).astype(np.float32))
+    sources = [first, second, third, other]
     facts = {source.id: inspect(CHD, source) for source in sources}
-    (fault,) = duplicate_faults(sources, facts)
-    assert fault.path == second.image
-    assert fault.found == "has the same values as ct_1001_image.nii.gz"
+    assert equal_images(facts.values()) == [["ct_1001", "ct_1002", "ct_1003"]]
+    findings = findings_of(CHD, sources, facts)
+    assert [finding.path for finding in findings] == [second.image, third.image]
+    for finding in findings:
+        assert not finding.stops
+        assert finding.found == "has the same values as ct_1001_image.nii.gz"
+        assert "ct_1001" in finding.remedy
 
 
 # The CHD rules.

@@ -304,7 +304,7 @@ def test_the_newest_prepared_version_is_found(tmp_path):
         if prepared:
             (folder / "dataset_info.json").touch()
     assert find_dataset(tmp_path, "chd") == tmp_path / "chd" / "1.10.0"
-    command = f"python -m data_prep.main --dataset acdc --raw_dir RAW --data_dir {tmp_path}"
+    command = f"kafjax prepare --dataset acdc --raw_dir RAW --data_dir {tmp_path}"
     with pytest.raises(ValueError, match=command):
         find_dataset(tmp_path, "acdc")
     with pytest.raises(ValueError, match=f"--dataset phantom --data_dir {tmp_path}"):

@@ -15,16 +15,18 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain, phantom_scratch
+from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.data.input_pipeline import open_dataset
 from kafjax.inference.evaluation import summarize, write_results
 from kafjax.report import pictures, report
 from kafjax.report.html import Curve, chart, element, page, table
 from kafjax.report.pictures import Prediction, Sample, choose_volumes, read_sample
-from kafjax.report.runs import expand, flatten, mean_dice, read_runs
+from kafjax.report.runs import expand, read_runs
 from kafjax.segmentation_metrics import ClassMetrics
 from kafjax.workdir.metrics import MetricWriter
 from kafjax.workdir.preparation import write_preparation
+from kafjax.workdir.scores import describe_run
+from kafjax.workdir.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "br"}
@@ -99,7 +101,10 @@ def write_evaluation(workdir: Path, dice: dict[str, float], *, timed: bool = Tru
     if timed:
         seconds = {volume: 1.5 + i for i, volume in enumerate(dice)}
         found |= {"seconds": seconds, "environment": {"jax": "9.8.7"}}
-    write_results({"step": 4, **found}, workdir / "evaluation")
+    folder = Workdir(workdir)
+    run = describe_run(folder, folder.read_config())
+    found |= {"step": 4, "checkpoint": "last", "split": "validation", "run": run}
+    write_results(found, workdir / "evaluation")
 
 
 @pytest.fixture
@@ -151,7 +156,7 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
         ["ct_2", "fine", "validation", "0.000", "heart (0.000)", "10.0", "heart"],
         ["ct_2", "fine", "validation", "2.50", "no"],
     ]
-    assert "Not evaluated yet (python -m kafjax.evaluate): bare." in text
+    assert "Not evaluated yet (kafjax evaluate): bare." in text
     assert "phantom: the dataset is not at hand" in text
     assert "Not noted: the environment of training of pre, preparation for pre, training of" in text
     (header,) = (row for row in found.rows if row[:2] == ["", "this page"])
@@ -204,7 +209,7 @@ def test_damaged_files_are_named_on_the_page(tmp_path: Path, runs: list[Path]) -
     board = next((fine / "tensorboard").iterdir())
     board.write_bytes(bytes([2, *[0] * 11, 255, 255, *[0] * 4]))
     text = " ".join(make(tmp_path, runs).texts)
-    assert "evaluation.json: damaged (no by_class, by_volume)" in text
+    assert "evaluation.json: damaged (no step, checkpoint, split, run, by_class, by_volume)" in text
     assert "metrics.jsonl: damaged (" in text
     assert "preparation.json: damaged (no fields)" in text
     assert f"{board.name}: damaged (" in text
@@ -245,17 +250,6 @@ def test_runs_have_the_shortest_names_that_differ(tmp_path: Path) -> None:
     found = read_runs([tmp_path / name for name in ("a/run", "b/run")])
     assert [run.name for run in found] == ["a/run", "b/run"]
     assert [run.name for run in read_runs([tmp_path / "c", tmp_path / "a/run"])] == ["c", "run"]
-
-
-def test_fields_are_flat_and_means_leave_out_what_is_empty(tmp_path: Path) -> None:
-    assert flatten({"b": {"y": 1, "x": {"z": None}}, "a": [2]}) == {
-        "a": [2],
-        "b.x.z": None,
-        "b.y": 1,
-    }
-    write_evaluation(tmp_path, {"ct_1": 0.75, "ct_2": 0.0})
-    stored = json.loads((tmp_path / "evaluation.json").read_text())
-    assert mean_dice(stored) == {"ct_1": 0.75, "ct_2": 0.0}
 
 
 def test_worst_volumes_of_all_runs_come_first() -> None:

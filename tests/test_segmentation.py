@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import chd_pretrain, phantom_finetune
 from kafjax import losses
+from kafjax.configs import chd_pretrain, phantom_finetune
 from kafjax.models import build_model
 from kafjax.tasks.segmentation import Segmentation
 

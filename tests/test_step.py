@@ -20,11 +20,10 @@ from kafjax.training.step import (
     learning_rates,
     make_optimizer,
     make_update,
-    on_devices,
     replicate,
     return_freed_memory,
-    shard,
-    unreplicate,
+    step_inputs,
+    to_host,
     update_average,
 )
 from tests.runs import ROOT, XLA_FLAGS, random_batch, tiny_config
@@ -43,17 +42,16 @@ from tests.runs import random_batch, tiny_config
 config = tiny_config(Path("a/b/c"), **{"model.dtype": "float64"})
 task = Pretraining(config, axis_name=AXIS_NAME)
 optimizer = make_optimizer(config.optimizer)
-state, losses = on_devices(init_state(task, optimizer)), []
+state, losses = replicate(init_state(task, optimizer)), []
 update = make_update(task, optimizer)
-scalars = replicate((np.float32(config.optimizer.learning_rate), np.int32(0)))
 for step in range(3):
     batch = random_batch(config.batch_size, 16, seed=step)
     # Devices hold different numbers of real keypoints, one of them none.
     batch["keypoint_mask"][0] = False
     batch["correspondence"][0] = -1
-    state, metrics = update(state, shard(batch), *scalars)
-    losses.append(float(unreplicate(metrics)["loss"]))
-leaves = jax.tree.leaves(unreplicate(state))
+    state, metrics = update(state, *step_inputs(batch, config.optimizer.learning_rate))
+    losses.append(float(to_host(metrics)["loss"]))
+leaves = jax.tree.leaves(to_host(state))
 np.savez(sys.argv[1], np.array(losses), *leaves)
 """
 
@@ -86,15 +84,14 @@ def lowerable():
     task = Pretraining(config, axis_name=AXIS_NAME)
     optimizer = make_optimizer(config.optimizer)
     state = replicate(init_state(task, optimizer))
-    batch = shard(random_batch(2, NUM_KEYPOINTS))
-    return make_update(task, optimizer), state, batch
+    inputs = step_inputs(random_batch(2, NUM_KEYPOINTS), 1e-3)
+    return make_update(task, optimizer), state, inputs
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_step_lowers_for_accelerators(lowerable, platform: str) -> None:
-    update, state, batch = lowerable
-    scalars = replicate((np.float32(1e-3), np.int32(0)))
-    lowered = jax.jit(update).trace(state, batch, *scalars).lower(lowering_platforms=(platform,))
+    update, state, inputs = lowerable
+    lowered = jax.jit(update).trace(state, *inputs).lower(lowering_platforms=(platform,))
     assert "stablehlo.convolution" in lowered.as_text()
 
 
@@ -169,27 +166,26 @@ def test_unknown_optimizer_names_the_choices() -> None:
         make_optimizer(config)
 
 
-def test_replicate_and_unreplicate_are_inverse() -> None:
+def test_what_is_replicated_comes_back_as_it_was() -> None:
     tree = {"a": np.arange(3), "b": np.float32(2)}
-    jax.tree.map(np.testing.assert_array_equal, unreplicate(on_devices(tree)), tree)
+    jax.tree.map(np.testing.assert_array_equal, to_host(replicate(tree)), tree)
 
 
 def test_a_state_with_averages_keeps_them_beside_what_trains() -> None:
     task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
     update = make_update(task, optimizer, average_decay=0.5)
-    state = on_devices(init_state(task, optimizer, averages=True))
+    state = replicate(init_state(task, optimizer, averages=True))
     expected = 3.0
     for step in range(3):
-        scalars = replicate((np.float32(0.1), np.int32(0)))
-        state, _ = update(state, shard({"x": np.ones(8, np.float32)}), *scalars)
-        host = unreplicate(state)
+        state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
+        host = to_host(state)
         kept = min(0.5, (1 + step) / (10 + step))
         expected = kept * expected + (1 - kept) * float(host.params["w"])
         np.testing.assert_allclose(host.average["params"]["w"], expected, rtol=1e-6)
-        assert host.variables() is host.average
+        assert host.variables is host.average
     plain = init_state(task, optimizer)
     assert plain.average == {}
-    assert plain.variables()["params"] is plain.params
+    assert plain.variables["params"] is plain.params
 
 
 class Line:
@@ -210,11 +206,10 @@ def test_later_steps_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> No
     returned = []
     monkeypatch.setattr(step_module, "return_freed_memory", lambda: returned.append(True))
     task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
-    update, state = make_update(task, optimizer), on_devices(init_state(task, optimizer))
+    update, state = make_update(task, optimizer), replicate(init_state(task, optimizer))
     for step in range(3):
-        scalars = replicate((np.float32(0.1), np.int32(0)))
-        state, _ = update(state, shard({"x": np.ones(8, np.float32)}), *scalars)
-        assert (task.traces, int(unreplicate(state).step)) == (1, step + 1)
+        state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
+        assert (task.traces, int(to_host(state).step)) == (1, step + 1)
     assert returned == [True]
 
 

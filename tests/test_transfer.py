@@ -9,12 +9,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_finetune, phantom_pretrain
-from kafjax.checkpoint.checkpointer import Checkpointer
+from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.transfer import check_facts_alike, start_from, transfer_encoder
+from tests.runs import write_run
 
 TINY = {"model.filters": 4, "model.num_attention_layers": 2}
 
@@ -42,13 +42,6 @@ def pretrained() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
     return Segmentation(tiny(phantom_finetune)).init()
-
-
-def write_run(workdir: Path, config: Any, variables: dict[str, Any]) -> None:
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric=None, config=config.to_dict()
-    ) as checkpointer:
-        checkpointer.save(3, variables, metrics={}, data={})
 
 
 def test_encoder_and_its_statistics_are_taken_and_the_decoder_is_not(pretrained, fresh) -> None:
@@ -126,7 +119,7 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_from is not given; .*_scratch\.py"):
+    with pytest.raises(ValueError, match=r"init_from is not given; .*chd_finetune:scratch"):
         check_facts_alike(None, tiny(phantom_finetune))
 
 

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_scratch
 from kafjax.checkpoint import checkpointer as checkpoint
+from kafjax.configs import phantom_scratch
 from kafjax.data.input_pipeline import BatchOptions, labelled_volumes, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing import figures as drawing
@@ -122,14 +122,13 @@ def test_labelled_volumes_are_those_with_labels(phantom_dataset: Path) -> None:
     assert labelled_volumes(dataset) == (*names[:2], names[3])
 
 
-def steps_that_only_count(task: Any, optimizer: Any) -> Callable[..., Any]:
-    del task, optimizer
+def steps_that_only_count(task: Any, optimizer: Any, *, average_decay: float) -> Callable[..., Any]:
+    del task, optimizer, average_decay
 
-    def update(state: Any, batch: Any, learning_rate: Any, stop: np.ndarray) -> Any:
+    def update(state: Any, batch: Any, learning_rate: Any, stop: jax.Array) -> Any:
         del batch, learning_rate
-        state = jax.tree.map(jax.numpy.asarray, state)
-        loss = jax.numpy.full(stop.shape, 1.0)
-        return state.replace(step=state.step + 1), {"loss": loss, "stop": jax.numpy.asarray(stop)}
+        metrics = {"loss": np.float32(1), "stop": stop[0]}
+        return state.replace(step=state.step + 1), metrics
 
     return update
 
@@ -145,10 +144,10 @@ class Scores:
         Scores.volumes = volumes
 
     def scores(self, state: TrainState) -> dict[str, float]:
-        return {"validation_dice": {6: 0.3, 12: 0.7, 18: 0.5, 20: 0.4}[int(state.step[0])]}
+        return {"validation_dice": {6: 0.3, 12: 0.7, 18: 0.5, 20: 0.4}[int(state.step)]}
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
-        Scores.drawn.append(int(state.step[0]))
+        Scores.drawn.append(int(state.step))
         return {"validation_worst": np.zeros((8, 8, 3), np.uint8)}
 
 

@@ -1,6 +1,6 @@
 """Methods of pretraining beside each other (docs/method.md 6), as the paper's own table 1.
 
-python -m kafjax.experiment --table configs/tables/methods.py --dataset chd
+kafjax experiment --table methods --dataset chd
 """
 
 from kafjax.study.plan import Row, Table

@@ -1,6 +1,6 @@
 """The appendix's table 1: what the network's width gives, and what KAF gives.
 
-python -m kafjax.experiment --table configs/tables/table1.py --dataset chd
+kafjax experiment --table table1 --dataset chd
 """
 
 from kafjax.study.plan import Row, Table

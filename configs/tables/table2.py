@@ -1,6 +1,6 @@
 """The appendix's table 2: weights w1, w2, w3 of the pretraining's three losses.
 
-python -m kafjax.experiment --table configs/tables/table2.py --dataset chd
+kafjax experiment --table table2 --dataset chd
 """
 
 from kafjax.study.plan import Row, Table

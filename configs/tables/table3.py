@@ -1,6 +1,6 @@
 """The appendix's table 3: every fold with every number of labelled volumes M.
 
-python -m kafjax.experiment --table configs/tables/table3.py --dataset chd
+kafjax experiment --table table3 --dataset chd
 """
 
 from kafjax.study.plan import Row, Table

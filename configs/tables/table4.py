@@ -1,9 +1,10 @@
 """The appendix's table 4: KAF layers in another network, the FCN, from scratch.
 
-python -m kafjax.experiment --table configs/tables/table4.py --dataset chd
+kafjax experiment --table table4 --dataset chd
 """
 
-from configs.tables import table3
+from kafjax.configs.tables import table3
+
 from kafjax.study.plan import Row, Table
 
 _FCN = {

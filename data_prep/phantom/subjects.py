@@ -71,7 +71,7 @@ def _claim(out_dir: Path, recipe: dict[str, object], overwrite: bool) -> None:
     """Writes down what the folder's phantoms are, after making sure that they may be there."""
     note, volumes = out_dir / "phantom.json", sorted(out_dir.glob("*.nii*"))
     if note.exists():
-        found = json.loads(note.read_text())
+        found = json.loads(note.read_bytes())
         if found == recipe:
             return
         if not overwrite:

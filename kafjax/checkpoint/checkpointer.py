@@ -1,6 +1,5 @@
 """Checkpoints of a run: saved asynchronously, verified leaf by leaf when read, resumed from.
 
-    WORKDIR/config.json               the run's config, with a checksum
     WORKDIR/checkpoints/<step>/       `state`, the pytree of arrays, and `meta`, which describes it
     WORKDIR/damaged/<step>/           what `restore_latest` could not read and moved aside
 
@@ -13,12 +12,11 @@ Leaves are host arrays, those of process 0. Leaf names are paths, as in `params/
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,31 +38,17 @@ from kafjax.checkpoint.files import (
     read_variables,
     scores,
 )
-from kafjax.files import read_checked, write_checked
 
 __all__ = [
-    "MAY_CHANGE",
     "Checkpointer",
     "DamagedCheckpointError",
     "SaveError",
-    "check_config",
     "check_resumable",
+    "load_step",
     "load_variables",
     "saved_metrics",
     "saved_steps",
 ]
-
-# How long, how often and where: a run may be resumed with other values of these.
-MAY_CHANGE = (
-    "num_steps",
-    "every.log",
-    "every.checkpoint",
-    "every.picture",
-    "checkpoint.keep_newest",
-    "checkpoint.keep_best",
-    "data.dir",
-    "data.num_threads",
-)
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +61,8 @@ class Checkpointer:
     """Saves and restores the state of the run in `workdir`; a context manager.
 
     Kept are the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`;
-    `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where the
-    workdir holds another config or `keep_newest` is 0. With several processes all of them must
-    make the same calls.
+    `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where
+    `keep_newest` is 0. With several processes all of them must make the same calls.
     """
 
     def __init__(
@@ -90,14 +73,10 @@ class Checkpointer:
         keep_best: int = 1,
         best_metric: str | None,
         best_mode: Literal["max", "min"] = "max",
-        config: Mapping[str, Any],
     ):
         self._workdir = Path(workdir).absolute()
         if keep_newest < 1:
             raise ValueError(f"keep_newest is {keep_newest}; expected 1 or more")
-        check_config(self._workdir, config)
-        if jax.process_index() == 0:
-            _write_config(self._workdir, config)
         if best_metric is not None:
             mend_scores(self._workdir / STEPS, best_metric)
         self._best_metric = best_metric
@@ -221,6 +200,13 @@ def load_variables(
     Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
     or only damaged ones.
     """
+    return load_step(workdir, step=step)[1]
+
+
+def load_step(
+    workdir: str | os.PathLike[str], *, step: int | None = None
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The step that `load_variables` finds, and its variables."""
     directory = Path(workdir).absolute() / STEPS
     found = newest_good(Path(workdir), lambda s: read_variables(directory / str(s)), step)
     if found is None:
@@ -228,7 +214,7 @@ def load_variables(
             f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
             f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
         )
-    return found[1]
+    return found
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -256,49 +242,3 @@ def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]
         except DamagedCheckpointError as error:
             log.warning("%s", error)
     return metrics
-
-
-def check_config(
-    workdir: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    *,
-    may_change: Collection[str] = MAY_CHANGE,
-) -> None:
-    """Raises `ValueError` listing each field whose value differs from the one stored in `workdir`.
-
-    Fields are named by dotted paths; those in `may_change` may differ.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        there = _flatten(read_checked(path))
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not a run's config ({error}); without the file the config that is given holds"
-        ) from None
-    here = _flatten(json.loads(json.dumps(config)))
-    absent = object()
-    differing = [
-        f"  {field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} here"
-        for field in sorted(there.keys() | here.keys())
-        if there.get(field, absent) != here.get(field, absent) and field not in may_change
-    ]
-    if differing:
-        raise ValueError(
-            f"{workdir} holds a run of another config; give another workdir or the same config:\n"
-            + "\n".join(differing)
-        )
-
-
-def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_checked(workdir / "config.json", config)
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat

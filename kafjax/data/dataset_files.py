@@ -6,8 +6,10 @@ Neither TensorFlow nor any code that a dataset's files name is imported.
 """
 
 import contextlib
+import glob
 import json
 import os
+import shlex
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,24 @@ class RecordError(ValueError):
 
 
 def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
-    """The directory of the newest prepared version of DATA_DIR/NAME.
+    """The directory of the newest prepared version of DATA_DIR/NAME; `~` is a home folder.
 
     Raises `ValueError` with the command that prepares the dataset where there is none.
     """
+    data_dir = os.path.expanduser(data_dir)
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{name}/*/dataset_info.json")
+        for path in Path(data_dir).glob(f"{glob.escape(name)}/*/dataset_info.json")
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
-        raw = "" if name == "phantom" else "--raw_dir RAW "  # phantoms are made, not found
+        raw = [] if name == "phantom" else ["--raw_dir", "RAW"]  # phantoms are made, not found
         known = name in ("chd", "acdc", "phantom")
-        dataset = f"--dataset {name}" if known else f"--dataset nnunet --name {name}"
+        dataset = ["--dataset", *([name] if known else ["nnunet", "--name", name])]
+        command = ["kafjax", "prepare", *dataset, *raw, "--data_dir", str(data_dir)]
         raise ValueError(
             f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
-            f"  python -m data_prep.main {dataset} {raw}--data_dir {data_dir}"
+            f"  {shlex.join(command)}"
         )
     return max(prepared)[1]
 
@@ -82,7 +86,7 @@ def naming_dataset(directory: Path) -> Iterator[None]:
 
 def _check_features(path: Path) -> None:
     """Raises `ValueError` for features that are not tfds' own."""
-    names = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
+    names = set(_class_names(json.loads(path.read_bytes())))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
         raise ValueError(f"features.json names {', '.join(foreign)}")
 

@@ -97,10 +97,25 @@ class SliceDataset:
         self.reader = RecordReader(directory)
         self.volumes: Mapping[str, range] = self.reader.splits
         self.classes = tuple(self.metadata["classes"])
+        self._contents: dict[str, str] | None = None
         # Inflating a label costs a third of a record, and pretraining needs none.
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
         self._foreground: dict[int, tuple[int, ...]] = {}
+
+    def contents(self) -> dict[str, str]:
+        """A digest of what each volume's records hold, by name; computed once."""
+        if self._contents is None:
+            self._contents = self.reader.digests()
+        return self._contents
+
+    def identity(self) -> dict[str, str]:
+        """The dataset's name, kind and version, as they are told to people."""
+        return {
+            "name": self.directory.parent.name,
+            "kind": str(self.metadata.get("kind", "")),
+            "version": self.directory.name,
+        }
 
     def describe_record(self, record: int) -> str:
         """A record's volume and its slice, counted from 0, for messages."""

@@ -136,6 +136,10 @@ class RecordReader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def digests(self) -> dict[str, str]:
+        """The `records_digest` of each split: what its records hold."""
+        return _digests(self._shards)
+
     def record_number(self, split: str, i: int) -> int:
         """Global number of record `i` of a split; `KeyError` or `IndexError` if there is none."""
         return self.splits[split][i]
@@ -218,23 +222,29 @@ def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[
 def _check_prepared(directory: Path, shards: list[Shard]) -> None:
     """Raises `RecordError` naming the shards whose records are not those that were prepared."""
     volumes = dict(open_builder(directory).info.metadata or {}).get("volumes", {})
-    found: dict[str, tuple[list[int], list[int]]] = {}
-    for shard in shards:
-        lengths, crcs = found.setdefault(shard.split, ([], []))
-        lengths += shard.lengths.tolist()
-        crcs += shard.crcs.tolist()
+    found = _digests(shards)
     foreign = [
         f"  {directory / shard.file}"
         for shard in shards
         # Those of an earlier version do not say.
         if "records" in volumes.get(shard.split, {})
-        and volumes[shard.split]["records"] != records_digest(*found[shard.split])
+        and volumes[shard.split]["records"] != found[shard.split]
     ]
     if foreign:
         raise RecordError(
             "these shards do not hold the records that metadata.json describes, perhaps another "
             "dataset's; prepare the dataset again:\n" + "\n".join(foreign)
         )
+
+
+def _digests(shards: Iterable[Shard]) -> dict[str, str]:
+    """`records_digest` of each split."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for shard in shards:
+        lengths, crcs = found.setdefault(shard.split, ([], []))
+        lengths += shard.lengths.tolist()
+        crcs += shard.crcs.tolist()
+    return {split: records_digest(*of_split) for split, of_split in found.items()}
 
 
 def _check_header(header: bytes, where: str) -> int:
@@ -315,7 +325,7 @@ def _store_index(directory: Path, shards: list[Shard]) -> Path:
 def _read_index(directory: Path) -> list[Shard] | None:
     """The stored index, or None where it is missing, damaged or not of these shards."""
     try:
-        document = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
+        document = json.loads((directory / INDEX_NAME).read_bytes())
         body = {name: document[name] for name in ("shards", "descriptions")}
         if document["format"] != _FORMAT or document["sha256"] != _checksum(body):
             return None

@@ -3,17 +3,22 @@
 A subject is one volume in CHD (`ct_1001`) and one patient in ACDC, with several volumes
 (`patient001_frame01`, `patient001_frame12`), all of which go to the same side of a split. Subjects
 are ordered by number, and folds and choices depend on nothing but that order (docs/method.md
-section 1).
+section 1). In data of one's own equal images are one subject too; the paper's folds of CHD and ACDC
+stay as they are, and `equal_images_across` says which pairs lie on both sides.
 """
 
+import json
+import os
 import random
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 NUM_FOLDS = 5
+PAPER_KINDS = ("chd", "acdc")  # of datasets, whose folds are the paper's
 _FOLD_SEED = 12345
 _CHOICE_SEED = 1234
 
@@ -28,8 +33,52 @@ class Split(NamedTuple):
 
 
 def subject_of(volume: str) -> str:
-    """The subject that a volume shows: all of its name before `_frame`, or all of it."""
-    return volume.split("_frame")[0]
+    """The subject that a volume shows: its name before `_frame` and a number, or all of it."""
+    return re.split(r"(?<=.)_frame(?=\d)", volume, maxsplit=1)[0]
+
+
+def group_subjects(
+    volumes: Sequence[str],
+    equal_images: Iterable[Iterable[str]] = (),
+    table: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The subject of each volume, where equal images are of one subject.
+
+    Subjects that share an image are one, under the name that comes first in order of number, and so
+    are those that are joined by way of others.
+
+    Args:
+      volumes: names.
+      equal_images: groups of volumes with equal images, as in a dataset's metadata; names that are
+        not among `volumes` join subjects all the same.
+      table: subjects by volume, as the user gave them; the others are told by their names.
+    """
+    named = dict(table or {})
+
+    def subject_of_volume(volume: str) -> str:
+        return named.get(volume) or subject_of(volume)
+
+    present = {subject_of_volume(volume) for volume in volumes}
+    joined = {subject: {subject} for subject in present}
+    for group in equal_images:
+        together = {subject_of_volume(volume) for volume in group}
+        together |= set().union(*(joined.get(subject, ()) for subject in together))
+        joined |= dict.fromkeys(together, together)
+    first = {subject: min(joined[subject] & present, key=_order) for subject in present}
+    return {volume: first[subject_of_volume(volume)] for volume in volumes}
+
+
+def equal_images_across(
+    split: Split, equal_images: Iterable[Iterable[str]]
+) -> list[tuple[str, str]]:
+    """Pairs (training volume, validation volume) of a split with equal images, in its order."""
+    groups = [set(group) for group in equal_images]
+    return [
+        (train, validation)
+        for validation in split.validation
+        for train in split.train
+        if any({train, validation} <= group for group in groups)
+    ]
 
 
 def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[list[T], list[T]]]:
@@ -47,7 +96,8 @@ def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[li
     if not 2 <= num_folds <= len(subjects):
         raise ValueError(
             f"{num_folds} folds of {len(subjects)} labelled subjects; expected at least 2 folds, "
-            "and at least as many subjects as folds"
+            "and at least as many subjects as folds: fewer as config.data.num_folds, or "
+            "config.data.fold=None to train on all labelled volumes and validate on none"
         )
     order = np.arange(len(subjects))
     np.random.RandomState(_FOLD_SEED).shuffle(order)  # as scikit-learn does
@@ -80,6 +130,7 @@ def split_volumes(
     fold: int,
     num_labeled: int | None,
     num_folds: int = NUM_FOLDS,
+    subject: Mapping[str, str] | None = None,
 ) -> Split:
     """Splits labelled volumes by subject.
 
@@ -89,6 +140,7 @@ def split_volumes(
       fold: number of the fold, from 0.
       num_labeled: M, how many of the fold's training subjects; all of them if None.
       num_folds: the paper has 5.
+      subject: of each volume, see `group_subjects`; by default told by their names.
 
     Returns:
       The split. Training volumes come subject by subject in the order of the choice.
@@ -98,15 +150,96 @@ def split_volumes(
     """
     if not 0 <= fold < num_folds:
         raise ValueError(f"fold is {fold}; expected 0 to {num_folds - 1}")
-    subjects = sorted({subject_of(volume) for volume in volumes}, key=_order)
+    subject = group_subjects(volumes) if subject is None else subject
+    subjects = sorted(set(subject.values()), key=_order)
     train, validation = folds(subjects, num_folds=num_folds)[fold]
     if num_labeled is not None:
         train = choose_labeled(train, num_labeled)
-    of = {subject: sorted(v for v in volumes if subject_of(v) == subject) for subject in subjects}
+    of = {name: sorted(v for v in volumes if subject[v] == name) for name in subjects}
     return Split(
-        tuple(volume for subject in train for volume in of[subject]),
-        tuple(volume for subject in validation for volume in of[subject]),
+        tuple(volume for name in train for volume in of[name]),
+        tuple(volume for name in validation for volume in of[name]),
     )
+
+
+def split_by_names(
+    volumes: Sequence[str],
+    *,
+    train: Sequence[str] | None = None,
+    validation: Sequence[str] = (),
+    num_labeled: int | None = None,
+    subject: Mapping[str, str] | None = None,
+) -> Split:
+    """A split whose sides the user names, by volume or by subject.
+
+    Args:
+      volumes: names of the labelled volumes.
+      train: names to train on; by default all that are not validated on.
+      validation: names to validate on; may be empty.
+      num_labeled: M, how many of the training subjects, chosen as in `split_volumes`; all if None.
+      subject: of each volume, see `group_subjects`; by default told by their names.
+
+    Raises:
+      ValueError: a name is unknown or on both sides, directly or by its subject, or no volume or
+        fewer than M subjects are left to train on.
+    """
+    subject = group_subjects(volumes) if subject is None else subject
+    held_out = _find(subject, validation, "validation")
+    sides = {subject[volume] for volume in held_out}
+    left = [volume for volume in volumes if subject[volume] not in sides]
+    chosen = left if train is None else _find(subject, train, "train")
+    if both := sorted({subject[volume] for volume in chosen} & sides):
+        raise ValueError(
+            f"{', '.join(both)}: on both sides of the split; expected each subject on one"
+        )
+    if not chosen:
+        raise ValueError("no labelled volume is left to train on; expected at least one")
+    subjects = sorted({subject[volume] for volume in chosen}, key=_order)
+    if num_labeled is not None:
+        subjects = choose_labeled(subjects, num_labeled)
+    return Split(
+        tuple(v for name in subjects for v in sorted(chosen) if subject[v] == name),
+        tuple(sorted(held_out)),
+    )
+
+
+def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[list[str], list[str]]:
+    """The training and validation names of a fold in nnU-Net's `splits_final.json`.
+
+    Args:
+      path: of the file, a JSON list with {"train": [...], "val": [...]} for each fold.
+      fold: its number, from 0.
+
+    Raises:
+      ValueError: the file is not there or not such a list, or has no such fold.
+    """
+    place = Path(path).expanduser()
+    try:
+        folds_there = json.loads(place.read_bytes())
+        sides = [(list(map(str, f["train"])), list(map(str, f["val"]))) for f in folds_there]
+        if not sides:
+            raise ValueError("no fold")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"config.data.splits_file is {os.fspath(path)!r}, expected nnU-Net's splits_final.json:"
+            f' a list of {{"train": [...], "val": [...]}} ({type(error).__name__}: {error})'
+        ) from None
+    if fold is None or not 0 <= fold < len(sides):
+        raise ValueError(
+            f"config.data.fold is {fold}, expected 0 to {len(sides) - 1}, the folds of {place}"
+        )
+    return sides[fold]
+
+
+def _find(subject: Mapping[str, str], names: Sequence[str], side: str) -> list[str]:
+    """The volumes that names stand for, themselves or as their subjects, each once."""
+    found = {name: [v for v in subject if name in (v, subject[v])] for name in names}
+    if unknown := sorted(name for name, of_name in found.items() if not of_name):
+        raise ValueError(
+            f"{side}: no labelled volume or subject {', '.join(unknown)}; there are "
+            + ", ".join(sorted(subject))
+        )
+    return list(dict.fromkeys(volume for of_name in found.values() for volume in of_name))
 
 
 def _order(subject: str) -> tuple[float, str]:

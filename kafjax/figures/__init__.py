@@ -1,1 +1,1 @@
-"""The paper's figures of any prepared dataset and any runs: `python -m kafjax.figures --help`."""
+"""The paper's figures of any prepared dataset and any runs: `kafjax figures --help`."""

@@ -1,4 +1,4 @@
-"""Draws the paper's figures: `python -m kafjax.figures keypoints|similarity|segmentation ...`."""
+"""Draws the paper's figures: `kafjax figures keypoints|similarity|segmentation ...`."""
 
 import argparse
 import textwrap
@@ -11,7 +11,7 @@ from absl.flags import argparse_flags
 from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
 from kafjax.figures import choice
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
 
 
@@ -24,7 +24,7 @@ class _Parser(argparse_flags.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the three figures; each sets `draw`, a function of the arguments."""
-    parser = _Parser(prog="python -m kafjax.figures", description=__doc__)
+    parser = _Parser(prog="kafjax figures", description=__doc__)
     figures = parser.add_subparsers(metavar="FIGURE", required=True)
     _add_keypoints(
         _add_figure(figures, "keypoints", "two slices, keypoints, correspondences", _KEYPOINTS)
@@ -43,7 +43,7 @@ A slice and its neighbour (a) with their keypoints, (b) with their correspondenc
 after augmentation, as a sample of pretraining (figures 2 and 3 of the paper's appendix). Matched
 keypoints are blue, unmatched ones orange; crosses are those that the augmentation masks.
 
-  python -m kafjax.figures keypoints --data_dir data --volume ct_1001 --slice 40 --output out.png
+  kafjax figures keypoints --data_dir data --volume ct_1001 --slice 40 --output out.png
 """
 _SIMILARITY = """
 The cosine similarity of a point's feature in a run's encoder with the features of all positions, on
@@ -51,7 +51,7 @@ the slice, its neighbour, and both after augmentation: a row for each run, which
 pretraining or segmentation, of any network (figure 4). The star is the query, the ring the keypoint
 of the neighbour that corresponds with it.
 
-  python -m kafjax.figures similarity --workdir runs/chd_pretrain runs/chd_unet \\
+  kafjax figures similarity --workdir runs/chd_pretrain runs/chd_unet \\
       --volume ct_1001 --slice 40 --output out.pdf
 """
 _SEGMENTATION = """
@@ -59,7 +59,7 @@ Slices, their reference and a column for each segmentation run (figure 5). Below
 its Dice in the slice, the mean over the classes that the slice or the prediction has; a star there
 says that the run was trained on the volume.
 
-  python -m kafjax.figures segmentation --workdir runs/chd_scratch runs/chd_M2 --output out.pdf
+  kafjax figures segmentation --workdir runs/chd_scratch runs/chd_M2 --output out.pdf
 """
 
 
@@ -172,7 +172,7 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
 
 
 def _dataset_of_runs(arguments: argparse.Namespace) -> Any:
-    data = read_config(arguments.workdir[0])["data"]
+    data = Workdir(arguments.workdir[0]).read_config()["data"]
     return choice.open_only_dataset(Path(arguments.data_dir or data["dir"]), data["name"])
 
 

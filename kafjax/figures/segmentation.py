@@ -18,7 +18,8 @@ from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
 from kafjax.figures.choice import check_run_dataset, find_record, name_runs
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
-from kafjax.training.preflight import split_run
+from kafjax.workdir.split import open_split
+from kafjax.workdir.workdir import Workdir
 
 _SEEN = "*"
 
@@ -50,7 +51,7 @@ def segmentation_figure(
     predictors = [load_predictor(workdir, step=step, batch_size=devices) for workdir in workdirs]
     for workdir, predictor in zip(workdirs, predictors, strict=True):
         _check_dataset(dataset, workdir, predictor)
-    splits = [split_run(predictor.config, dataset) for predictor in predictors]
+    splits = [open_split(Workdir(workdir), dataset).names for workdir in workdirs]
     names = list(volumes) if volumes else _held_out(splits, dataset)[:num_slices]
     records = choose_slices(dataset, names, slices)
     shown = [dataset.read(record, with_label=True) for record in records]

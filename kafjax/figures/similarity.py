@@ -32,7 +32,7 @@ from kafjax.figures.choice import (
 )
 from kafjax.models import build_model
 from kafjax.models.unet import NUM_LEVELS
-from kafjax.workdir.workdir import best_step, read_config
+from kafjax.workdir.workdir import Workdir
 
 LEVELS = range(NUM_LEVELS + 1)
 _MULTIPLE = 2**NUM_LEVELS
@@ -228,14 +228,14 @@ def _append(sample: Batch, place: np.ndarray) -> Batch:
 
 
 def _read_config(workdir: str | os.PathLike[str], dataset: SliceDataset) -> Any:
-    config = ml_collections.ConfigDict(read_config(workdir))
+    config = ml_collections.ConfigDict(Workdir(workdir).read_config())
     check_run_dataset(workdir, config, dataset)
     return config
 
 
 def _load(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The best by validation, or the newest where there was none."""
-    return load_variables(workdir, step=best_step(workdir))
+    return load_variables(workdir, step=Workdir(workdir).select_step()[0])
 
 
 def _patch_size(dataset: SliceDataset, record: int, config: Any) -> PatchSize:

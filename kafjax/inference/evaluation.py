@@ -1,6 +1,6 @@
 """Evaluates a segmentation run on the whole volumes of its fold.
 
-    python -m kafjax.evaluate --workdir runs/chd_fold0_M2 [--split validation]
+    kafjax evaluate --workdir runs/chd_fold0_M2 [--split validation]
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
 pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also has
@@ -11,7 +11,6 @@ once. Where slices are larger than the patch, which the paper crops, they are pr
 
 import csv
 import io
-import json
 import math
 import os
 import time
@@ -23,15 +22,22 @@ import numpy as np
 import tqdm
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
-from kafjax.data.splits import Split
-from kafjax.files import write_text
+from kafjax.data.splits import equal_images_across
+from kafjax.files import write_checked, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
 from kafjax.training.preflight import split_run
 from kafjax.workdir.environment import describe_environment
-from kafjax.workdir.workdir import best_step
+from kafjax.workdir.scores import SPLITS, describe_run
+from kafjax.workdir.split import (
+    describe_later,
+    describe_split,
+    open_split,
+    read_split,
+    write_split,
+)
+from kafjax.workdir.workdir import Workdir
 
-SPLITS = Split._fields  # what `--split` takes
 _METRICS = ("dice", "hd95", "assd")
 
 Results = dict[str, Any]
@@ -85,18 +91,22 @@ def evaluate_run(
     workdir: str | os.PathLike[str],
     *,
     split: str = "validation",
-    step: int | None = None,
+    step: int | str | None = None,
     data_dir: str | Path | None = None,
     batch_size: int | None = None,
+    record_split: bool = False,
 ) -> Results:
     """Evaluates a run, prints a table and writes it in the workdir.
 
     Args:
       workdir: of a segmentation run.
-      split: 'validation' or 'train', of the run's fold.
-      step: the checkpoint; by default the best by validation.
+      split: 'validation' or 'train', the volumes that the run has recorded.
+      step: the checkpoint, a number, 'best' by validation or 'last'; by default what the run's
+        config says. Scores of another one than that have files of their own.
       data_dir: where the dataset is, if not where the run had it.
-      batch_size: of prediction; does not change the results but for rounding.
+      batch_size: of prediction; changes the results only by rounding.
+      record_split: for runs of kafjax 0.1, which recorded no split: record the one that the config
+        gives for the dataset as it is now.
 
     Returns:
       What `evaluation.json` holds.
@@ -106,29 +116,44 @@ def evaluate_run(
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
-    step = best_step(workdir) if step is None else step
-    predictor = load_predictor(workdir, step=step, batch_size=batch_size)
+    folder = Workdir(workdir)
+    predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
     dataset = open_dataset(data_dir or config.data.dir, config.data.name)
     check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
-    volumes = getattr(split_run(config, dataset), split)
+    if record_split and read_split(folder) is None:
+        write_split(folder, describe_split(split_run(config, dataset), dataset))
+    recorded = open_split(folder, dataset)
+    volumes = getattr(recorded.names, split)
+    if not volumes:
+        raise ValueError(f"{workdir}: the run has no {split} volume; expected --split train")
     counts, metrics, seconds = evaluate(predictor, dataset, volumes)
-    facts = {
-        "step": step,
-        "split": split,
-        "fold": config.data.fold,
-        "num_labeled": config.data.num_labeled,
-    }
+    found, how = folder.select_step(step)
+    selected, usual = folder.select_step()
+    if is_selected := step is None or found == selected:
+        how = usual
     results = {
-        **facts,
+        "step": predictor.step,
+        "checkpoint": how,
+        "split": split,
+        "run": describe_run(folder, config),
+        # Training and validation volumes that are one scan: the paper's folds of ACDC have such.
+        "equal_images": equal_images_across(
+            recorded.names, dataset.metadata.get("equal_images", ())
+        ),
         **summarize(counts, metrics, dataset.classes[1:]),
         "seconds": seconds,
         "environment": describe_environment(),
     }
-    stem = "evaluation" if split == "validation" else f"evaluation_{split}"
-    write_results(results, Path(workdir) / stem)
-    print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes\n")
+    path = folder.scores_file(split, None if is_selected else predictor.step)
+    write_results(results, path.with_suffix(""))
+    print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes")
+    print(f"checkpoint: {how}, step {predictor.step}\n")
     print(format_table(results))
+    for trained, validated in results["equal_images"]:
+        print(f"\n{validated}, validated on, has the image of {trained}, trained on.")
+    if later := describe_later(recorded, dataset):
+        print(f"\n{later}")
     return results
 
 
@@ -188,9 +213,8 @@ def write_results(results: Results, stem: Path) -> None:
         for name, found in classes.items():
             flags = [int(found["empty"]), int(found["missed"])]
             writer.writerow([volume, name, *(found[metric] for metric in _METRICS), *flags])
-    texts = {".json": json.dumps(results, indent=2) + "\n", ".csv": stream.getvalue()}
-    for suffix, text in texts.items():
-        write_text(stem.with_name(f"{stem.name}{suffix}"), text)
+    write_checked(stem.with_name(f"{stem.name}.json"), results)
+    write_text(stem.with_name(f"{stem.name}.csv"), stream.getvalue())
 
 
 def format_table(results: Results) -> str:

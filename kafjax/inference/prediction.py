@@ -1,6 +1,6 @@
 """Segments raw volumes by trained runs: NIfTI in, NIfTI of labels out, on the source's grid.
 
-    python -m kafjax.predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
+    kafjax predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
 
 A volume is treated as its dataset's preparation treats those of training: the same intensities,
 grid and keypoints. Of several runs, such as folds, and of mirrored slices the class probabilities
@@ -13,19 +13,18 @@ keypoints are (row, col). `d` is the number of classes. Needs the extra `data`.
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import tqdm
 from scipy import ndimage
 
 from data_prep import sift
 from data_prep.faults import DatasetError
-from data_prep.nifti import from_slices
+from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.inference.prediction_files import Job, list_jobs, write_like
@@ -148,6 +147,7 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
     """
     reader = predictor.reader
     volume = reader.read(job.source)
+    _note_plane(job.source.image, volume, predictor)
     rows, columns, num_slices = volume.image.shape
     labels = np.empty((rows, columns, num_slices), np.uint8)
     kept = None
@@ -164,12 +164,24 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
-    like: Any = nib.load(job.source.image)
+    like = open_header(job.source.image)
     plane = reader.plane(like.affine)
     # Labels last: where they are, all is there.
     if job.probabilities is not None and kept is not None:
         write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
     write_like(job.labels, from_slices(labels, like.affine, plane), like)
+
+
+def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
+    """Reports a scan whose slices lie otherwise than all that the runs have seen."""
+    seen = predictor.preparation.get("planes")
+    if predictor.reader.one_plane and seen and volume.plane not in seen:
+        print(
+            f"note: {path}: is cut in {volume.plane} slices; the runs were trained on "
+            f"{' and '.join(seen)} ones and may not know what it shows",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def predict_files(
@@ -188,22 +200,23 @@ def predict_files(
 
     Args:
       workdirs: of the runs, see `load_volume_predictor`, as `step`, `data_dir` and `batch_size`.
-      source: a file or a folder.
+      source: a file or a folder; `~` is a home folder.
       target: the labels' file, or a folder for files of the sources' names.
       probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
       mirror: see `VolumePredictor`.
       overwrite: replace results that are there, which otherwise are left as they are.
 
     Raises:
-      ValueError: a mistake in the arguments; or files that cannot be used, which are all listed
-        when the others have been written.
+      ValueError: a mistake in the arguments; or entries that are no scans or cannot be used, which
+        are all listed when the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    jobs = list_jobs(Path(source), Path(target), preparation, probabilities=probabilities)
+    source, target = (Path(os.path.expanduser(path)) for path in (source, target))
+    jobs, left_out = list_jobs(source, target, preparation, probabilities=probabilities)
     todo = [job for job in jobs if overwrite or not job.done]
     if len(todo) < len(jobs):
         print(f"Skipped {len(jobs) - len(todo)} of {len(jobs)} files: their results are there.")
-    faults: list[str] = []
+    faults = [f"  {fault}" for fault in left_out]
     if todo:
         predictor = load_volume_predictor(
             workdirs, step=step, mirror=mirror, data_dir=data_dir, batch_size=batch_size

@@ -8,19 +8,41 @@ import gzip
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.entries import (
+    OTHER_IMAGES,
+    SCAN_ENDINGS,
+    is_scan_name,
+    list_entries,
+    scan_problem,
+    unused_folder,
+)
+from data_prep.faults import DatasetError, Fault
+from data_prep.nifti import open_header, read_nifti
 from data_prep.nnunet import split_name
-from data_prep.volumes import Source, is_nifti
+from data_prep.volumes import Source
 from kafjax.workdir.preparation import Preparation
 
 # Level 1 takes a third of the time of the default and hardly more space.
 _DEFLATE_LEVEL = 1
 _SUFFIX = re.compile(r"\.nii(\.gz)?$")
+# What no one calls a folder.
+_FILE_ENDINGS = (
+    *(*SCAN_ENDINGS, *OTHER_IMAGES, ".gz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".png", ".jpg"),
+    *(".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".vtk"),
+    *(".vti", ".stl", ".obj", ".ply", ".pt", ".pth", ".json", ".txt", ".csv", ".xml", ".pdf"),
+)
+_CHD = re.compile(r"ct_(\d+)_(image|label)")
+_ACDC_OTHERS = re.compile(r"patient\d+_(4d|frame\d+_gt)")
+_CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
+_DESCRIPTIONS = {"acdc": ("Info.cfg",), "nnunet": ("dataset.json",), "chd": ("phantom.json",)}
+_LONGEST_NAME = 230  # in bytes, of the system's 255: a file that is being written has a longer one
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,19 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether all its results are there."""
-        return self.labels.exists() and (self.probabilities is None or self.probabilities.exists())
+        return all(place.exists() for place in self.places)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Where its results go."""
+        return (self.labels,) if self.probabilities is None else (self.labels, self.probabilities)
+
+
+class Listing(NamedTuple):
+    """The jobs of a prediction, and what is left out of it, with the reason."""
+
+    jobs: list[Job]
+    left_out: list[Fault]
 
 
 class _Name(NamedTuple):
@@ -44,27 +78,38 @@ class _Name(NamedTuple):
 
 def list_jobs(
     source: Path, target: Path, preparation: Preparation, *, probabilities: bool = False
-) -> list[Job]:
+) -> Listing:
     """The scan, or those of a folder in order of name, each with its results' places.
 
-    Files of a folder whose names say that they are no scans of the runs' kind of dataset (labels,
-    other channels, cines) are left out.
+    Each entry of a folder is a scan, or belongs to one (labels, other channels and cines by their
+    names; results of an earlier prediction into the same folder), or is left out.
 
     Raises:
-      ValueError: there is no scan, or a result's place is that of a scan or of another result.
+      ValueError: there is nothing to predict, or the output cannot be one.
     """
-    if source.is_dir():
-        found = sorted(path for path in source.iterdir() if is_nifti(path))
-        scans = {path: name for path in found if (name := _name(path, preparation))}
-        if not scans:
-            raise ValueError(f"{source}: holds no scan; expected files .nii.gz or .nii")
-        if _is_file_name(target) or target.is_file():
-            raise ValueError(f"output is {target}; expected a folder, as the input is one")
+    _check_target(target, folder_given=source.is_dir())
+    if not source.is_dir():
+        paths, faults = [source], []
+        if not os.path.lexists(source):
+            raise ValueError(f"{source}: no such file or folder")
+        if not is_scan_name(source.name):
+            raise ValueError(f"{source}: is no .nii.gz or .nii file")
+        if problem := scan_problem(source):
+            raise DatasetError([problem])
     else:
-        scans = {source: _single(source, preparation)}
-    jobs = [_job(path, name, target, probabilities=probabilities) for path, name in scans.items()]
-    _check_places(jobs)
-    return jobs
+        paths, faults = _list_folder(source, target, preparation)
+        if not paths and not faults:
+            raise ValueError(f"{source}: holds no scan; expected files .nii.gz or .nii")
+    jobs = []
+    for path in paths:
+        if name := _name(path, preparation):
+            jobs.append(_job(path, name, target, probabilities=probabilities))
+        elif not _belongs_to_one_of(path, paths, preparation):
+            faults.append(_no_scan(path, preparation))
+    jobs = _without_results(jobs, len(preparation.get("classes", ())))
+    wrong = _wrong_places(jobs)
+    faults += wrong.values()
+    return Listing([job for job in jobs if job not in wrong], faults)
 
 
 def write_like(path: Path, array: np.ndarray, like: Any) -> None:
@@ -93,16 +138,45 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _check_target(target: Path, *, folder_given: bool) -> None:
+    if target.is_dir():
+        return
+    if folder_given and (is_scan_name(target.name) or target.exists()):
+        raise ValueError(f"output is {target}; expected a folder, as the input is one")
+    if target.name.endswith(SCAN_ENDINGS):
+        return
+    if target.name.lower().endswith(_FILE_ENDINGS):
+        raise ValueError(
+            f"output is {target}, a file's name; expected one that ends in "
+            f"{' or '.join(SCAN_ENDINGS)}, or a folder: make it first if that is its name"
+        )
+    if target.exists():
+        raise ValueError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
+
+
+def _list_folder(
+    source: Path, target: Path, preparation: Preparation
+) -> tuple[list[Path], list[Fault]]:
+    """What is named as a scan and can be read, and what is said of all else."""
+    entries = list_entries(source, used=_DESCRIPTIONS.get(preparation["kind"], ()))
+    faults = list(entries.faults)
+    results = target.resolve()
+    for folder in entries.folders:
+        if not results.is_relative_to(folder.resolve()):
+            faults.append(unused_folder(folder, "scans, .nii.gz or .nii"))
+    return [path for path in entries.scans if path not in entries.broken], faults
+
+
 def _name(path: Path, preparation: Preparation) -> _Name | None:
     """A scan's names; None where its name says that it is none, by the dataset's layout."""
     stem = _SUFFIX.sub("", path.name)
     kind = preparation["kind"]
-    if kind == "chd" and (match := re.fullmatch(r"ct_(\d+)_(image|label)", stem)):
+    if kind == "chd" and (match := _CHD.fullmatch(stem)):
         return _Name(f"ct_{int(match[1])}", stem) if match[2] == "image" else None
-    if kind == "acdc" and re.fullmatch(r"patient\d+_(4d|frame\d+_gt)", stem):
+    if kind == "acdc" and _ACDC_OTHERS.fullmatch(stem):
         return None
     if kind == "nnunet":
-        match = re.fullmatch(r"(.+)_(\d{4})", stem, re.DOTALL)
+        match = _CHANNEL.fullmatch(stem)
         if match and int(match[2]) != preparation["channel"]:
             return None
         case = match[1] if match else stem
@@ -110,41 +184,88 @@ def _name(path: Path, preparation: Preparation) -> _Name | None:
     return _Name(stem, stem)
 
 
-def _single(path: Path, preparation: Preparation) -> _Name:
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    if not _is_file_name(path):
-        raise ValueError(f"{path}: is no .nii.gz or .nii file")
-    name = _name(path, preparation)
-    if name is None:
-        raise ValueError(
-            f"{path}: its name is not that of a scan in the {preparation['kind']} layout; "
-            "rename it if it is one"
-        )
-    return name
+def _belongs_to_one_of(path: Path, paths: Iterable[Path], preparation: Preparation) -> bool:
+    """Whether what is no scan by its name is labels, cine or channel of one that is there."""
+    stem, kind = _SUFFIX.sub("", path.name), preparation["kind"]
+    if kind == "chd":
+        scan = stem.replace("label", "image")
+    elif kind == "acdc":
+        scan = rf"{stem[:-3]}_frame\d+" if stem.endswith("_4d") else stem.removesuffix("_gt")
+    else:
+        scan = re.escape(f"{stem[:-4]}{preparation['channel']:04d}")
+    return any(re.fullmatch(scan, _SUFFIX.sub("", other.name)) for other in paths)
+
+
+def _no_scan(path: Path, preparation: Preparation) -> Fault:
+    stem = _SUFFIX.sub("", path.name)
+    if preparation["kind"] == "nnunet":
+        channel = preparation["channel"]
+        right = f"{stem}_{channel:04d}{path.name.removeprefix(stem)}"
+        found = f"is by its name of channel {int(stem[-4:])}, the runs are of channel {channel}"
+        return Fault(path, found, f"rename it to {right} if the number is the scan's own")
+    found = f"its name is not that of a scan in the {preparation['kind']} layout"
+    return Fault(path, found, "rename it if it is one")
 
 
 def _job(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Job:
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    labels = target if _is_file_name(target) else target / f"{name.result}{suffix}"
-    beside = _SUFFIX.sub(r"_probabilities.nii\1", labels.name)
+    labels = target
+    if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
+        labels = target / f"{name.result}{_SUFFIX.search(path.name)[0]}"
     return Job(
-        Source(name.volume_id, path), labels, labels.with_name(beside) if probabilities else None
+        Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
     )
 
 
-def _is_file_name(path: Path) -> bool:
-    return is_nifti(path) and not path.is_dir()
+def _probabilities(labels: Path) -> Path:
+    return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
 
 
-def _check_places(jobs: list[Job]) -> None:
-    scans = {job.source.image.resolve() for job in jobs}
-    places = [place.resolve() for job in jobs for place in (job.labels, job.probabilities) if place]
-    wrong = [f"  {place}: is one of the scans" for place in places if place in scans]
-    wrong += [
-        f"  {place}: is the place of {count} results"
-        for place, count in Counter(places).items()
-        if count > 1
+def _without_results(jobs: list[Job], num_classes: int) -> list[Job]:
+    """The jobs but those whose scan is an earlier result of another: it lies on that scan."""
+    maker = {
+        place.resolve(): job
+        for job in jobs
+        for place in (job.labels, _probabilities(job.labels))
+        if place.resolve() != job.source.image.resolve()
+    }
+    return [
+        job
+        for job in jobs
+        if (made := maker.get(job.source.image.resolve())) is None
+        or not _is_result(job.source.image, made.source.image, num_classes)
     ]
-    if wrong:
-        raise ValueError("results would lie on each other or on scans:\n" + "\n".join(wrong))
+
+
+def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
+    """Whether a file holds labels or probabilities on a scan's grid."""
+    try:
+        found, header = open_header(path), open_header(scan)
+        if found.shape[:3] != header.shape or not np.allclose(found.affine, header.affine):
+            return False
+        kind = found.get_data_dtype().newbyteorder("=")
+        if kind == np.float32:
+            return found.shape[3:] == (num_classes,)
+        return kind == np.uint8 and read_nifti(path).array.max() < num_classes
+    except DatasetError:
+        return False
+
+
+def _wrong_places(jobs: list[Job]) -> dict[Job, Fault]:
+    """The jobs whose results would lie on scans or on each other, or have no place."""
+    scans = {job.source.image.resolve() for job in jobs}
+    counts = Counter(place.resolve() for job in jobs for place in job.places)
+    wrong = {}
+    for job in jobs:
+        for place in job.places:
+            found = None
+            if place.resolve() in scans:
+                found = f"its result, {place}, would lie on a scan"
+            elif counts[place.resolve()] > 1:
+                found = f"its result, {place}, would be that of another scan too"
+            elif place.is_dir():
+                found = f"its result, {place}, would lie on a folder"
+            elif len(os.fsencode(place.name)) > _LONGEST_NAME:
+                found = f"its result's name, {place.name}, is too long"
+            if found:
+                wrong[job] = Fault(job.source.image, found, "choose another output, or rename it")
+    return wrong

@@ -16,11 +16,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.checkpoint.checkpointer import load_step
 from kafjax.data.patches import PatchSize, blend_tiles, cut_view, tile_origins
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.step import make_predict
-from kafjax.workdir.workdir import best_step, read_config
+from kafjax.workdir.workdir import Workdir
 
 # (image [rows, cols, 1] normalised, keypoints int [k, 2], mask bool [k]) of one slice.
 View = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -33,12 +33,20 @@ class Predictor:
       config: of a segmentation run.
       variables: {'params', 'batch_stats'} of its network.
       batch_size: tiles at a time; by default the run's, made a multiple of the devices.
+      step: at which the variables were saved, if they were.
 
     Raises:
       ValueError: `batch_size` is no positive multiple of the devices.
     """
 
-    def __init__(self, config: Any, variables: Any, *, batch_size: int | None = None):
+    def __init__(
+        self,
+        config: Any,
+        variables: Any,
+        *,
+        batch_size: int | None = None,
+        step: int | None = None,
+    ):
         devices = jax.local_device_count()
         if batch_size is None:
             batch_size = math.ceil(config.batch_size / devices) * devices
@@ -47,6 +55,7 @@ class Predictor:
                 f"batch_size is {batch_size}, expected a positive multiple of the {devices} devices"
             )
         self.config = config
+        self.step = step
         self._batch_size = batch_size
         self._patch_size: PatchSize = tuple(config.data.patch_size)
         self._predict = make_predict(Segmentation(config), variables)
@@ -72,18 +81,23 @@ class Predictor:
 
 
 def load_predictor(
-    workdir: str | os.PathLike[str], *, step: int | None = None, batch_size: int | None = None
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | str | None = None,
+    batch_size: int | None = None,
 ) -> Predictor:
     """The network of a segmentation run, or of an import, as it was at `step`.
 
     Args:
       workdir: of the run.
-      step: by default the best by validation, and the newest where there was no validation.
+      step: a step, 'best' by validation or 'last'; by default what the run's config says. Where
+        nothing was validated, the newest good one.
       batch_size: see `Predictor`.
 
     Raises:
       ValueError: the folder holds no segmentation run, no such checkpoint, or a damaged one.
     """
-    config = ml_collections.ConfigDict(read_config(workdir, task="segment"))
-    variables = load_variables(workdir, step=best_step(workdir) if step is None else step)
-    return Predictor(config, variables, batch_size=batch_size)
+    config = ml_collections.ConfigDict(Workdir(workdir).read_config(task="segment"))
+    selected, _ = Workdir(workdir).select_step(step)
+    found, variables = load_step(workdir, step=selected)
+    return Predictor(config, variables, batch_size=batch_size, step=found)

@@ -26,6 +26,7 @@ from kafjax.models.pretraining import (
 )
 from kafjax.models.swin import SwinEncoder, SwinUNetDecoder
 from kafjax.models.unet import Encoding, UNetDecoder, UNetEncoder
+from kafjax.registry import Registry
 
 __all__ = [
     "LOCAL_MODELS",
@@ -52,14 +53,16 @@ class _Backbone(NamedTuple):
     decoder: Callable[..., nn.Module]
 
 
-MODELS = {
-    "unet": _Backbone(UNetEncoder, UNetDecoder),
-    "unet_c2": _Backbone(partial(UNetEncoder, widening="copy"), UNetDecoder),
-    "kaf_unet": _Backbone(partial(UNetEncoder, widening="kaf"), UNetDecoder),
-    "fcn": _Backbone(FCNEncoder, FCNDecoder),
-    "kaf_fcn": _Backbone(partial(FCNEncoder, widening="kaf"), FCNDecoder),
-    "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
-}
+MODELS = Registry(
+    {
+        "unet": _Backbone(UNetEncoder, UNetDecoder),
+        "unet_c2": _Backbone(partial(UNetEncoder, widening="copy"), UNetDecoder),
+        "kaf_unet": _Backbone(partial(UNetEncoder, widening="kaf"), UNetDecoder),
+        "fcn": _Backbone(FCNEncoder, FCNDecoder),
+        "kaf_fcn": _Backbone(partial(FCNEncoder, widening="kaf"), FCNDecoder),
+        "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
+    }
+)
 # Whose decoder has blocks that local contrast can train.
 LOCAL_MODELS = tuple(name for name, model in MODELS.items() if model.decoder is UNetDecoder)
 

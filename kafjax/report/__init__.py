@@ -1,6 +1,6 @@
 """One self-contained HTML page about a set of runs.
 
-    python -m kafjax.report --workdir runs/chd_pretrain runs/chd_fold0_M2 --output report.html
+    kafjax report --workdir runs/chd_pretrain runs/chd_fold0_M2 --output report.html
 
 Curves, tables of evaluation, worst and slowest volumes, sample segmentations, configurations and
 how they differ, environments. A folder of `kafjax.cross_validate` stands for its runs, and its

@@ -1,6 +1,6 @@
 """Writes one HTML page about a set of runs, which opens from disk and loads nothing.
 
-    python -m kafjax.report --workdir runs/chd_pretrain runs/chd_fold0_M2 --output report.html
+    kafjax report --workdir runs/chd_pretrain runs/chd_fold0_M2 --output report.html
 
 A cross-validation's folder stands for its runs. What a workdir lacks is said on the page.
 """

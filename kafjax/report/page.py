@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kafjax.files import write_text
+from kafjax.files import flatten, write_text
 from kafjax.report.html import (
     Child,
     Curve,
@@ -23,7 +23,7 @@ from kafjax.report.html import (
     table,
 )
 from kafjax.report.pictures import read_board, show_samples
-from kafjax.report.runs import Run, expand, flatten, read_runs
+from kafjax.report.runs import Run, expand, read_runs
 from kafjax.report.tables import cross_validation, evaluations, extremes
 from kafjax.workdir.environment import describe_environment
 
@@ -214,7 +214,7 @@ def _configuration(runs: Sequence[Run]) -> list[Element]:
     parts = []
     for task in dict.fromkeys(run.task for run in runs):
         group = [run for run in runs if run.task == task]
-        fields = [flatten(run.config) for run in group]
+        fields = [dict(sorted(flatten(run.config).items())) for run in group]
         names = sorted({name for of_run in fields for name in of_run})
         rows = {name: [_value(of_run, name) for of_run in fields] for name in names}
         differing = [[name, *row] for name, row in rows.items() if len(set(row)) > 1]

@@ -17,13 +17,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
-from kafjax.inference.evaluation import SPLITS
 from kafjax.inference.predictor import load_predictor
 from kafjax.report.html import Element, element, note, number, picture, swatch
 from kafjax.report.runs import Fields, Run, mean_dice
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
-from kafjax.workdir.metrics import TENSORBOARD_DIR
-from kafjax.workdir.workdir import best_step
+from kafjax.workdir.scores import SPLITS
+from kafjax.workdir.workdir import Workdir
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -113,7 +112,7 @@ def predict_samples(
     Raises:
       ValueError: the run has no such checkpoint, or a damaged one.
     """
-    predictor = load_predictor(workdir, step=best_step(workdir) if step is None else step)
+    predictor = load_predictor(workdir, step=step)
     views = [(s.slice.image, s.slice.keypoints, s.slice.mask) for s in samples]
     labels = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
     return [
@@ -129,7 +128,7 @@ def read_board(workdir: str | os.PathLike[str]) -> dict[str, tuple[int, bytes]]:
     """
     found: dict[str, tuple[int, bytes]] = {}
     # In order of start, so that what a resumed run wrote again replaces what was there.
-    for path in sorted((Path(workdir) / TENSORBOARD_DIR).glob("events.out.tfevents.*")):
+    for path in sorted(Workdir(workdir).tensorboard.glob("events.out.tfevents.*")):
         for event in _read_events(path):
             for value in event.summary.value:
                 data = value.image.encoded_image_string

@@ -4,16 +4,14 @@ A folder of `kafjax.cross_validate` stands for its runs.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kafjax.files import read_checked
-from kafjax.inference.evaluation import SPLITS
-from kafjax.workdir.environment import FILE as ENVIRONMENT_FILE
-from kafjax.workdir.metrics import METRICS_FILE, read_metrics
-from kafjax.workdir.preparation import FILE as PREPARATION_FILE
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.scores import SPLITS, read_scores
+from kafjax.workdir.workdir import Workdir
 
 Fields = dict[str, Any]
 
@@ -56,7 +54,7 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
     configs, faults = [], []
     for workdir in workdirs:
         try:
-            configs.append(read_config(workdir))
+            configs.append(Workdir(workdir).read_config())
         except (ValueError, OSError) as error:
             faults.append(str(error))
     if faults:
@@ -66,17 +64,6 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
         _read_run(name, number, workdir, config)
         for number, (name, workdir, config) in enumerate(zip(names, workdirs, configs, strict=True))
     ]
-
-
-def flatten(config: Mapping[str, Any]) -> Fields:
-    """The fields of a config by dotted name, in order of name."""
-    found: Fields = {}
-    for name, value in sorted(config.items()):
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
-        else:
-            found[name] = value
-    return found
 
 
 def mean_dice(evaluation: Fields) -> dict[str, float]:
@@ -100,14 +87,15 @@ def expand(workdirs: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, Field
     places, tables = [], []
     for workdir in workdirs:
         path = workdir / CROSS_VALIDATION
-        if (workdir / "config.json").exists() or not path.exists():
+        if Workdir(workdir).config_file.exists() or not path.exists():
             places.append(workdir)
             continue
         document, faults = _read_json(path, ("folds", "rows", "missing"))
         if faults:
             raise ValueError(faults[0])
         tables.append((workdir, document))
-        places += sorted((p.parent for p in workdir.glob("*/config.json")), key=_by_numbers)
+        runs = [path for path in workdir.iterdir() if Workdir(path).config_file.exists()]
+        places += sorted(runs, key=_by_numbers)
     return list(dict.fromkeys(places)), tables
 
 
@@ -128,21 +116,22 @@ def _short_names(workdirs: Sequence[Path]) -> list[str]:
 
 
 def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
-    evaluations, faults = {}, []
+    folder = Workdir(workdir)
+    evaluations: dict[str, Fields] = {}
+    faults: list[str] = []
     for split in SPLITS:
-        stem = "evaluation" if split == "validation" else f"evaluation_{split}"
-        fields = ("pooled_dice", "by_class", "by_volume")
-        found, wrong = _read_json(workdir / f"{stem}.json", fields)
-        if found:
-            evaluations[split] = found
-        faults += wrong
+        try:
+            if found := read_scores(folder, split):
+                evaluations[split] = found
+        except ValueError as error:
+            faults.append(str(error))
     try:
         metrics = read_metrics(workdir)
     except ValueError as error:
         metrics = []
-        faults.append(f"{workdir / METRICS_FILE}: damaged ({error})")
-    preparation, wrong = _read_json(workdir / PREPARATION_FILE)
-    environment, wrong_too = _read_json(workdir / ENVIRONMENT_FILE)
+        faults.append(f"{folder.metrics_file}: damaged ({error})")
+    preparation, wrong = _read_json(folder.preparation_file)
+    environment, wrong_too = _read_json(folder.environment_file)
     faults += wrong + wrong_too
     return Run(
         name, number, workdir, config, metrics, evaluations, preparation, environment, faults

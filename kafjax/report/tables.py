@@ -46,7 +46,7 @@ def evaluations(runs: Sequence[Run]) -> list[Element]:
     lacking = [run.name for run in runs if run.task == "segment" and not run.evaluations]
     if lacking:
         names = ", ".join(lacking)
-        parts.append(note(f"Not evaluated yet (python -m kafjax.evaluate): {names}."))
+        parts.append(note(f"Not evaluated yet (kafjax evaluate): {names}."))
     return parts or [note("No run of this page segments: pretraining has nothing to evaluate.")]
 
 

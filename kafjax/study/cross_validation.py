@@ -1,6 +1,6 @@
 """Trains and evaluates a segmentation config on every fold with every number of labelled volumes.
 
-    python -m kafjax.cross_validate --config configs/chd_finetune.py --folds 0-4 \
+    kafjax cross-validate --config chd_finetune --folds 0-4 \
         --num_labeled 2,6,10 [--seeds 0,1,2] --workdir DIR [--collect] [--config.x=...]
 
     DIR/fold0_M2_seed0/                 a run like any other, with its evaluation
@@ -33,15 +33,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kafjax.checkpoint.checkpointer import check_config
 from kafjax.data.input_pipeline import open_dataset, steps_per_epoch
 from kafjax.files import write_text
 from kafjax.inference.evaluation import Results, evaluate_run
 from kafjax.training.loop import train
-from kafjax.training.preflight import split_run
+from kafjax.training.preflight import open_run_split
+from kafjax.workdir.lock import LockedError, locked
 from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.scores import read_scores
+from kafjax.workdir.workdir import Workdir
 
 _STEM = "cross_validation"
+_NAME = re.compile(r"fold(?P<fold>\d+)_M(?P<M>\d+)_seed(?P<seed>\d+)")
 
 
 class Run(NamedTuple):
@@ -104,11 +107,11 @@ def cross_validate(
     root = Path(workdir)
     runs = plan_runs(config, num_labeled=num_labeled, folds=folds, seeds=seeds)
     for run in runs:
-        check_config(root / run.name, run_config(config, run).to_dict())
+        Workdir(root / run.name).check_config(run_config(config, run).to_dict())
     if collect and not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected the workdir of a cross-validation")
     if not collect:
-        _check_splits(config, runs)
+        _check_splits(config, root, runs)
         try:
             with _stopping_at_signals():
                 received = _run_missing(config, root, runs)
@@ -116,7 +119,7 @@ def cross_validate(
             received = stopped.number
         if received:
             return received
-    print(write_tables(root, runs, collect_results(config, root, runs)), flush=True)
+    print(_update_tables(config, root, runs), flush=True)
     return None
 
 
@@ -131,7 +134,7 @@ def plan_runs(
     if config.task != "segment" or "fold" not in config.data:
         raise ValueError(
             f"config.task is {config.task!r}, expected 'segment', of a config with data.fold as "
-            "configs/chd_finetune.py"
+            "chd_finetune"
         )
     num_folds = config.data.num_folds
     folds = range(num_folds) if folds is None else folds
@@ -160,7 +163,7 @@ def run_config(config: Any, run: Run) -> Any:
 
 def is_complete(config: Any, workdir: Path) -> bool:
     """Whether the run has trained to the end that `config` sets, and is evaluated."""
-    return _evaluation(workdir).exists() and has_trained(config, workdir)
+    return has_trained(config, workdir) and read_scores(Workdir(workdir)) is not None
 
 
 def has_trained(config: Any, workdir: Path) -> bool:
@@ -174,12 +177,28 @@ def has_trained(config: Any, workdir: Path) -> bool:
 
 
 def collect_results(config: Any, root: Path, runs: Sequence[Run]) -> dict[Run, Results]:
-    """What the complete runs' `evaluation.json` hold; `ValueError` names one that is damaged."""
-    return {
-        run: _read_evaluation(root / run.name)
+    """The scores of the complete runs; `ValueError` names those that are damaged or another's."""
+    found = {
+        run: read_scores(Workdir(root / run.name))
         for run in runs
-        if is_complete(config, root / run.name)
+        if has_trained(run_config(config, run), root / run.name)
     }
+    return {run: scores for run, scores in found.items() if scores is not None}
+
+
+def find_runs(config: Any, root: Path) -> list[Run]:
+    """The runs of the config below `root`, whoever planned them, in order of M, fold and seed."""
+    runs = []
+    for path in root.glob("fold*_M*_seed*"):
+        if not (match := _NAME.fullmatch(path.name)):
+            continue
+        run = Run(int(match["M"]), int(match["fold"]), int(match["seed"]))
+        with contextlib.suppress(ValueError):  # of another config
+            workdir = Workdir(path)
+            workdir.read_config()
+            workdir.check_config(run_config(config, run).to_dict())
+            runs.append(run)
+    return sorted(runs)
 
 
 def tabulate(runs: Sequence[Run], dice: Mapping[Run, float | None]) -> list[Row]:
@@ -230,9 +249,11 @@ def write_tables(root: Path, runs: Sequence[Run], results: Mapping[Run, Results]
         markdown += (
             f"\nChance, pixels drawn with the frequencies of classes: {np.mean(chance):.3f}\n"
         )
+    if chosen := sorted({found["checkpoint"] for found in results.values()}):
+        markdown += f"\nCheckpoint of each run: {' or '.join(chosen)}.\n"
     if missing:
         markdown += f"\nMissing, {len(missing)} of {len(runs)} runs: {', '.join(missing)}\n"
-    fields = ("step", "pooled_dice", "chance", "by_class")
+    fields = ("step", "checkpoint", "pooled_dice", "chance", "by_class")
     document = {
         "folds": folds,
         "rows": [row._asdict() for row in rows],
@@ -287,14 +308,14 @@ def _stopping_at_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _check_splits(config: Any, runs: Sequence[Run]) -> None:
+def _check_splits(config: Any, root: Path, runs: Sequence[Run]) -> None:
     """Raises `ValueError` with all that is wrong with the M and folds in this dataset."""
     dataset = open_dataset(config.data.dir, config.data.name)
     faults: dict[str, None] = {}  # each once, in order
     for run in runs:
         try:
-            split = split_run(run_config(config, run), dataset)
-            steps_per_epoch(dataset, config.batch_size, split.train)
+            split = open_run_split(run_config(config, run), Workdir(root / run.name), dataset)
+            steps_per_epoch(dataset, config.batch_size, split.names.train)
         except ValueError as error:
             faults[f"fold {run.fold}, M = {run.num_labeled}: {error}"] = None
     if faults:
@@ -308,36 +329,30 @@ def _run_missing(config: Any, root: Path, runs: Sequence[Run]) -> int | None:
         if is_complete(own, workdir):
             continue
         print(f"Run {i} of {len(runs)}: {workdir}", flush=True)
-        _evaluation(workdir).unlink(missing_ok=True)  # of an earlier end
-        received = train(own, workdir)
+        try:
+            received = train(own, workdir)
+        except LockedError as error:
+            print(f"{error}; left to that process", flush=True)
+            continue
         if received:
             return received
         evaluate_run(workdir)
         # Each run's programs would stay in memory, until Linux has no mappings left for a process
         # and XLA crashes, after some 14 runs. The next run finds its programs on disk.
         jax.clear_caches()
-        write_tables(root, runs, collect_results(config, root, runs))
+        _update_tables(config, root, runs)
     return None
 
 
-def _evaluation(workdir: Path) -> Path:
-    return workdir / "evaluation.json"
-
-
-def _read_evaluation(workdir: Path) -> Results:
-    path = _evaluation(workdir)
-    try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); expected what kafjax.evaluate writes: remove it and run "
-            "again without --collect"
-        ) from None
-    return results
+def _update_tables(config: Any, root: Path, runs: Sequence[Run]) -> str:
+    """Writes the tables of these runs and of those that other processes have run here."""
+    with locked(root / "lock", wait=True):  # so that no process writes what it read before another
+        known = sorted({*runs, *find_runs(config, root)})
+        return write_tables(root, known, collect_results(config, root, known))
 
 
 def _folds(runs: Sequence[Run]) -> list[int]:
-    return list(dict.fromkeys(run.fold for run in runs))
+    return sorted({run.fold for run in runs})
 
 
 def _header(folds: Sequence[int], *last: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs a table of the paper on a dataset, and collects what it found.
 
-    python -m kafjax.experiment --table configs/tables/table1.py --dataset chd
-    python -m kafjax.experiment --table configs/tables/table1.py --dataset phantom --small
+    kafjax experiment --table table1 --dataset chd
+    kafjax experiment --table table1 --dataset phantom --small
 
 The table's jobs are `kafjax.main` and `kafjax.cross_validate` commands, which are printed and can
 be repeated by hand. One runs on each local device, or each core of a CPU. What is complete, for
@@ -21,7 +21,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kafjax.study.plan import Experiment, Planned, Table, load
+from kafjax.config_files import load_config
+from kafjax.study.plan import Experiment, Planned, Table
 
 _SMALL_FOLDS = (0, 1)
 
@@ -42,7 +43,7 @@ def make_experiment(
 
     Args:
       table: as a file of `configs/tables/` has it.
-      dataset: there are `configs/DATASET_{pretrain,finetune,scratch}.py`.
+      dataset: `configs/DATASET_pretrain.py` and `_finetune.py` are shipped, or lie in this folder.
       workdir: its folder DATASET holds or will hold the runs.
       data_dir: where the prepared dataset is.
       small: take DATASET_small.
@@ -57,7 +58,7 @@ def make_experiment(
     if rows is not None:
         table = _with_rows(table, rows)
     name = f"{dataset}_small" if small else dataset
-    config = load(f"configs/{name}_scratch.py", "get_config")()
+    config = load_config(f"configs/{name}_finetune.py:scratch")
     if num_labeled is None:
         base = name.split("_")[0]
         if base not in table.num_labeled:

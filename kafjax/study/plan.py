@@ -13,21 +13,24 @@ Names of workdirs tell what was run, so that rows and tables with a run in commo
 import functools
 import itertools
 import math
-import runpy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kafjax.checkpoint.checkpointer import check_config, saved_steps
+from kafjax.checkpoint.checkpointer import saved_steps
+from kafjax.config_files import load_config
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
+from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
 from kafjax.study.cross_validation import Run, has_trained, is_complete, plan_runs, run_config
 from kafjax.study.jobs import Job
-from kafjax.training.config_checks import check_fields, flatten
+from kafjax.training.config_checks import check_fields
 from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.workdir import Workdir
 
 SCRATCH = "none"
 # Where a method goes on from the encoder of another.
@@ -135,7 +138,7 @@ class Command(NamedTuple):
         return config
 
     def _base(self) -> Any:
-        return load(self.file, "get_config")(*filter(None, [self.variant]))
+        return load_config(str(self))
 
     def __str__(self) -> str:
         return ":".join(filter(None, (self.file, self.variant)))
@@ -158,7 +161,7 @@ class Experiment(NamedTuple):
 
     Attributes:
       table: its rows are the experiment's.
-      dataset: the configs are `configs/DATASET_{pretrain,finetune,scratch}.py`.
+      dataset: the configs are `configs/DATASET_pretrain.py` and `_finetune.py`.
       root: holds or will hold the runs of this dataset, of any table.
       data_dir: where the prepared dataset is.
       num_labeled: values of M.
@@ -188,7 +191,7 @@ class Experiment(NamedTuple):
     def segmentation(self, row: Row, seed: int) -> Command:
         """What the row's runs of a seed have in common."""
         if row.pretraining == SCRATCH:
-            return self._command("scratch", "", {"model.name": row.model})
+            return self._command("finetune", "scratch", {"model.name": row.model})
         start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
         return self._command("finetune", "", start)
 
@@ -254,7 +257,7 @@ class Experiment(NamedTuple):
             needs = (_pretraining_name(stage, seed),)
         command, workdir = self.pretraining(row, seed), self._pretraining_dir(row, seed)
         config = command.config()
-        check_config(workdir, config.to_dict())
+        Workdir(workdir).check_config(config.to_dict())
         subjects, slices = self._size()
         steps = config.num_epochs * int(subjects * slices // config.batch_size)
         arguments = ("-m", "kafjax.main", *command.arguments(), "--workdir", str(workdir))
@@ -273,7 +276,7 @@ class Experiment(NamedTuple):
         config = command.config()
         runs = plan_runs(config, num_labeled=self.num_labeled, folds=self.folds, seeds=[seed])
         for run in runs:
-            check_config(root / run.name, run_config(config, run).to_dict())
+            Workdir(root / run.name).check_config(run_config(config, run).to_dict())
         needs = self._prepared()
         if row.pretraining != SCRATCH:
             needs = (_pretraining_name(row, seed),)
@@ -325,7 +328,7 @@ class Experiment(NamedTuple):
         return self.root / "pretrain" / f"{row.workdir}_seed{seed}"
 
     def _data(self) -> Any:
-        return load(f"configs/{self.dataset}_scratch.py", "get_config")().data
+        return load_config(f"configs/{self.dataset}_finetune.py:scratch").data
 
     def _size(self) -> tuple[int, float]:
         """Subjects, and slices of each: of the dataset, or about, where it is not there."""
@@ -337,20 +340,6 @@ class Experiment(NamedTuple):
                 PHANTOMS[self.dataset].size.split("x")[2]
             )
         return _NOMINAL.get(name, (0, 0))
-
-
-@functools.cache
-def load(file: str, function: str) -> Callable[..., Any]:
-    """A function of a Python file, as `get_config` of a config; `ValueError` without."""
-    if not Path(file).is_file():
-        there = sorted(str(path) for path in Path(file).parent.glob(f"*{Path(file).suffix}"))
-        expected = f"one of {', '.join(there)}" if there else "to be in a clone of the repository"
-        raise ValueError(f"{file}: no such file; expected {expected}")
-    found = runpy.run_path(file)
-    if function not in found:
-        raise ValueError(f"{file}: has no {function}()")
-    made: Callable[..., Any] = found[function]
-    return made
 
 
 def is_pretrained(config: Any, workdir: Path) -> bool:
@@ -375,7 +364,7 @@ def _are_complete(config: Any, root: Path, runs: list[Run]) -> bool:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(Path(data_dir).glob(f"{name}/*/dataset_info.json"))
+    return any(Path(os.path.expanduser(data_dir)).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache

@@ -66,16 +66,18 @@ class Results(NamedTuple):
       lines: row by row.
       chance: Dice of pixels drawn with the frequencies of classes; None without any run.
       parameters: of the segmentation networks, by row's name.
+      checkpoints: how the checkpoints of the runs were chosen, each way once.
     """
 
     lines: tuple[Line, ...]
     chance: float | None
     parameters: Mapping[str, int]
+    checkpoints: tuple[str, ...]
 
 
 def collect(experiment: Experiment) -> Results:
     """Reads the evaluations of all complete runs; `ValueError` names one that is damaged."""
-    found, chance = {}, []
+    found, chance, checkpoints = {}, [], set()
     for row in experiment.table.rows:
         dice: dict[Run, float] = {}
         for seed in experiment.seeds:
@@ -83,6 +85,7 @@ def collect(experiment: Experiment) -> Results:
             runs = [run for run in experiment.runs() if run.seed == seed]
             for run, results in collect_results(config, experiment.row_dir(row), runs).items():
                 dice[run] = results["pooled_dice"]["mean"]
+                checkpoints.add(results["checkpoint"])
                 chance += [results["chance"]] if results["chance"] is not None else []
         found[row.name] = dice
     reference = found[experiment.table.reference]
@@ -92,7 +95,10 @@ def collect(experiment: Experiment) -> Results:
         for m in experiment.num_labeled
     ]
     return Results(
-        tuple(lines), float(np.mean(chance)) if chance else None, _count_parameters(experiment)
+        tuple(lines),
+        float(np.mean(chance)) if chance else None,
+        _count_parameters(experiment),
+        tuple(sorted(checkpoints)),
     )
 
 
@@ -144,6 +150,8 @@ def format_markdown(experiment: Experiment, results: Results, command: str) -> s
     ]
     if results.chance is not None:
         text.append(f"Chance, pixels drawn with the frequencies of classes: {results.chance:.3f}.")
+    if results.checkpoints:
+        text.append(f"Checkpoint of each run: {' or '.join(results.checkpoints)}.")
     if "Paper" in columns:
         text.append("Paper: mean and standard deviation over folds, as the appendix prints them.")
     if any(line.row.beyond for line in lines):

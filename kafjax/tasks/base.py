@@ -1,11 +1,13 @@
-"""What the tasks share: random keys of samples, their transform, and the network in training.
+"""The base class of tasks, and what they share: random keys, transforms, the network in training.
 
-A batch's fields have its samples as their first axis, [b, ...].
+A batch's fields have its samples as their first axis, [b, ...]. Methods that read data import the
+reader when called: losses need no more than JAX and Flax.
 """
 
+import abc
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,12 @@ import numpy as np
 from kafjax import augment
 from kafjax.intensity import IntensityConfig
 from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
+
+if TYPE_CHECKING:
+    import grain
+
+    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.splits import Split
 
 
 def sample_keys(batch: dict[str, jax.Array]) -> jax.Array:
@@ -99,16 +107,28 @@ def apply_training(
     return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), statistics)
 
 
-class NetworkTask:
-    """What all tasks have: the run's network, its variables, and what training sees of a batch.
+class Task(abc.ABC):
+    """What a run learns: its batches, its network and loss, and how it is scored and shown.
+
+    A subclass is chosen by its name in `kafjax.tasks.TASKS`. All state is in arguments, so that
+    `loss`, `predict` and `count` can be traced on any device.
 
     Args:
       config: the run's config.
       axis_name: the mapped axis over which a batch is spread, if any.
 
+    Attributes:
+      frozen: modules of the network that are not trained.
+      best_metric: the metric whose best checkpoint is kept, and
+      best_mode: whether its largest or smallest value is best.
+
     Raises:
       ValueError: a field of the config has no such value.
     """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    best_metric: ClassVar[str] = "loss"
+    best_mode: ClassVar[Literal["max", "min"]] = "min"
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
         self._config = config
@@ -116,14 +136,50 @@ class NetworkTask:
         self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
 
+    @abc.abstractmethod
+    def batches(
+        self,
+        dataset: "SliceDataset",
+        options: "BatchOptions",
+        split: "Split",
+        *,
+        start_step: int = 0,
+    ) -> "grain.DatasetIterator":
+        """Endless training batches of the split's volumes, without the first `start_step`.
+
+        The iterator has a `close` method. The field `record`, [b, ...], names a batch's slices.
+        """
+
+    @abc.abstractmethod
+    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+        """A sample of that record: a batch's fields without their first axis."""
+
+    @abc.abstractmethod
+    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms every sample, by keys that only seed and sample decide."""
+
+    @abc.abstractmethod
+    def loss(
+        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        """(loss, (metrics, new running statistics)) of a device's part of a batch."""
+
+    def predict(self, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """Logits [b, h, w, d] of a device's part of a batch, not augmented."""
+        raise NotImplementedError(f"{type(self).__name__} predicts no classes")
+
+    def count(self, variables: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Integers [b, ...] that add up over slices, and predicted classes [b, h, w]."""
+        raise NotImplementedError(f"{type(self).__name__} is not validated")
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        """Metrics of the sum of `count`'s integers over all slices."""
+        raise NotImplementedError(f"{type(self).__name__} is not validated")
+
     def init(self) -> dict[str, Any]:
         """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
         inputs = example_inputs(self._config.model.head)
         return init_variables(self._model, self._config.seed, *inputs)
-
-    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Transforms every sample, by keys that only seed and sample decide."""
-        raise NotImplementedError  # each task has its own
 
     def apply(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
         """The network's outputs of an augmented batch, and its new running statistics."""
@@ -133,16 +189,10 @@ class NetworkTask:
 
     def first_seen(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch's first sample as training sees it, without the axis of samples."""
-        first = {field: jnp.asarray(values[:1]) for field, values in batch.items()}
-        return {field: np.asarray(x[0]) for field, x in self._jitted_augment(first).items()}
+        first = jax.device_put({field: values[:1] for field, values in batch.items()})
+        seen = jax.device_get(self._jitted_augment(first))
+        return {field: values[0] for field, values in seen.items()}
 
+    @abc.abstractmethod
     def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
-        from kafjax.drawing.figures import draw_pair  # matplotlib is needed for nothing else here
-
-        view = self.first_seen(batch)
-        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
-        drawn = draw_pair(
-            image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
-        )
-        return {"pair": drawn}
+        """The batch's first sample as training sees it: name -> uint8 [h, w, 3]."""

@@ -2,7 +2,7 @@
 
 The second stage of GLCL (Chaitanya et al., NeurIPS 2020): the encoder comes from a run with the
 global loss of partitions (`gcl`) and stays as it is. Batches are those of
-`kafjax.tasks.pretraining`, of which only the anchors are used; the neighbours show other places.
+`kafjax.tasks.pretraining`, but only the anchors are used: the neighbours show other places.
 """
 
 from typing import Any
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from kafjax import augment
 from kafjax.intensity import change_intensity
 from kafjax.losses import local_contrastive_loss
-from kafjax.tasks.base import NetworkTask, make_transform, sample_keys
+from kafjax.tasks.base import make_transform, sample_keys
+from kafjax.tasks.pretraining import Pretraining
 
 Metrics = dict[str, jax.Array]
 
 
-class LocalContrast(NetworkTask):
+class LocalContrast(Pretraining):
     """Self-supervised pretraining of a decoder's first blocks on a frozen encoder.
 
     Args:
@@ -28,6 +29,8 @@ class LocalContrast(NetworkTask):
     Raises:
       ValueError: a field of the config has no such value.
     """
+
+    frozen = ("encoder",)
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)

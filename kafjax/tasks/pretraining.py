@@ -6,15 +6,22 @@ of that form.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
 from kafjax.models import PretrainingOutput
-from kafjax.tasks.base import NetworkTask, make_transform, sample_keys
+from kafjax.tasks.base import Task, make_transform, sample_keys
+
+if TYPE_CHECKING:
+    import grain
+
+    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.splits import Split
 
 Metrics = dict[str, jax.Array]
 
@@ -38,7 +45,7 @@ def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Ar
     }
 
 
-class Pretraining(NetworkTask):
+class Pretraining(Task):
     """Self-supervised pretraining of an encoder with KAF's heads.
 
     Args:
@@ -52,6 +59,26 @@ class Pretraining(NetworkTask):
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)
         self._transform = make_transform(augment.augment_pair, config)
+
+    def batches(
+        self,
+        dataset: "SliceDataset",
+        options: "BatchOptions",
+        split: "Split",
+        *,
+        start_step: int = 0,
+    ) -> "grain.DatasetIterator":
+        """Batches of pairs; see `kafjax.data.input_pipeline.pretraining_batches`."""
+        from kafjax.data.input_pipeline import pretraining_batches
+
+        return pretraining_batches(dataset, options, volumes=split.train, start_step=start_step)
+
+    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+        """The record's slice with a neighbour."""
+        from kafjax.data.input_pipeline import make_pair
+
+        size, seed = tuple(self._config.data.patch_size), self._config.seed
+        return make_pair(dataset, 0, record, patch_size=size, seed=seed)
 
     def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Transforms both views of every sample, by keys that only seed and sample decide."""
@@ -84,6 +111,17 @@ class Pretraining(NetworkTask):
             **skipped_shares(mask, batch["correspondence"], positives),
         }
         return total, (metrics, batch_stats)
+
+    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
+        from kafjax.drawing.figures import draw_pair  # matplotlib is needed for nothing else here
+
+        view = self.first_seen(batch)
+        image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
+        drawn = draw_pair(
+            image[0], image[1], keypoints[0], mask[0], keypoints[1], mask[1], view["correspondence"]
+        )
+        return {"pair": drawn}
 
     def _positives(self, position: jax.Array) -> jax.Array:
         """Which samples of the global batch are positives of each other: bool [B, B]."""

@@ -5,7 +5,7 @@ docs/method.md sections 6 to 8. A batch is what `kafjax.data.input_pipeline.segm
 `kafjax.tasks.pretraining`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,13 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
-from kafjax.tasks.base import NetworkTask, make_transform, sample_keys
+from kafjax.tasks.base import Task, make_transform, sample_keys
+
+if TYPE_CHECKING:
+    import grain
+
+    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.splits import Split
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -32,7 +38,7 @@ def changes_anything(config: Any) -> bool:
     return any(probabilities)
 
 
-class Segmentation(NetworkTask):
+class Segmentation(Task):
     """Supervised segmentation, from scratch or from a pretrained encoder.
 
     Args:
@@ -44,12 +50,35 @@ class Segmentation(NetworkTask):
       ValueError: a field of the config has no such value.
     """
 
+    best_metric = "validation_dice"
+    best_mode = "max"
+
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
         self._transform = None
         if changes_anything(config.augment):
             self._transform = make_transform(augment.augment_view, config)
+
+    def batches(
+        self,
+        dataset: "SliceDataset",
+        options: "BatchOptions",
+        split: "Split",
+        *,
+        start_step: int = 0,
+    ) -> "grain.DatasetIterator":
+        """Batches of labelled slices; see `kafjax.data.input_pipeline.segmentation_batches`."""
+        from kafjax.data.input_pipeline import segmentation_batches
+
+        return segmentation_batches(dataset, options, volumes=split.train, start_step=start_step)
+
+    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+        """The record's slice with its label."""
+        from kafjax.data.input_pipeline import make_labelled
+
+        size, seed = tuple(self._config.data.patch_size), self._config.seed
+        return make_labelled(dataset, 0, record, patch_size=size, seed=seed)
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms every slice with its label, by keys that only seed and sample decide."""

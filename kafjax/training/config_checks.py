@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kafjax.augment import KEYPOINT_MODES, AugmentConfig
+from kafjax.files import flatten
 from kafjax.intensity import IntensityConfig
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE, SEGMENTATION_LOSSES
 from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, NORMS, PRETRAINING_HEADS
+from kafjax.tasks.registry import TASKS
 
-TASK_HEADS = {
-    "pretrain": "pretraining",
-    "local_contrast": "local_contrast",
-    "segment": "segmentation",
-}
 OPTIMIZERS = ("sgd", "adam")
 _MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
 _MAX_CLASSES = 256
@@ -84,8 +81,13 @@ _PATCH = _pair(
     lambda value: type(value) is int and value > 0 and value % _DIVISOR == 0,
 )
 
+_NAMES = Rule(
+    "names, as in ('case1', 'case2')",
+    lambda value: isinstance(value, tuple | list) and all(isinstance(x, str) and x for x in value),
+)
+
 _COMMON = {
-    "task": _choice(TASK_HEADS),
+    "task": _choice(TASKS),
     "seed": _integer(0, 2**32 - 1),
     "batch_size": _integer(1),
     "num_microbatches": _integer(1),
@@ -95,8 +97,6 @@ _COMMON = {
     "data.name": _TEXT,
     "data.dir": _TEXT,
     "data.patch_size": _PATCH,
-    "data.max_keypoints": _integer(1, _MAX_KEYPOINTS),
-    "data.radius": _integer(1),
     "data.num_threads": _integer(1, 1024),
     "model.name": _choice(MODELS),
     "model.filters": _integer(1),
@@ -136,8 +136,7 @@ _OF_TASK = {
     },
     "segment": {
         "model.head": _choice(("segmentation",)),
-        "model.num_classes": _integer(2, _MAX_CLASSES),
-        "data.fold": _integer(0),
+        "data.fold": _or_none(_integer(0)),
         "data.num_folds": _integer(2),
         "data.num_labeled": _or_none(_integer(1)),
         "data.foreground_share": _number(0, 1),
@@ -156,10 +155,25 @@ _AUGMENT = {
     },
 }
 # Rules of fields that need not be there: what a run of the task does without them.
+_OF_DATASET = {  # filled in from the dataset
+    "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
+    "data.radius": _or_none(_integer(1)),
+}
+_ANYWHERE = {
+    **_OF_DATASET,
+    "optimizer.momentum": _number(0, 1),
+    "checkpoint.select": _choice(("best", "last")),
+}
 _OPTIONAL = {
-    "pretrain": {"optimizer.momentum": _number(0, 1)},
-    "local_contrast": {"optimizer.momentum": _number(0, 1)},
-    "segment": {"optimizer.momentum": _number(0, 1), "init_from": _or_none(_TEXT)},
+    "pretrain": _ANYWHERE,
+    "local_contrast": _ANYWHERE,
+    "segment": {
+        **_ANYWHERE,
+        "model.num_classes": _or_none(_integer(2, _MAX_CLASSES)),
+        "init_from": _or_none(_TEXT),
+        "data.validation": _or_none(_NAMES),
+        "data.splits_file": _or_none(_TEXT),
+    },
 }
 
 
@@ -206,15 +220,6 @@ def _unknown(path: str, task: str, known: Mapping[str, Rule]) -> str:
     )
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of nested dicts by dotted path."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
 def _disagreements(fields: Mapping[str, Any]) -> list[str]:
     found = [
         f"config.{path} is {fields[path]!r}, expected {expected}"
@@ -232,7 +237,7 @@ def _disagreements(fields: Mapping[str, Any]) -> list[str]:
 
 def _weighs_keypoints(loss: str) -> Rule:
     return Rule(
-        "0 for a network without KAF layers, as configs/*_pretrain.py:pcl has it",
+        "0 for a network without KAF layers, as --config chd_pretrain:pcl has it",
         lambda f: "kaf" in f["model.name"] or f[f"loss.weights.{loss}"] == 0,
     )
 
@@ -251,7 +256,16 @@ _TOGETHER: dict[str, Rule] = {
         lambda f: f["batch_size"] % f["num_microbatches"] == 0,
     ),
     "data.fold": Rule(
-        "a number below config.data.num_folds", lambda f: f["data.fold"] < f["data.num_folds"]
+        "a number below config.data.num_folds",
+        lambda f: (
+            f["data.fold"] is None
+            or bool(f.get("data.splits_file"))
+            or f["data.fold"] < f["data.num_folds"]
+        ),
+    ),
+    "data.validation": Rule(
+        "none where config.data.splits_file is given",
+        lambda f: not (f["data.validation"] and f.get("data.splits_file")),
     ),
     "optimizer.final_learning_rate": Rule(
         "no more than config.optimizer.learning_rate",

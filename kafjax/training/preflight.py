@@ -1,6 +1,6 @@
 """What a run needs, looked at in seconds and before anything is compiled.
 
-`python -m kafjax.main --config ... --check` prints it: the config, the dataset with its volumes and
+`kafjax train --config ... --check` prints it: the config, the dataset with its volumes and
 shards, the devices and their memory by estimate, the workdir and its disk, the run to begin with.
 `kafjax.training.loop` makes the same demands one after the other.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kafjax.checkpoint.checkpointer import check_config, saved_steps
+from kafjax.checkpoint.checkpointer import saved_steps
 from kafjax.data.input_pipeline import (
     SliceDataset,
     check_facts,
@@ -23,12 +23,21 @@ from kafjax.data.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
-from kafjax.data.splits import Split, split_volumes
+from kafjax.data.splits import (
+    PAPER_KINDS,
+    Split,
+    group_subjects,
+    read_splits_file,
+    split_by_names,
+    split_volumes,
+)
 from kafjax.tasks.base import make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
 from kafjax.training.step import make_optimizer
 from kafjax.training.transfer import start_from
+from kafjax.workdir.split import RunSplit, describe_split, open_split
+from kafjax.workdir.workdir import Workdir
 
 
 class Finding(NamedTuple):
@@ -71,9 +80,9 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
 
     find("dataset", see_dataset)
     if dataset is not None:
-        opened = dataset
-        find("volumes", lambda: _see_volumes(config, opened))
-        find("memory", lambda: _see_memory(config, opened))
+        opened, completed = dataset, complete_config(config, dataset)
+        find("volumes", lambda: _see_volumes(completed, Workdir(workdir), opened))
+        find("memory", lambda: _see_memory(completed, opened))
     find("devices", lambda: check_devices(config))
     find("workdir", lambda: _see_workdir(config, Path(workdir)))
     find("disk", lambda: _see_disk(config, Path(workdir)))
@@ -91,9 +100,10 @@ def open_run_dataset(config: Any) -> SliceDataset:
             f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
             f"{config.data.name!r} that can be read: {error}"
         ) from error
-    check_facts(dataset, {name: config.data[name] for name in ("max_keypoints", "radius")})
-    num_classes = config.model.get("num_classes", len(dataset.classes))
-    if num_classes != len(dataset.classes):
+    given = {name: config.data.get(name) for name in ("max_keypoints", "radius")}
+    check_facts(dataset, {name: value for name, value in given.items() if value is not None})
+    num_classes = config.model.get("num_classes")
+    if num_classes not in (None, len(dataset.classes)):
         raise ValueError(
             f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
             f"{dataset.directory} has {', '.join(dataset.classes)}"
@@ -101,16 +111,58 @@ def open_run_dataset(config: Any) -> SliceDataset:
     return dataset
 
 
+def complete_config(config: Any, dataset: SliceDataset) -> Any:
+    """A copy of the config with what only the dataset knows, where the config leaves it out.
+
+    K, the radius of correspondences and, for segmentation, the number of classes: `FROM_DATASET`.
+    """
+    complete = config.copy_and_resolve_references()
+    with complete.unlocked():
+        for name in ("max_keypoints", "radius"):
+            if complete.data.get(name) is None:
+                complete.data[name] = dataset.metadata[name]
+        if config.task == "segment" and complete.model.get("num_classes") is None:
+            complete.model.num_classes = len(dataset.classes)
+    return complete
+
+
+def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunSplit:
+    """The split that the workdir has recorded, or else the one that the config asks for.
+
+    Raises:
+      ValueError: the dataset is not the one of the recorded split, or cannot be split so; or the
+        workdir holds checkpoints of a run that has recorded none.
+    """
+    if workdir.split_file.exists() or saved_steps(workdir):
+        return open_split(workdir, dataset)
+    return describe_split(split_run(config, dataset), dataset)
+
+
 def split_run(config: Any, dataset: SliceDataset) -> Split:
-    """The volumes to train on and to validate on: those of a fold, or all and none."""
-    if "fold" not in config.data:
+    """The volumes to train on and to validate on, by the config's fields of `data`.
+
+    All and none in pretraining. Of the labelled volumes: those that `validation` names or a fold of
+    `splits_file` (nnU-Net's splits_final.json) has, those of a fold of the paper's kind, or none to
+    validate on where `fold` is None. `num_labeled` subjects are chosen of the others. Equal images
+    count as one subject, except in the paper's protocol, whose folds are fixed.
+    """
+    data, metadata = config.data, dataset.metadata
+    if "fold" not in data:
         return Split(tuple(dataset.volumes), ())
-    return split_volumes(
-        labelled_volumes(dataset),
-        fold=config.data.fold,
-        num_labeled=config.data.num_labeled,
-        num_folds=config.data.num_folds,
-    )
+    volumes = labelled_volumes(dataset)
+    equal_images = () if metadata.get("kind") in PAPER_KINDS else metadata.get("equal_images", ())
+    common = {
+        "num_labeled": data.num_labeled,
+        "subject": group_subjects(volumes, equal_images, metadata.get("subjects")),
+    }
+    if data.get("validation"):
+        return split_by_names(volumes, validation=data.validation, **common)
+    if data.get("splits_file"):
+        train, validation = read_splits_file(data.splits_file, data.fold)
+        return split_by_names(volumes, train=train, validation=validation, **common)
+    if data.fold is None:
+        return split_by_names(volumes, **common)
+    return split_volumes(volumes, fold=data.fold, num_folds=data.num_folds, **common)
 
 
 def check_devices(config: Any) -> str:
@@ -134,16 +186,12 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
     less, temporary arrays make it more. Beside what XLA says of the compiled step on CPU: 5 % and
     8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
     """
-    kind = TASKS[config.task]
     share = max(1, config.batch_size // jax.device_count())
     part = max(1, share // config.num_microbatches)
     alone = config.copy_and_resolve_references()
     alone.num_microbatches = 1
-    task = kind.task(alone)
-    first = next(iter(dataset.volumes.values()))[0]
-    sample = kind.sample(
-        dataset, 0, first, patch_size=tuple(config.data.patch_size), seed=config.seed
-    )
+    task = TASKS[config.task](alone)
+    sample = task.sample(dataset, next(iter(dataset.volumes.values()))[0])
     batch = {
         name: jax.ShapeDtypeStruct((part, *value.shape), value.dtype)
         for name, value in sample.items()
@@ -168,9 +216,9 @@ def _see_dataset(dataset: SliceDataset) -> str:
     return f"{dataset.directory}: {len(dataset.volumes)} volumes, {shards} shards, index good"
 
 
-def _see_volumes(config: Any, dataset: SliceDataset) -> str:
+def _see_volumes(config: Any, workdir: Workdir, dataset: SliceDataset) -> str:
     """Counts steps, and reads a record of each volume that the run takes."""
-    split = split_run(config, dataset)
+    split = open_run_split(config, workdir, dataset).names
     steps = steps_per_epoch(dataset, config.batch_size, split.train)
     for name in (*split.train, *split.validation):
         dataset.read(dataset.volumes[name][0])
@@ -201,7 +249,7 @@ def device_memory() -> int:
 
 
 def _see_workdir(config: Any, workdir: Path) -> str:
-    check_config(workdir, config.to_dict())
+    Workdir(workdir).check_config(config.to_dict())
     steps = saved_steps(workdir)
     return f"{workdir}: " + (f"goes on from step {steps[-1]}" if steps else "begins anew")
 

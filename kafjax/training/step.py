@@ -1,8 +1,11 @@
 """One training step, mapped over devices, and the state that it changes.
 
-The only module that knows of `pmap`. A task (`kafjax.tasks.pretraining`) gives variables and a
-loss; parameters are replicated, a global batch is spread over processes and their devices, and
-gradients and running statistics are averaged over all.
+A task (`kafjax.tasks`) gives variables and a loss. The state is replicated and has no axis of
+devices; a global batch is spread over processes and their devices, and gradients and running
+statistics are averaged over all. `map_devices` is the only caller of `jax.pmap`.
+
+All transfers are explicit: `replicate` and `shard` put host arrays on the devices, `to_host` and
+`own_part` fetch results.
 """
 
 import contextlib
@@ -10,46 +13,19 @@ import ctypes
 import dataclasses
 import gc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kafjax.tasks.base import Task
 
 AXIS_NAME = "batch"
 Batch = dict[str, np.ndarray]
-
-
-class Task(Protocol):
-    """What a training step needs to know of what is learnt."""
-
-    def init(self) -> dict[str, Any]:
-        """Fresh variables {'params', 'batch_stats'}."""
-
-    def loss(self, params: Any, batch_stats: Any, batch: Any) -> tuple[jax.Array, Any]:
-        """(loss, (metrics, new batch_stats)) of a device's part of a batch."""
-
-    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Pictures by name, uint8 [h, w, 3]."""
-
-
-class Predicting(Protocol):
-    """What prediction needs to know of a task."""
-
-    def predict(self, variables: Any, batch: Any) -> jax.Array:
-        """Logits [b, h, w, d] of a device's part of a batch."""
-
-
-class Counting(Protocol):
-    """What validation needs to know of a task: numbers that add up over slices."""
-
-    def count(self, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """Of a device's part of a batch, integers [b, ...] and predicted classes [b, h, w]."""
-
-    def scores(self, counts: np.ndarray) -> dict[str, float]:
-        """Metrics of the integers' sums over all slices."""
 
 
 @flax.struct.dataclass
@@ -63,8 +39,12 @@ class TrainState:
     # {'params', 'batch_stats'} averaged over steps, or empty where the run averages none.
     average: Any = flax.struct.field(default_factory=dict)
 
+    @property
     def variables(self) -> dict[str, Any]:
-        """What validates and predicts: the averaged variables where there are any."""
+        """The network's variables in validation and prediction: {'params', 'batch_stats'}.
+
+        The averaged ones where the run averages.
+        """
         return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -141,10 +121,35 @@ def update_average(average: Any, variables: Any, step: jax.Array, *, decay: floa
     return optax.incremental_update(variables, average, 1 - kept)
 
 
-class MappedStep:
-    """A mapped function; what compiling it leaves in memory is given back before it first runs.
+def map_devices(
+    function: Callable[..., Any],
+    *,
+    in_axes: tuple[int | None, ...],
+    out_axes: Any,
+    donate_argnums: tuple[int, ...] = (),
+) -> Any:
+    """Maps a function over all devices of all processes, as the axis `AXIS_NAME`.
 
-    For KAF-UNet that is a gigabyte, which else would lie beside all that the step itself needs.
+    Args:
+      function: called on every device with its part of the arguments.
+      in_axes: 0 for arguments with a leading axis of local devices, None for replicated ones.
+      out_axes: likewise for results. Nothing checks that a result with None is the same on all
+        devices: `function` must make it so.
+      donate_argnums: arguments whose memory the results may take.
+    """
+    return jax.pmap(
+        function,
+        axis_name=AXIS_NAME,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        donate_argnums=donate_argnums,
+    )
+
+
+class MappedStep:
+    """A mapped function; the memory that its compilation leaves is returned before its first run.
+
+    For KAF-UNet that is a gigabyte, which would add to all that the step itself needs.
     """
 
     def __init__(self, mapped: Any):
@@ -152,11 +157,11 @@ class MappedStep:
         self._compiled = False
 
     def lower(self, *arguments: Any) -> Any:
-        """As of what `jax.pmap` returns."""
+        """Lowers the function, as `jax.pmap(...).lower` does."""
         return self._mapped.lower(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the function, compiled at first."""
+        """Calls the function; the first call compiles it."""
         if not self._compiled:
             self.lower(*arguments).compile()  # the call finds it
             return_freed_memory()
@@ -167,10 +172,10 @@ class MappedStep:
 def make_update(
     task: Task, optimizer: optax.GradientTransformation, *, average_decay: float = 0.0
 ) -> MappedStep:
-    """The mapped training step: (state, batch, learning_rate, stop) -> (state, metrics).
+    """The mapped training step: (state, *step_inputs(...)) -> (state, metrics).
 
-    Every argument has a leading axis of local devices. `stop` is how many signals a process has
-    had; the metrics' `stop` is the greatest of all processes', so that all stop at the same step.
+    The state is donated. The metrics' `stop` is the largest of all processes', so that all stop at
+    the same step.
     """
 
     def update(
@@ -183,14 +188,36 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = optax.tree.scale(learning_rate, updates)
         params = optax.apply_updates(state.params, updates)
-        metrics["stop"] = jax.lax.pmax(stop, AXIS_NAME)
         average = state.average
         if average:
             variables = {"params": params, "batch_stats": batch_stats}
             average = update_average(average, variables, state.step, decay=average_decay)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=average,
+        )
+        return state, {**metrics, "stop": jax.lax.pmax(stop, AXIS_NAME)}
 
-    return MappedStep(jax.pmap(update, axis_name=AXIS_NAME, donate_argnums=0))
+    in_axes = (None, 0, None, 0)
+    return MappedStep(
+        map_devices(update, in_axes=in_axes, out_axes=(None, None), donate_argnums=(0,))
+    )
+
+
+def step_inputs(batch: Batch, learning_rate: float, stop: int = 0) -> tuple[Any, Any, Any]:
+    """A training step's inputs but for the state, on the devices.
+
+    Args:
+      batch: this process's part of the global batch.
+      learning_rate: of this step.
+      stop: how many signals, or which, this process has received; 0 for none.
+    """
+    stops = np.full(jax.local_device_count(), stop, np.int32)
+    return shard(batch), replicate(np.float32(learning_rate)), _put(stops, AXIS_NAME)
 
 
 def return_freed_memory() -> None:
@@ -203,68 +230,59 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def make_count(task: Counting) -> Callable[[TrainState, Any], tuple[jax.Array, ...]]:
-    """The mapped validation step: (state, batch) -> (records, counts, classes).
+def make_count(task: Task) -> Callable[[TrainState, Any], tuple[jax.Array, ...]]:
+    """The mapped validation step: (state, sharded batch) -> (records, counts, classes).
 
-    Records and the task's counts are those of the global batch, [B] and [B, ...], the same on every
-    device; the predicted classes are of a device's own slices.
+    Records and the task's counts are those of the global batch, [B] and [B, ...], replicated; the
+    predicted classes stay on the devices of their slices (`own_part`).
     """
 
     def count(state: TrainState, batch: Any) -> tuple[jax.Array, ...]:
-        counts, classes = task.count(state.variables(), batch)
+        counts, classes = task.count(state.variables, batch)
         own = batch["record"], counts
         return *jax.lax.all_gather(own, AXIS_NAME, tiled=True), classes
 
-    return jax.pmap(count, axis_name=AXIS_NAME)
+    return map_devices(count, in_axes=(None, 0), out_axes=(None, None, 0))
 
 
-def make_predict(task: Predicting, variables: Any) -> Callable[[Batch], np.ndarray]:
+def make_predict(task: Task, variables: Any) -> Callable[[Batch], np.ndarray]:
     """Class probabilities float32 [b, h, w, d] of a process's batches, spread over its devices."""
 
     def predict(variables: Any, batch: Any) -> jax.Array:
         return jax.nn.softmax(task.predict(variables, batch).astype(jax.numpy.float32))
 
-    mapped = jax.pmap(predict, axis_name=AXIS_NAME)
-    resident = on_devices(variables)
-
-    def run(batch: Batch) -> np.ndarray:
-        probabilities = mapped(resident, shard(batch))
-        return np.asarray(probabilities).reshape(-1, *probabilities.shape[2:])
-
-    return run
+    mapped = map_devices(predict, in_axes=(None, 0), out_axes=0)
+    resident = replicate(variables)
+    return lambda batch: own_part(mapped(resident, shard(batch)))
 
 
 def replicate(tree: Any) -> Any:
-    """Host arrays with a leading axis of local devices, ready for a mapped step."""
-    n = jax.local_device_count()
-    return jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), tree)
+    """Host arrays on all local devices, placed as a mapped step places what it returns.
 
-
-def on_devices(tree: Any) -> Any:
-    """Host arrays replicated on the devices, placed as a mapped step places what it returns.
-
-    Given a first state that is on the host, a step would be traced and compiled again for the next.
+    A step would be compiled again for arrays that are placed otherwise.
     """
-    return jax.pmap(lambda x: x, axis_name=AXIS_NAME)(replicate(tree))
+    return _put(tree)
 
 
-def unreplicate(tree: Any) -> Any:
-    """The first local device's arrays as host copies, without the axis of devices."""
-    # A copy: the CPU's device buffer is shared with the array and donated to the next step. Made by
-    # the host: on the device each shape would compile an index of its own.
-    return jax.tree.map(lambda x: np.array(np.asarray(x.addressable_shards[0].data)[0]), tree)
-
-
-def unshard(tree: Any) -> Any:
-    """A process's own part of mapped results, on the host: [b, ...] over its devices together."""
-
-    def join(x: jax.Array) -> np.ndarray:
-        return np.concatenate([np.asarray(part.data)[0] for part in x.addressable_shards])
-
-    return jax.tree.map(join, tree)
-
-
-def shard(batch: Batch) -> Batch:
-    """Spreads a process's batch over its devices: [b, ...] -> [devices, b / devices, ...]."""
+def shard(batch: Batch) -> Any:
+    """A process's batch over its devices: [b, ...] -> [devices, b / devices, ...]."""
     n = jax.local_device_count()
-    return {field: values.reshape(n, -1, *values.shape[1:]) for field, values in batch.items()}
+    return _put(jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch), AXIS_NAME)
+
+
+def to_host(tree: Any) -> Any:
+    """Host copies of replicated arrays."""
+    # A CPU's device buffer is shared with the array that it gives, and donated to the next step.
+    return jax.tree.map(np.array, jax.device_get(tree))
+
+
+def own_part(sharded: jax.Array) -> np.ndarray:
+    """A process's part of a mapped result, on the host: [devices, b / devices, ...] -> [b, ...]."""
+    values = np.asarray(jax.device_get(sharded))
+    return values.reshape(-1, *values.shape[2:])
+
+
+def _put(tree: Any, *axes: str) -> Any:
+    """Host arrays on the local devices, their first axes mapped to those of the devices."""
+    mesh = Mesh(np.array(jax.local_devices()), (AXIS_NAME,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))

@@ -16,7 +16,7 @@ import flax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 
 Variables = dict[str, Any]
 
@@ -105,9 +105,9 @@ def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> No
     if workdir is None:
         raise ValueError(
             "config.init_from is not given; expected the workdir of a pretraining run "
-            "(configs/*_scratch.py begin without one)"
+            "(the variant :scratch starts without one, as in --config chd_finetune:scratch)"
         )
-    there = read_config(workdir)
+    there = Workdir(workdir).read_config()
     differing = [
         f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
         for part, fields in FACTS.items()
@@ -137,7 +137,7 @@ def start_from(
       ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
     """
     check_facts_alike(workdir, config)
-    is_local = _look_up(read_config(workdir), "model", "head") == "local_contrast"
+    is_local = _look_up(Workdir(workdir).read_config(), "model", "head") == "local_contrast"
     return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
 
 

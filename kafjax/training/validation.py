@@ -19,7 +19,8 @@ from kafjax.data.input_pipeline import (
 )
 from kafjax.drawing.figures import SegmentedSlice, draw_segmentations, render
 from kafjax.segmentation_metrics import mean_pooled_dice
-from kafjax.training.step import Counting, TrainState, make_count, shard, unreplicate, unshard
+from kafjax.tasks.base import Task
+from kafjax.training.step import TrainState, make_count, own_part, shard, to_host
 
 _SHOWN = 3  # worst and best slices in a picture
 
@@ -38,7 +39,7 @@ class Validation:
     """
 
     def __init__(
-        self, task: Counting, dataset: SliceDataset, options: BatchOptions, volumes: Sequence[str]
+        self, task: Task, dataset: SliceDataset, options: BatchOptions, volumes: Sequence[str]
     ):
         self._task = task
         self._dataset = dataset
@@ -48,12 +49,12 @@ class Validation:
         self._counts: dict[int, np.ndarray] = {}  # of the last `scores`, by record
 
     def scores(self, state: TrainState) -> dict[str, float]:
-        """The task's scores of a state that is replicated over the devices."""
+        """The task's scores of a replicated state."""
         self._counts = {}
         with contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 records, counts, _ = self._count(state, shard(batch))
-                found = zip(unreplicate(records).tolist(), unreplicate(counts), strict=True)
+                found = zip(to_host(records).tolist(), to_host(counts), strict=True)
                 self._counts.update({record: of_slice for record, of_slice in found if record >= 0})
         return self._task.scores(np.asarray(list(self._counts.values()), np.int64).sum(axis=0))
 
@@ -89,7 +90,7 @@ class Validation:
             full = samples + samples[:1] * (share - len(samples))
             batch = {field: np.stack([sample[field] for sample in full]) for field in full[0]}
             *_, classes = self._count(state, shard(batch))
-            for record, sample, found in zip(part, samples, unshard(classes), strict=False):
+            for record, sample, found in zip(part, samples, own_part(classes), strict=False):
                 rows[record] = self._row(record, sample, found)
         return rows
 

@@ -8,17 +8,14 @@ reached, so that the file reads as that of an undisturbed run.
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tensorboardX
 import tqdm
 
-from kafjax.files import write_text
-
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
+from kafjax.files import read_text, write_text
+from kafjax.workdir.workdir import Workdir
 
 
 class MetricMeans:
@@ -52,14 +49,17 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: a line is damaged; the message names it.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = Workdir(workdir).metrics_file
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    rows, text = [], read_text(path)
+    *ended, last = text.split("\n")
+    for number, line in enumerate([*ended, last] if last else ended, start=1):
         try:
-            rows += [json.loads(line)] if line.endswith("\n") else []
+            rows.append(json.loads(line))
         except ValueError as error:
+            if number > len(ended):
+                break
             raise ValueError(f"{path}, line {number}: not metrics ({error})") from None
     return rows
 
@@ -85,13 +85,12 @@ class MetricWriter:
         self._enabled = enabled
         if not enabled:
             return
-        path = Path(workdir) / METRICS_FILE
+        path = Workdir(workdir).metrics_file
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(Path(workdir) / TENSORBOARD_DIR), purge_step=start_step + 1
-        )
+        board = Workdir(workdir).tensorboard
+        self._board = tensorboardX.SummaryWriter(str(board), purge_step=start_step + 1)
         # None: no bar where the output is not a terminal; each log step then prints a line.
         self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit="step", disable=None)
 

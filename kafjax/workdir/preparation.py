@@ -13,21 +13,20 @@ from typing import Any
 
 from kafjax.data.records import find_dataset, open_builder
 from kafjax.files import read_checked, write_checked
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 
 Preparation = dict[str, Any]
 
-FILE = "preparation.json"
 # Of all kinds of datasets; `data_prep.readers.reader_of` knows what else a kind has.
 _NEEDED = ("kind", "classes", "max_keypoints", "keypoint_selection", "seed")
 # What may differ between datasets whose volumes are prepared alike.
-_FREE = ("dataset", "libraries", "reach", "image_dtype")
+_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images")
 
 
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """Notes in a run's workdir how its dataset was prepared, by the dataset's metadata."""
     facts = {name: value for name, value in metadata.items() if name != "volumes"}
-    write_checked(Path(workdir) / FILE, facts)
+    write_checked(Workdir(workdir).preparation_file, facts)
 
 
 def read_preparation(
@@ -42,8 +41,8 @@ def read_preparation(
     Raises:
       ValueError: neither workdir nor dataset tells, or the run's config contradicts it.
     """
-    config = read_config(workdir, task="segment")
-    noted = Path(workdir) / FILE
+    config = Workdir(workdir).read_config(task="segment")
+    noted = Workdir(workdir).preparation_file
     if data_dir is None and noted.exists():
         found = _read_file(noted)
         place = noted
@@ -78,8 +77,9 @@ def _find(
         return find_dataset(place, config["data"]["name"])
     except ValueError as error:
         raise ValueError(
-            f"{workdir} has no {FILE}, which tells how its dataset was prepared, and the dataset "
-            f"{config['data']['name']} is not in {place}; give its folder as --data_dir ({error})"
+            f"{workdir} has no preparation.json, which records how its dataset was prepared, and "
+            f"the dataset {config['data']['name']} is not in {place}; give its folder as "
+            f"--data_dir ({error})"
         ) from None
 
 

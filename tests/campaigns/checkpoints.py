@@ -10,7 +10,7 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import Checkpointer, check_resumable, load_variables
 from kafjax.workdir.preparation import read_preparation, write_preparation
-from kafjax.workdir.workdir import read_config
+from kafjax.workdir.workdir import Workdir
 from tests.campaigns.campaign import Settings, Tally
 from tests.campaigns.damage import DAMAGES, damage_file
 
@@ -36,7 +36,10 @@ def make_state(step: int, *, filters: int = 4) -> State:
 
 def open_checkpointer(workdir: Path, config: dict[str, Any] | None = None) -> Checkpointer:
     """The checkpoints of a run that keeps three and the best."""
-    return Checkpointer(workdir, keep_newest=3, best_metric="loss", config=config or CONFIG)
+    folder = Workdir(workdir)
+    folder.check_config(config or CONFIG)
+    folder.write_config(config or CONFIG)
+    return Checkpointer(workdir, keep_newest=3, best_metric="loss")
 
 
 def save_run(workdir: Path, steps: tuple[int, ...] = STEPS) -> Path:
@@ -257,7 +260,7 @@ def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
         kind = _KINDS[i % len(_KINDS)]
         damage_file(path, DAMAGES[kind], rng)
         try:
-            found = (read_config(folder), read_preparation(folder))
+            found = (Workdir(folder).read_config(), read_preparation(folder))
             # Damage to the name of the checksum leaves a field too many, and every value as it was.
             same = all(a.items() <= b.items() for a, b in zip((config, facts), found, strict=True))
             tally.add("harmless" if same else "silent", f"{kind} of {path.name}, try {i}: {found}")

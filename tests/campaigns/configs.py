@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain, phantom_scratch
+from kafjax.configs import phantom_pretrain, phantom_scratch
 from kafjax.training.config_checks import check_fields
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
@@ -131,7 +131,7 @@ def _build(config: ml_collections.ConfigDict) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     try:
-        TASKS[config.task].task(config)
+        TASKS[config.task](config)
         make_optimizer(config.optimizer)
         learning_rates(config.optimizer, 10)
         json.dumps(config.to_dict())

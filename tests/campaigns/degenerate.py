@@ -12,9 +12,9 @@ from kafjax.training.step import (
     init_state,
     make_optimizer,
     make_update,
-    on_devices,
     replicate,
-    shard,
+    step_inputs,
+    to_host,
 )
 from tests.campaigns.campaign import Settings, Tally
 from tests.runs import random_batch, tiny_config
@@ -129,16 +129,15 @@ def run(settings: Settings) -> Iterator[Tally]:
     task = Pretraining(config, axis_name=AXIS_NAME)
     optimizer = make_optimizer(config.optimizer)
     update = make_update(task, optimizer)
-    state = on_devices(init_state(task, optimizer))
-    scalars = replicate((np.float32(config.optimizer.learning_rate), np.int32(0)))
+    state = replicate(init_state(task, optimizer))
     tally = Tally("degenerate batches: steps without NaN, and what is skipped is counted")
     names = list(KINDS)
     for i in range(settings.tries(USUAL)):
         name = names[i % len(names)]
         batch = random_batch(_SIZE, _PLACES, seed=i)
         KINDS[name](batch, rng)
-        state, metrics = update(state, shard(batch), *scalars)
-        values = {field: np.asarray(x)[0] for field, x in metrics.items()}
+        state, metrics = update(state, *step_inputs(batch, config.optimizer.learning_rate))
+        values = to_host(metrics)
         if bad := [field for field, value in values.items() if not np.isfinite(value)]:
             tally.add("silent", f"step {i}, {name}: {', '.join(bad)} not finite")
             break

@@ -19,8 +19,8 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from configs import phantom_pretrain
 from data_prep.main import main as prepare
+from kafjax.configs import phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.records import INDEX_NAME
 from tests.campaigns import tiny

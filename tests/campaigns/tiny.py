@@ -9,16 +9,19 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from configs import phantom_finetune
 from data_prep.builder import Options
 from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from kafjax.checkpoint.checkpointer import Checkpointer
-from kafjax.data.records import open_builder
+from kafjax.configs import phantom_finetune
+from kafjax.data.input_pipeline import SliceDataset
 from kafjax.tasks.segmentation import Segmentation
+from kafjax.training.preflight import split_run
 from kafjax.training.step import TrainState
 from kafjax.workdir.preparation import write_preparation
+from kafjax.workdir.split import describe_split, write_split
+from kafjax.workdir.workdir import Workdir
 from tests.runs import OVERRIDES, tiny_config
 
 SIZE = (48, 48, 10)
@@ -71,12 +74,13 @@ def make_run(workdir: Path, dataset: Path, **overrides: Any) -> ml_collections.C
     """A workdir with the checkpoint of fresh variables at step 0; its config."""
     config = segmentation_config(dataset, **overrides)
     state = TrainState(np.zeros((), np.int32), **Segmentation(config).init(), opt_state={})
-    fields = config.to_dict()
-    with Checkpointer(
-        workdir, keep_newest=1, best_metric="validation_dice", config=fields
-    ) as checkpointer:
+    opened = SliceDataset(dataset)
+    folder = Workdir(workdir)
+    folder.write_config(config.to_dict())
+    write_split(folder, describe_split(split_run(config, opened), opened))
+    with Checkpointer(workdir, keep_newest=1, best_metric="validation_dice") as checkpointer:
         checkpointer.save(0, state, metrics={"validation_dice": 0.5}, data={"step": 0})
-    write_preparation(workdir, open_builder(dataset).info.metadata or {})
+    write_preparation(workdir, opened.metadata)
     return config
 
 

@@ -1,0 +1,1 @@
+"""The tables of the paper's appendix, and others like them."""

@@ -1,0 +1,104 @@
+"""The command `kafjax`: names the commands, describes them, and runs one as `python -m` would.
+
+Only the command that is asked for is imported: `kafjax --help` starts neither JAX nor its devices.
+"""
+
+import ast
+import difflib
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: the module that `python -m` runs, and one line about it."""
+
+    module: str
+    summary: str
+
+
+# In the order of a study. A new command needs its line here, and nothing else.
+COMMANDS = {
+    "prepare": Command("data_prep.main", "turn raw volumes into a dataset, or check them"),
+    "train": Command("kafjax.main", "pretrain or fine-tune as a config says"),
+    "evaluate": Command("kafjax.evaluate", "score a segmentation run on its validation volumes"),
+    "predict": Command("kafjax.predict", "segment raw volumes with one run or several"),
+    "cross-validate": Command("kafjax.cross_validate", "train and evaluate over folds, M, seeds"),
+    "experiment": Command("kafjax.experiment", "run a table of runs on all devices"),
+    "figures": Command("kafjax.figures", "draw keypoints, feature similarity or segmentations"),
+    "report": Command("kafjax.report", "write one HTML page about a set of runs"),
+    "import-torch": Command("kafjax.torch_import", "read weights of the authors' PyTorch release"),
+    "completion": Command("kafjax.completion", "print the completion script for bash or zsh"),
+}
+_HELP = """\
+Keypoint-augmented self-supervised pretraining and few-label segmentation, in JAX.
+
+usage: kafjax COMMAND [FLAGS]
+       kafjax COMMAND --help
+       kafjax --version [--devices]    what a bug report needs; --devices also starts JAX's devices
+
+commands:
+{commands}
+
+example:
+  kafjax prepare --dataset phantom --num_subjects 6 --size 64x64x24 --max_keypoints 64
+  kafjax train --config phantom_pretrain
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; most commands end the program instead."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if first in ("--help", "-h", "help"):
+        print(format_help(), end="")
+        return 0 if arguments else 2
+    if first in ("--version", "-V", "version"):
+        return _print_version(arguments[1:])
+    if first not in COMMANDS:
+        return _fail(f"unknown command {first!r}; {_nearest(first)}")
+    # What absl's --help prints above the flags: the module's text, and this name.
+    sys.modules["__main__"].__doc__ = ast.get_docstring(ast.parse(find_source(first).read_bytes()))
+    sys.argv = [f"kafjax {first}", *arguments[1:]]
+    runpy.run_module(COMMANDS[first].module, run_name="__main__")
+    return 0
+
+
+def find_source(command: str) -> Path:
+    """The file that a command runs."""
+    name = COMMANDS[command].module
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    assert spec is not None and spec.origin is not None, name
+    return Path(spec.origin)
+
+
+def format_help() -> str:
+    """What `kafjax --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return _HELP.format(commands="\n".join(lines))
+
+
+def _nearest(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.5)
+    return f"the nearest is {near[0]}" if near else f"expected one of {', '.join(COMMANDS)}"
+
+
+def _print_version(arguments: list[str]) -> int:
+    if unknown := [word for word in arguments if word != "--devices"]:
+        return _fail(f"--version: found {unknown[0]!r}, expected --devices or nothing")
+    from kafjax.workdir.environment import describe_environment
+
+    for name, value in describe_environment(devices=bool(arguments)).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

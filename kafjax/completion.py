@@ -1,0 +1,125 @@
+"""Completion of the command `kafjax`: `kafjax completion bash` or `zsh` prints a script.
+
+    eval "$(kafjax completion bash)"    # in ~/.bashrc; in ~/.zshrc after compinit, with zsh
+
+The script asks `kafjax completion words` for the words that may stand at the cursor: commands,
+flags, shipped configs and tables. Flags come from the sources of the commands, so that nothing
+slow is imported. Where it offers nothing, the shell completes files.
+"""
+
+import ast
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kafjax.cli import COMMANDS, find_source
+from kafjax.config_files import CONFIGS, TABLES, shipped_names
+
+# COMP_WORDBREAKS splits at = and :, so that bash replaces only what follows them.
+_SCRIPTS = {
+    "bash": """\
+_kafjax() {
+    local IFS=$'\\n'
+    COMPREPLY=($(kafjax completion words "${COMP_LINE:0:COMP_POINT}" \
+        "${COMP_WORDS[COMP_CWORD]}" 2>/dev/null))
+}
+complete -o default -F _kafjax kafjax
+""",
+    "zsh": """\
+#compdef kafjax
+_kafjax() {
+    local -a words_at_cursor
+    words_at_cursor=(${(f)"$(kafjax completion words "${(j: :)words[1,CURRENT]}" 2>/dev/null)"})
+    if (( $#words_at_cursor )); then compadd -a words_at_cursor; else _files; fi
+}
+compdef _kafjax kafjax
+""",
+}
+_FLAG = r"(--)?[a-z]\w*"
+_NAMES = {"--config": CONFIGS, "--table": TABLES}
+# What follows a command without dashes.
+_PARTS = {"completion": list(_SCRIPTS), "figures": ["keypoints", "similarity", "segmentation"]}
+
+
+def complete(line: str) -> list[str]:
+    """The words that may stand at the end of a command line, which begins with `kafjax`."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # inside a quotation
+        return []
+    if line[-1:].isspace() or not words:
+        words.append("")
+    *before, current = words[1:] or [""]
+    return sorted(word for word in _candidates(before, current) if word.startswith(current))
+
+
+def flags_of(command: str) -> set[str]:
+    """The flags that a command defines, without dashes; those of absl itself are not among them."""
+    source = find_source(command)
+    sources = [source, *source.parent.glob("flags.py")]
+    return {name for path in sources for name in _flags(ast.parse(path.read_bytes()))}
+
+
+def _candidates(before: Sequence[str], current: str) -> Iterator[str]:
+    if not before:
+        yield from (*COMMANDS, "--help", "--version")
+        return
+    flag, equals, text = current.partition("=")
+    if equals and flag in _NAMES:
+        yield from (f"{flag}={name}" for name in _values(flag, text))
+    elif before[-1] in _NAMES:
+        yield from _values(before[-1], current)
+    elif before[0] in COMMANDS and not equals:
+        if len(before) == 1:
+            yield from _PARTS.get(before[0], ())
+        if current.startswith("-"):
+            yield from (f"--{name}" for name in (*flags_of(before[0]), "help"))
+
+
+def _values(flag: str, text: str) -> Iterator[str]:
+    """Shipped names, and the Python files that begin as the text does."""
+    yield from shipped_names(_NAMES[flag])
+    start = Path(text or ".")
+    folder = start if text.endswith("/") or not text else start.parent
+    prefix = text[: text.rfind("/") + 1]
+    yield from (f"{prefix}{path.name}" for path in folder.glob("*.py"))
+
+
+def _flags(tree: ast.Module) -> Iterator[str]:
+    """The names in calls that define a flag, by absl or argparse, which nothing else looks like."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        first, name = node.args[0], ast.unparse(node.func)
+        if name.endswith("define_config"):
+            yield "config"
+        if not (isinstance(first, ast.Constant) and re.fullmatch(_FLAG, str(first.value))):
+            continue
+        # A name, a default and a help are a flag's, whatever the function is called there.
+        if "DEFINE_" in name or first.value.startswith("--") or len(node.args) == 3:
+            yield first.value.removeprefix("--")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints a shell's script, or the words at the cursor; returns the exit status."""
+    match arguments:
+        case [shell] if shell in _SCRIPTS:
+            print(_SCRIPTS[shell], end="")
+        case ["words", line, *current]:
+            words = complete(line)
+            # What of the last word bash does not take for part of it.
+            cut = 0
+            if current and words:
+                last = (shlex.split(line) or [""])[-1] if not line[-1:].isspace() else ""
+                cut = len(last) - len(current[0].lstrip("=:"))
+            print("\n".join(word[cut:] for word in words))
+        case _:
+            print(f"error: found {shlex.join(arguments)!r}, expected bash or zsh", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Config files and tables: found by path, or by name if they are shipped, and loaded.
+
+    --config configs/chd_pretrain.py    a file, or the shipped config where there is no such file
+    --config chd_pretrain               the shipped config, `kafjax.configs.chd_pretrain`
+    --config ~/study/own.py:simclr      anyone's file, and its variant, the argument of get_config
+
+A config may import the shipped ones from `kafjax.configs`, and modules of its own folder.
+"""
+
+import contextlib
+import difflib
+import inspect
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import kafjax.configs
+
+CONFIGS = "configs"
+TABLES = "configs/tables"
+_FUNCTIONS = {CONFIGS: "get_config", TABLES: "get_table"}
+
+
+class Found(NamedTuple):
+    """A config or table: its file, its variant or None, and the file as it was asked for."""
+
+    path: Path
+    variant: str | None
+    label: str
+
+    @property
+    def name(self) -> str:
+        """The file's name and the variant: `chd_pretrain_simclr`."""
+        return "_".join(filter(None, (self.path.stem, self.variant)))
+
+
+def shipped_names(folder: str = CONFIGS) -> list[str]:
+    """The names of the shipped configs, or with `TABLES` of the tables."""
+    return sorted(path.stem for path in _shipped_dir(folder).glob("[!_]*.py"))
+
+
+def find(text: str, folder: str = CONFIGS) -> Found:
+    """The file that `--config` or `--table` asks for.
+
+    Args:
+      text: a path, `configs/NAME.py` or NAME, and perhaps `:VARIANT`.
+      folder: `CONFIGS` or `TABLES`.
+
+    Raises:
+      ValueError: there is no such file; the text names the nearest shipped ones.
+    """
+    ends = [len(text), *(i for i in reversed(range(len(text))) if text[i] == ":")]
+    for end in ends:
+        label, variant = text[:end], text[end + 1 :] if end < len(text) else None
+        if path := _locate(label, folder):
+            return Found(path, variant, label)
+    names = shipped_names(folder)
+    stem = PurePath(text[: ends[-1]]).stem
+    near = difflib.get_close_matches(stem, names, cutoff=0.5)
+    hint = f"the nearest shipped: {', '.join(near)}" if near else f"shipped: {', '.join(names)}"
+    raise ValueError(f"{text}: no such file; {hint}")
+
+
+def load_config(text: str) -> Any:
+    """The ConfigDict of a config file; arguments as `find`.
+
+    Raises:
+      ValueError: there is no such file, or it fails; the text names the file and the line.
+    """
+    return _load(find(text, CONFIGS), CONFIGS, "ConfigDict")
+
+
+def load_table(text: str) -> Any:
+    """The `kafjax.study.Table` of a table's file; arguments as `find`, errors as `load_config`."""
+    return _load(find(text, TABLES), TABLES, "Table")
+
+
+def define_config(help_string: str) -> Any:
+    """Defines the required flags `--config` and `--config.FIELD`; returns the flag's holder."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    class Parser(flags.ArgumentParser):
+        """Finds the file as this module does."""
+
+        def parse(self, argument: str) -> Any:
+            config = load_config(argument)
+            config.lock()
+            return config
+
+    flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
+    holder = config_flags.DEFINE_config_file("config", help_string=help_string)
+    flags.FLAGS["config"].parser = Parser()
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def given_config() -> Found:
+    """The file that the parsed flag `--config` names."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    return find(config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
+def _shipped_dir(folder: str) -> Path:
+    return Path(kafjax.configs.__path__[0], *PurePath(folder).parts[1:])
+
+
+def _locate(label: str, folder: str) -> Path | None:
+    path = Path(os.path.expanduser(label))
+    if os.path.isfile(path):
+        return path
+    asked = PurePath(label)
+    is_name = asked.parent in (PurePath(), PurePath(folder)) and asked.suffix in ("", ".py")
+    if is_name and asked.stem in shipped_names(folder):
+        return _shipped_dir(folder) / f"{asked.stem}.py"
+    return None
+
+
+def _load(found: Found, folder: str, expected: str) -> Any:
+    name = _FUNCTIONS[folder]
+    arguments = [] if found.variant is None else [found.variant]
+    with _naming_faults(found), _importing_from(found.path.parent):
+        function = getattr(_run(found.path), name, None)
+        if function is None:
+            raise ValueError(f"has no {name}()")
+        if not _accepts(function, arguments):
+            what = f"no variant, found {found.variant!r}" if arguments else "a variant, found none"
+            raise ValueError(f"{name}() takes {what}")
+        value = function(*arguments)
+        if expected not in [base.__name__ for base in type(value).__mro__]:
+            raise ValueError(f"{name}() returns a {type(value).__name__}, expected a {expected}")
+        return value
+
+
+def _run(path: Path) -> types.ModuleType:
+    """The file as a module; compiled afresh, so that an edit is seen and nothing is written."""
+    module = types.ModuleType(f"config_file_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for their module
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def _accepts(function: Any, arguments: list[str]) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    before = sys.path
+    sys.path = [*before, str(folder.absolute())]
+    try:
+        yield
+    finally:
+        sys.path = before
+
+
+@contextlib.contextmanager
+def _naming_faults(found: Found) -> Iterator[None]:
+    """Turns whatever a file raises into one line with its name, and its line of the file."""
+    try:
+        yield
+    except ValueError as error:  # of `get_config`, in its own words
+        raise ValueError(f"{found.label}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{_place(found, error)}: {_describe(error)}") from error
+
+
+def _place(found: Found, error: Exception) -> str:
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(found.path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return found.label if line is None else f"{found.label}, line {line}"
+
+
+def _describe(error: Exception) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return " ".join(f"{type(error).__name__}: {text}".split())

@@ -1,0 +1,42 @@
+"""Prepared datasets: records and their index, slices, batches, patches, splits."""
+
+from kafjax._lazy import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        ".input_pipeline": (
+            "BatchOptions",
+            "Slice",
+            "SliceDataset",
+            "open_dataset",
+            "pretraining_batches",
+            "segmentation_batches",
+            "evaluation_batches",
+            "make_pair",
+            "make_labelled",
+        ),
+        ".dataset_files": (
+            "RecordError",
+            "find_dataset",
+        ),
+        ".records": (
+            "RecordReader",
+            "load_index",
+            "write_index",
+        ),
+        ".splits": (
+            "Split",
+            "folds",
+            "choose_labeled",
+            "split_volumes",
+            "subject_of",
+        ),
+        ".patches": (
+            "cut_patch",
+            "cut_view",
+            "tile_origins",
+            "blend_tiles",
+        ),
+    },
+)

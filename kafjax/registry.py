@@ -1,0 +1,25 @@
+"""Tables of things by name to which users add their own."""
+
+from collections import UserDict
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(UserDict[str, T]):
+    """A dict that refuses a name that is taken: what has it would be lost without a word.
+
+    `del registry[name]` makes room on purpose.
+    """
+
+    def __setitem__(self, name: str, item: T) -> None:
+        if name in self.data:
+            raise ValueError(
+                f"{name!r} is taken, by {self.data[name]}; expected another name than "
+                f"{', '.join(self.data)}"
+            )
+        super().__setitem__(name, item)
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self

@@ -1,0 +1,57 @@
+"""One process at a time in a folder, by an advisory lock of the system (flock).
+
+The system frees the lock when its owner ends, however it ends, so that no lock outlives its run.
+The file holds the owner's host and process for the message to a second one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class LockedError(ValueError):
+    """Another process holds a folder; the text names it."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of a file, which is made if it is not there and stays.
+
+    Args:
+      path: of the file.
+      wait: wait for another owner to end, rather than refuse.
+
+    Raises:
+      LockedError: another process holds it; the message names its host, process and start.
+    """
+    # Append mode: opening must not empty the owner's file.
+    with path.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise LockedError(
+                f"{path.parent}: in use by {_owner(path)}; expected no other process: wait for it, "
+                "stop it, or give another folder"
+            ) from None
+        stream.truncate(0)
+        owner = {"host": platform.node(), "process": os.getpid(), "since": time.time()}
+        stream.write(json.dumps(owner) + "\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def _owner(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+        return f"process {found['process']} on {found['host']} since {since}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

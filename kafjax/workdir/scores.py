@@ -1,0 +1,71 @@
+"""The scores of a run, and whether they are what they are taken for.
+
+    WORKDIR/evaluation.json             of the selected checkpoint on the validation volumes
+    WORKDIR/evaluation_train.json       of the same checkpoint on the training volumes
+    WORKDIR/evaluation[_train]_stepN.json    of another checkpoint
+
+Scores say which checkpoint, split and run they are of, and nobody takes them for another's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kafjax.files import differences, read_checked
+from kafjax.workdir.split import read_split
+from kafjax.workdir.workdir import Workdir
+
+SPLITS = ("validation", "train")
+_NEEDED = ("step", "checkpoint", "split", "run", "pooled_dice", "by_class", "by_volume")
+
+Scores = dict[str, Any]
+
+
+def describe_run(workdir: Workdir, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the run that scores are of: dataset, fold, M, seed and recorded split."""
+    split = read_split(workdir)
+    data = config["data"]
+    return {
+        "dataset": data["name"],
+        "fold": data.get("fold"),
+        "num_labeled": data.get("num_labeled"),
+        "seed": config["seed"],
+        "split": None if split is None else split.digest,
+    }
+
+
+def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
+    """The scores of a run's selected checkpoint.
+
+    Args:
+      workdir: of the run.
+      split: 'validation' or 'train'.
+
+    Returns:
+      What evaluation wrote; None where that checkpoint has not been evaluated, or only by kafjax
+      0.1, whose scores do not say whose they are.
+
+    Raises:
+      ValueError: the file is damaged, or holds another run's scores; every difference is listed.
+    """
+    path = workdir.scores_file(split)
+    again = "evaluate the run again"
+    try:
+        found = read_checked(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it and {again}") from None
+    if "run" not in found and "fold" in found:
+        return None  # of kafjax 0.1, whose scores do not say whose they are
+    if missing := [name for name in _NEEDED if name not in found]:
+        raise ValueError(f"{path}: damaged (no {', '.join(missing)}); remove it and {again}")
+    there = {**found["run"], "side": found["split"]}
+    here = {**describe_run(workdir, workdir.read_config()), "side": split}
+    if differing := differences(there, here):
+        raise ValueError(
+            f"{path}: the scores of another run; remove it and {again}:\n" + "\n".join(differing)
+        )
+    selected, _ = workdir.select_step()
+    current = workdir.newest_step() if selected is None else selected
+    # A folder that was copied without its checkpoints keeps its scores.
+    return found if current in (None, found["step"]) else None

@@ -1,0 +1,133 @@
+"""The volumes of a run: which it trains on and which it validates on, and what they hold.
+
+    WORKDIR/split.json    with a checksum; written at the run's start and never again
+
+The split belongs to the run: whoever evaluates, resumes or draws it reads this file, and never
+splits a dataset that may have changed since. A volume's content is the digest of its records.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.splits import Split
+from kafjax.files import checksum, read_checked, write_checked
+from kafjax.workdir.workdir import Workdir
+
+
+class RunSplit(NamedTuple):
+    """What `split.json` holds.
+
+    Attributes:
+      dataset: its name, kind and version.
+      classes: names in the order of their numbers, the background first.
+      train: for each volume to train on, in order, the digest of its content.
+      validation: the same of the volumes to validate on.
+      others: names of the dataset's other volumes at that time.
+    """
+
+    dataset: dict[str, str]
+    classes: tuple[str, ...]
+    train: dict[str, str]
+    validation: dict[str, str]
+    others: tuple[str, ...]
+
+    @property
+    def names(self) -> Split:
+        """The names of the volumes."""
+        return Split(tuple(self.train), tuple(self.validation))
+
+    @property
+    def digest(self) -> str:
+        """Differs between runs with other volumes, contents, classes or sides."""
+        return checksum({name: getattr(self, name) for name in ("classes", "train", "validation")})
+
+
+def describe_split(split: Split, dataset: SliceDataset) -> RunSplit:
+    """A split of a dataset with the contents of its volumes."""
+    contents = dataset.contents()
+    return RunSplit(
+        dataset=dataset.identity(),
+        classes=dataset.classes,
+        train={name: contents[name] for name in split.train},
+        validation={name: contents[name] for name in split.validation},
+        others=tuple(n for n in dataset.volumes if n not in {*split.train, *split.validation}),
+    )
+
+
+def write_split(workdir: Workdir, split: RunSplit) -> None:
+    """Stores a run's split; makes the folder."""
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    write_checked(workdir.split_file, split._asdict())
+
+
+def read_split(workdir: Workdir) -> RunSplit | None:
+    """The split of a run, None where there is no file; `ValueError` where it was changed."""
+    try:
+        found: dict[str, Any] = read_checked(workdir.split_file)
+        return RunSplit(
+            dataset=dict(found["dataset"]),
+            classes=tuple(found["classes"]),
+            train=dict(found["train"]),
+            validation=dict(found["validation"]),
+            others=tuple(found["others"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{workdir.split_file}: not a run's split ({error})") from None
+
+
+def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
+    """The recorded split of a run, found in a dataset as the run was trained on it.
+
+    Raises:
+      ValueError: no split is recorded, or the dataset lacks volumes of it, holds other content in
+        them, or has other classes; every difference is listed.
+    """
+    split = read_split(workdir)
+    if split is None:
+        raise ValueError(
+            f"{workdir}: has no {workdir.split_file.name}, which runs of kafjax 0.1 did not write. "
+            "If the dataset is still the one that the run was trained on, record its split with "
+            f"kafjax evaluate --record_split --workdir {workdir}"
+        )
+    check_split(workdir, split, dataset)
+    return split
+
+
+def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> None:
+    """Raises `ValueError` listing how a dataset differs from the one of a run's split."""
+    contents = dataset.contents()
+    faults = []
+    if split.classes != dataset.classes:
+        faults.append(
+            f"  classes: {', '.join(split.classes)} in the run, "
+            f"{', '.join(dataset.classes)} in the dataset"
+        )
+    for side in Split._fields:
+        volumes: Mapping[str, str] = getattr(split, side)
+        faults += [f"  {name} ({side}): missing" for name in volumes if name not in contents]
+        faults += [
+            f"  {name} ({side}): other content"
+            for name, content in volumes.items()
+            if contents.get(name, content) != content
+        ]
+    if faults:
+        raise ValueError(
+            f"{dataset.directory} is not the dataset that the run in {workdir} was trained on; "
+            "give that one's folder as --data_dir, or train in another workdir:\n"
+            + "\n".join(faults)
+        )
+
+
+def describe_later(split: RunSplit, dataset: SliceDataset) -> str:
+    """A line about the volumes that the dataset did not have when the run began; empty if none."""
+    known = {*split.train, *split.validation, *split.others}
+    later = [name for name in dataset.volumes if name not in known]
+    if not later:
+        return ""
+    return (
+        f"{dataset.directory} has volumes that came after the run began and are no part of it: "
+        + ", ".join(later)
+    )
