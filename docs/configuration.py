@@ -19,7 +19,7 @@ from kafjax.configs import chd_pretrain
 from kafjax.training.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
-DATASETS = ("chd", "acdc", "phantom")
+DATASETS = ("chd", "acdc", "phantom", "own")
 TASKS = ("pretrain", "finetune")
 _COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others change
 
@@ -34,7 +34,9 @@ kafjax train --config chd_pretrain --config.batch_size=16
 ```
 
 `<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
-on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. They are the files
+on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. `own_pretrain` and
+`own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
+that any other config can switch on. They are the files
 of `configs/`, which is installed as `kafjax.configs`: `--config configs/chd_pretrain.py` finds the
 shipped file where the current folder has none. A name after a colon chooses the method of
 pretraining, as in `chd_pretrain:simclr` ([methods](#methods)), or fine-tuning from fresh variables,
@@ -75,10 +77,10 @@ _SECTIONS = {
     "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
     "augment": (
         "Augmentation",
-        "`augment` is none in fine-tuning on CHD and phantoms: slices are cropped at random, and "
-        "nothing else.",
+        "Fine-tuning on CHD and phantoms crops slices at random, and changes nothing else: all "
+        "probabilities are 0. `augment` may also be none there, as it was in older runs.",
     ),
-    "loss": ("Loss", "Of pretraining; fine-tuning has cross-entropy and nothing to set."),
+    "loss": ("Loss", "A loss whose weight is 0 costs nothing."),
     "optimizer": ("Optimiser", ""),
     "every": ("How often", "In steps, where nothing else is said."),
     "checkpoint": ("Checkpoints", ""),
@@ -107,6 +109,8 @@ _MEANINGS = {
     "model.num_matcher_layers": "Attention layers of the matcher, self and cross in turn.",
     "model.num_sinkhorn_iterations": "Of the optimal transport (6).",
     "model.num_decoder_blocks": "Blocks of the decoder that local contrast trains, coarsest first.",
+    "model.norm": "Of feature maps: over the batch, or each slice by itself (instance, group). "
+    "Keypoints' features are normalised over the batch.",
     "model.dtype": "Of the computation; parameters and sums stay at least float32.",
     "augment.keypoints": "How keypoints follow the warped image (3).",
     "augment.transform.mirror_probability": "Of each axis.",
@@ -117,6 +121,23 @@ _MEANINGS = {
     "augment.transform.magnify_probability": "Of magnifying; else the slice is shrunk.",
     "augment.transform.magnify_scale": "Scale of the sampling grid: below 1 magnifies.",
     "augment.transform.shrink_scale": "The same, above 1.",
+    "augment.intensity.probability": "Of changing a slice's intensities at all; 0 in the paper.",
+    "augment.intensity.noise_probability": "Of Gaussian noise, in slices that change.",
+    "augment.intensity.noise_deviation": "Its standard deviation, in that of the volume.",
+    "augment.intensity.blur_probability": "Of a Gaussian blur.",
+    "augment.intensity.blur_sigma": "Its width, pixels.",
+    "augment.intensity.brightness_probability": "Of a shift of all intensities.",
+    "augment.intensity.brightness_shift": "What is added, in standard deviations of the volume.",
+    "augment.intensity.contrast_probability": "Of another contrast.",
+    "augment.intensity.contrast_scale": "Factor about the slice's mean.",
+    "augment.intensity.resolution_probability": "Of fewer pixels, interpolated.",
+    "augment.intensity.resolution_scale": "Share of an edge's pixels that is left.",
+    "augment.intensity.gamma_probability": "Of a power of the intensities, or of their negative.",
+    "augment.intensity.gamma_power": "The power, of intensities between the slice's extremes.",
+    "loss.weights.cross_entropy": "Of the mean over pixels.",
+    "loss.class_weights": "A number for each class with the background; all weigh the same if not "
+    "given.",
+    "loss.weights.dice": "Of 1 - soft Dice over the whole batch, the background left out.",
     "loss.method": "Which slices are each other's positives (6).",
     "loss.position_threshold": "t of `pcl`: slices closer than this are positives.",
     "loss.temperature": "T of the contrastive losses.",

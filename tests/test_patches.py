@@ -5,7 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kafjax.data.patches import blend_tiles, cut_patch, cut_view, patch_origin, tile_origins
+from kafjax.data.patches import (
+    blend_tiles,
+    cut_patch,
+    cut_view,
+    patch_origin,
+    patch_origin_around,
+    tile_origins,
+)
 
 
 @pytest.mark.parametrize("size", [(9, 14), (10, 13), (5, 6), (12, 4), (7, 8)])
@@ -82,3 +89,19 @@ def test_keypoints_are_cut_with_their_patch():
     assert view["keypoints"].tolist() == [[0, 0], [0, 0], [0, 0], [4, 7]]
     row, col = view["keypoints"][3]
     assert view["image"][row, col, 0] == image[6, 11, 0]
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (4, 13), (8, 2), (3, 7)])
+@pytest.mark.parametrize("patch_size", [(4, 5), (9, 14), (12, 6)])
+def test_patches_around_a_pixel_are_all_those_that_show_it(pixel, patch_size):
+    size = (9, 14)
+    rng = np.random.default_rng(0)
+    found = {
+        tuple(patch_origin_around(np.array(pixel), size, patch_size, rng).tolist())
+        for _ in range(600)
+    }
+    ranges = [
+        [o for o in range(n - p + 1) if o <= x < o + p] if p < n else [int((n - p) / 2)]
+        for n, p, x in zip(size, patch_size, pixel, strict=True)
+    ]
+    assert found == {(r, c) for r in ranges[0] for c in ranges[1]}

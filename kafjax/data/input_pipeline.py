@@ -21,7 +21,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from kafjax.data.patches import PatchSize, cut_patch, cut_view, patch_origin
+from kafjax.data.patches import (
+    PatchSize,
+    cut_patch,
+    cut_view,
+    patch_origin,
+    patch_origin_around,
+)
 from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
 
 Batch = dict[str, np.ndarray]
@@ -34,7 +40,9 @@ class BatchOptions:
     """How batches are made: `batch_size` counts the global batch, `patch_size` pixels (h, w).
 
     A process makes the part `process_index` of `process_count` of each global batch, with
-    `num_threads` reading threads. Raises `ValueError` where the processes do not divide the batch.
+    `num_threads` reading threads. Of labelled batches at least the share `foreground_share`, and
+    one sample if it is not 0, show a pixel of another class than the background. Raises
+    `ValueError` where the processes do not divide the batch.
     """
 
     batch_size: int
@@ -43,6 +51,12 @@ class BatchOptions:
     process_index: int = 0
     process_count: int = 1
     num_threads: int = 16
+    foreground_share: float = 0.0
+
+    def needs_foreground(self, sample: int) -> bool:
+        """Whether a sample's place is one of the last of its global batch, kept for foreground."""
+        kept = max(round(self.foreground_share * self.batch_size), self.foreground_share > 0)
+        return sample % self.batch_size >= self.batch_size - kept
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:
@@ -87,6 +101,7 @@ class SliceDataset:
         # Inflating a label costs a third of a record, and pretraining needs none.
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
+        self._foreground: dict[int, tuple[int, ...]] = {}
 
     def contents(self) -> dict[str, str]:
         """A digest of what each volume's records hold, by name; computed once."""
@@ -109,6 +124,14 @@ class SliceDataset:
             for name, records in self.volumes.items()
             if record in records
         )
+
+    def foreground(self, record: int) -> tuple[int, ...]:
+        """The classes in a slice's label, the background left out; each label is read once."""
+        if record not in self._foreground:
+            label = self.read(record, with_label=True).label
+            assert label is not None
+            self._foreground[record] = tuple(np.unique(label[label > 0]).tolist())
+        return self._foreground[record]
 
     def read(self, record: int, *, with_label: bool = False) -> Slice:
         """Reads one slice; raises `RecordError` if it is damaged."""
@@ -251,6 +274,51 @@ def make_labelled(
     labelled = dataset.read(record, with_label=True)
     assert labelled.label is not None
     origin = patch_origin(labelled.label.shape, patch_size, rng)
+    return _cut_labelled(labelled, origin, patch_size, sample=sample, record=record, seed=seed)
+
+
+def make_foreground(
+    dataset: SliceDataset,
+    sample: int,
+    record: int,
+    *,
+    records: Sequence[int],
+    patch_size: PatchSize,
+    seed: int,
+) -> Batch:
+    """One labelled slice, cropped at random around a pixel of its foreground, for (seed, sample).
+
+    A slice without foreground makes way for another of `records`, drawn at random; if none has any,
+    it stays. The pixel is drawn among those of one class, and the class among those of the slice,
+    as in nnU-Net (Isensee et al., Nature Methods 2021), so that small classes are seen as often.
+
+    Returns the fields of `make_labelled`.
+    """
+    rng = np.random.default_rng((seed, sample))
+    others = rng.permutation(records)
+    record = next((r for r in (record, *others.tolist()) if dataset.foreground(r)), record)
+    labelled = dataset.read(record, with_label=True)
+    assert labelled.label is not None
+    classes = dataset.foreground(record)
+    if classes:
+        pixels = np.argwhere(labelled.label == rng.choice(classes))
+        pixel = pixels[rng.integers(len(pixels))]
+        origin = patch_origin_around(pixel, labelled.label.shape, patch_size, rng)
+    else:
+        origin = patch_origin(labelled.label.shape, patch_size, rng)
+    return _cut_labelled(labelled, origin, patch_size, sample=sample, record=record, seed=seed)
+
+
+def _cut_labelled(
+    labelled: Slice,
+    origin: np.ndarray,
+    patch_size: PatchSize,
+    *,
+    sample: int,
+    record: int,
+    seed: int | None,
+) -> Batch:
+    assert labelled.label is not None
     return {
         **_cut_slice(labelled, origin, patch_size),
         "label": cut_patch(labelled.label, origin, patch_size),
@@ -285,11 +353,19 @@ def segmentation_batches(
 ) -> grain.DatasetIterator:
     """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
 
-    The fields are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
+    With a `foreground_share` the last places of a batch hold `make_foreground`'s slices. The fields
+    are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
     do not fill one batch or a volume has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
-    make = partial(make_labelled, dataset, patch_size=options.patch_size, seed=options.seed)
+    common: dict[str, Any] = {"patch_size": options.patch_size, "seed": options.seed}
+    records = _records(dataset, volumes)
+
+    def make(sample: int, record: int) -> Batch:
+        if options.needs_foreground(sample):
+            return make_foreground(dataset, sample, record, records=records, **common)
+        return make_labelled(dataset, sample, record, **common)
+
     return _training_batches(dataset, options, make, volumes, start_step)
 
 

@@ -26,6 +26,17 @@ def patch_origin(
     return np.where(spare > 0, rng.integers(0, np.maximum(spare, 0) + 1), centred)
 
 
+def patch_origin_around(
+    pixel: np.ndarray, size: PatchSize, patch_size: PatchSize, rng: np.random.Generator
+) -> np.ndarray:
+    """As `patch_origin` at random, among the patches that show a pixel (row, col) of the slice."""
+    spare = np.subtract(size, patch_size)
+    first = np.maximum(pixel - np.array(patch_size) + 1, 0)
+    last = np.minimum(pixel, np.maximum(spare, 0))
+    drawn = rng.integers(np.minimum(first, last), last + 1)
+    return np.where(spare > 0, drawn, patch_origin(size, patch_size, None))
+
+
 def cut_patch(array: np.ndarray, origin: np.ndarray, patch_size: PatchSize) -> np.ndarray:
     """The patch [h, w, ...] of an array [rows, cols, ...] from `origin`; zero outside the array."""
     if array.shape[:2] == tuple(patch_size) and not np.any(origin):

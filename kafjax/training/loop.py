@@ -39,6 +39,7 @@ from kafjax.training.step import (
     make_optimizer,
     make_update,
     replicate,
+    start_averages,
     step_inputs,
     to_host,
 )
@@ -154,7 +155,7 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
     in_flight: collections.deque[_InFlight] = collections.deque()
     options = _batch_options(config)
     validation = Validation(task, run.dataset, options, run.split.validation)
-    update = make_update(task, run.optimizer)
+    update = make_update(task, run.optimizer, average_decay=config.optimizer.average_decay)
     state = replicate(state)
     batches = task.batches(run.dataset, options, run.split, start_step=start)
     with contextlib.closing(batches), _open_writer(run, start) as writer, _Signals() as signals:
@@ -204,7 +205,8 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
 
 def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
     """The last checkpoint's state and data, or those of a new run, on the host."""
-    state = init_state(run.task, run.optimizer)
+    averages = run.config.optimizer.average_decay > 0
+    state = init_state(run.task, run.optimizer, averages=averages)
     restored = checkpointer.restore_latest(state)
     if restored is not None:
         print(f"Resuming {run.workdir} from step {restored[0].step}.", flush=True)
@@ -212,6 +214,7 @@ def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dic
     if "init_from" in run.config:
         variables, report = start_from(run.config.init_from, run.config, state.variables)
         state = dataclasses.replace(state, **variables)
+        state = start_averages(state) if averages else state
         if jax.process_index() == 0:
             print(f"Starting from {run.config.init_from}:\n{report}", flush=True)
     return state, {}
@@ -225,6 +228,7 @@ def _batch_options(config: Any) -> BatchOptions:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,
+        foreground_share=config.data.get("foreground_share", 0.0),
     )
 
 

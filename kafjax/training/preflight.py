@@ -300,7 +300,8 @@ def _state_bytes(config: Any) -> int:
     """Bytes of what a checkpoint holds."""
     variables = _shapes(config)
     moments = jax.eval_shape(make_optimizer(config.optimizer).init, variables["params"])
-    return _bytes(variables) + _bytes(moments)
+    copies = 2 if config.optimizer.average_decay else 1
+    return copies * _bytes(variables) + _bytes(moments)
 
 
 def _bytes(tree: Any) -> int:
