@@ -73,6 +73,8 @@ _MEANINGS = {
     "data.fold": "Which of the folds is kept for validation, from 0.",
     "data.num_folds": "How many folds the labelled subjects are cut into.",
     "data.max_keypoints": "K of the preparation: the places for a slice's keypoints; checked.",
+    "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
+    "its share of a slice's K, or K where patches hold slices whole.",
     "data.radius": "Of the preparation, pixels within which keypoints correspond; checked.",
     "model.name": "The network (5).",
     "model.num_classes": "Of the dataset, with the background; checked.",

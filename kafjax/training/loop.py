@@ -221,6 +221,7 @@ def _batch_options(config: Any) -> BatchOptions:
     return BatchOptions(
         batch_size=config.batch_size,
         patch_size=tuple(config.data.patch_size),
+        patch_keypoints=config.data.patch_keypoints,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -37,7 +37,12 @@ MAY_CHANGE = (
     "data.num_threads",
 )
 # Filled in from the dataset where a config leaves them out.
-FROM_DATASET = ("data.max_keypoints", "data.radius", "model.num_classes")
+FROM_DATASET = (
+    "data.max_keypoints",
+    "data.patch_keypoints",
+    "data.radius",
+    "model.num_classes",
+)
 
 # Checkpoints by name.
 CHOICES = ("best", "last")
