@@ -70,6 +70,7 @@ def _kaf() -> ml_collections.ConfigDict:
                 "patch_size": (512, 512),
                 # Of the preparation, checked against the dataset.
                 "max_keypoints": 512,
+                "patch_keypoints": config_dict.placeholder(int),
                 "radius": 20,  # px, within which keypoints of neighbouring slices correspond
                 "num_threads": 16,
             },

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import log_softmax
 
 from kafjax.losses import (
+    collapsed_loss,
     cross_entropy,
     local_contrastive_loss,
     local_regions,
@@ -195,3 +196,16 @@ def test_local_regions_are_13_places_inside(size: tuple[int, int]) -> None:
 def test_local_contrast_of_small_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="7 x 9 pixels, expected at least 8"):
         local_contrastive_loss(jnp.zeros((1, 7, 9, 2)), jnp.zeros((1, 7, 9, 2)))
+
+
+@pytest.mark.parametrize("n", [2, 8, 16])
+@pytest.mark.parametrize("threshold", [0.01, 0.35, 2.0])
+def test_embeddings_that_are_all_alike_have_one_loss_whatever_the_positives(
+    n: int, threshold: float
+) -> None:
+    views = np.ones((2, n, 4)) * np.random.default_rng(0).random((2, n, 1))  # lengths do not matter
+    position = jnp.linspace(0.1, 1, n)
+    positives = positive_pairs("pcl", position, position_threshold=threshold)
+    found = supervised_contrastive_loss(list(map(jnp.asarray, views)), positives, temperature=0.2)
+    np.testing.assert_allclose(found, collapsed_loss(n, 0.2), rtol=1e-5)
+    assert collapsed_loss(16, 0.1) == pytest.approx(4.906, abs=5e-4)
