@@ -110,6 +110,7 @@ def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, ca
         ("--dataset nnunet --raw_dir . --radius 0", "radius is 0"),
         ("--dataset chd --raw_dir . --name My-data", "name is 'My-data'"),
         ("--dataset chd --raw_dir . --cine", "--cine is for --dataset acdc, not chd"),
+        ("--dataset acdc --raw_dir . --pixel_spacing 0", "pixel_spacing is 0; expected 0.1 to 10"),
         ("--dataset acdc --raw_dir . --radius 9", "--radius is for --dataset nnunet, not acdc"),
         ("--dataset chd --raw_dir . --size 64x64x8", "--size is for --dataset phantom, not chd"),
         ("--dataset phantom --num_subjects 0", "num_subjects is 0"),
