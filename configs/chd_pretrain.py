@@ -71,6 +71,8 @@ def _kaf() -> ml_collections.ConfigDict:
                 # Places for keypoints and the radius of correspondences, px. The dataset has them:
                 # given here, they are checked against it.
                 "max_keypoints": config_dict.placeholder(int),
+                # Places for the keypoints of a patch; by default its share of the slice's.
+                "patch_keypoints": config_dict.placeholder(int),
                 "radius": config_dict.placeholder(int),
                 "num_threads": 16,
             },

@@ -155,7 +155,7 @@ def test_an_older_run_has_batch_norm_and_another_norm_is_refused(tmp_path: Path)
     del older.model.norm
     write_run(tmp_path, older, {"params": {"x": np.zeros(1)}, "batch_stats": {}})
     config = tiny(phantom_finetune)
-    check_facts_alike(tmp_path, config)
+    check_architecture(tmp_path, config)
     config.model.norm = "instance"
     with pytest.raises(ValueError, match=r"model\.norm: 'batch' there, 'instance' here"):
-        check_facts_alike(tmp_path, config)
+        check_architecture(tmp_path, config)

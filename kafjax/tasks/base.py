@@ -147,6 +147,13 @@ class Task(abc.ABC):
         self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
 
+    @property
+    def patch(self) -> dict[str, Any]:
+        """The size of a patch, and its places for keypoints, as `make_pair` takes them."""
+        data = self._config.data
+        size = tuple(data.patch_size)
+        return {"patch_size": size, "patch_keypoints": data.get("patch_keypoints")}
+
     @abc.abstractmethod
     def batches(
         self,

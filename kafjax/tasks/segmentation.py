@@ -74,8 +74,7 @@ class Segmentation(Task):
         """The record's slice with its label."""
         from kafjax.data.input_pipeline import make_labelled
 
-        size, seed = tuple(self._config.data.patch_size), self._config.seed
-        return make_labelled(dataset, 0, record, patch_size=size, seed=seed)
+        return make_labelled(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms every slice with its label, by keys that only seed and sample decide."""

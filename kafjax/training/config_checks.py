@@ -155,6 +155,7 @@ _AUGMENT = {
 # Rules of fields that need not be there: what a run of the task does without them.
 _OF_DATASET = {  # filled in from the dataset
     "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
+    "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
 }
 _ANYWHERE = {
@@ -278,6 +279,10 @@ _TOGETHER: dict[str, Rule] = {
         f"one of {', '.join(LOCAL_MODELS)} for local contrast, which trains blocks of the UNet's "
         "decoder",
         lambda f: f["task"] != "local_contrast" or f["model.name"] in LOCAL_MODELS,
+    ),
+    "data.patch_keypoints": Rule(
+        "no more than config.data.max_keypoints",
+        lambda f: (f["data.patch_keypoints"] or 1) <= (f.get("data.max_keypoints") or math.inf),
     ),
     "data.patch_size": Rule(
         f"more, or more decoder blocks: maps of at least {MIN_LOCAL_EDGE} pixels", _fits_regions
