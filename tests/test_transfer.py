@@ -130,7 +130,7 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_from is not given; .*chd_finetune:scratch"):
+    with pytest.raises(ValueError, match=r"init_from is not given; .*NAME_finetune:scratch"):
         check_architecture(None, tiny(phantom_finetune))
 
 

@@ -292,7 +292,7 @@ _TOGETHER: dict[str, Rule] = {
     "loss.class_weights": Rule(
         "as many numbers as config.model.num_classes",
         lambda f: (
-            f["loss.class_weights"] is None
+            None in (f["loss.class_weights"], f.get("model.num_classes"))
             or len(f["loss.class_weights"]) == f["model.num_classes"]
         ),
     ),

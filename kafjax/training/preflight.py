@@ -129,6 +129,7 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
+    check_fields(complete)  # what goes together with the values that have been filled in
     return complete
 
 
