@@ -100,10 +100,12 @@ _MEANINGS = {
     "data.validation": "Names of volumes or subjects to validate on, in place of folds.",
     "data.splits_file": "nnU-Net's `splits_final.json`, whose fold `data.fold` is taken.",
     "data.num_folds": "How many folds the labelled subjects are cut into.",
-    "data.max_keypoints": "K, the places for a slice's keypoints. The dataset has it: checked where it is given.",
+    "data.max_keypoints": "K, the places for a slice's keypoints. The dataset has it: "
+    "checked where it is given.",
     "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
     "its share of a slice's K, or K where patches hold slices whole.",
-    "data.radius": "Pixels within which keypoints correspond. The dataset has it: checked where it is given.",
+    "data.radius": "Pixels within which keypoints correspond. The dataset has it: checked "
+    "where it is given.",
     "model.name": "The network (5).",
     "model.num_classes": "With the background. The dataset has it: checked where it is given.",
     "model.filters": "f, the channels of the first level.",
@@ -155,8 +157,8 @@ _MEANINGS = {
     "every.log": "A line of metrics.",
     "every.checkpoint": "A checkpoint, beside those of validation, signals and the end.",
     "every.picture": "Pictures in TensorBoard.",
-    "checkpoint.select": "Checkpoint that evaluation and prediction take: the best by validation, or "
-    "the last.",
+    "checkpoint.select": "Checkpoint that evaluation and prediction take: the best by "
+    "validation, or the last.",
     "checkpoint.keep_newest": "How many.",
     "checkpoint.keep_best": "How many, by loss or (fine-tuning) validation Dice.",
 }
