@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # The second stage of Chaitanya et al. 2020, on the encoder of a `gcl` run.
     "glcl": {
         "task": "local_contrast",
-        "model": {"name": "unet", "head": "local_contrast", "num_decoder_blocks": 3},
+        "model": {"name": "unet", "num_decoder_blocks": 3},
     },
 }
 _OF_PAIRS = {
@@ -68,19 +68,22 @@ def _kaf() -> ml_collections.ConfigDict:
                 "name": "chd",
                 "dir": "data",
                 "patch_size": (512, 512),
-                # Of the preparation, checked against the dataset.
-                "max_keypoints": 512,
-                "radius": 20,  # px, within which keypoints of neighbouring slices correspond
+                # Places for keypoints and the radius of correspondences, px. The dataset has them:
+                # given here, they are checked against it.
+                "max_keypoints": config_dict.placeholder(int),
+                # Places for the keypoints of a patch; by default its share of the slice's.
+                "patch_keypoints": config_dict.placeholder(int),
+                "radius": config_dict.placeholder(int),
                 "num_threads": 16,
             },
             "model": {
                 "name": "kaf_unet",
-                "head": "pretraining",
                 "filters": 32,
                 "num_attention_layers": 16,
                 "embedding": 512,
                 "num_matcher_layers": 4,
                 "num_sinkhorn_iterations": 100,
+                "norm": "batch",
                 "dtype": "float32",
                 # Blocks are computed again in the backward pass: on accelerators, less memory.
                 "remat": False,
@@ -97,6 +100,21 @@ def _kaf() -> ml_collections.ConfigDict:
                     "magnify_scale": (0.7, 1.0),
                     "shrink_scale": (1.0, 1.3),
                 },
+                "intensity": {
+                    "probability": 0.0,  # the paper changes no intensities
+                    "noise_probability": 0.15,
+                    "noise_deviation": (0.0, 0.3),
+                    "blur_probability": 0.2,
+                    "blur_sigma": (0.5, 1.0),
+                    "brightness_probability": 0.15,
+                    "brightness_shift": (-0.3, 0.3),
+                    "contrast_probability": 0.15,
+                    "contrast_scale": (0.75, 1.25),
+                    "resolution_probability": 0.25,
+                    "resolution_scale": (0.5, 1.0),
+                    "gamma_probability": 0.3,
+                    "gamma_power": (0.7, 1.5),
+                },
             },
             "loss": {
                 "method": "pcl",  # or gcl, simclr: which slices are positives
@@ -110,9 +128,14 @@ def _kaf() -> ml_collections.ConfigDict:
                 "weight_decay": 1e-5,
                 "learning_rate": 0.002,
                 "final_learning_rate": 0.0,
+                # Share of the steps over which the rate rises to its start.
+                "warmup": 0.0,
+                # Share of the averaged weights that a step keeps; with 0 there are none.
+                "average_decay": 0.0,
             },
             # In steps; picture 0 draws none.
             "every": {"log": 20, "checkpoint": 200, "picture": 500},
-            "checkpoint": {"keep_newest": 2, "keep_best": 1},
+            # Which of them evaluation and prediction take: the best by validation, or the last.
+            "checkpoint": {"keep_newest": 2, "keep_best": 1, "select": "best"},
         }
     )

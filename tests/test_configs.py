@@ -21,6 +21,9 @@ def test_there_are_configs() -> None:
 def test_config_builds(name: str) -> None:
     module = importlib.import_module(f"kafjax.configs.{name}")
     config = module.get_config()
+    if config.task == "segment":
+        assert config.model.num_classes is None  # the dataset has it
+        config.model.num_classes = 4
     assert re.search(rf"--config (configs/)?{name}\b", module.__doc__)
     TASKS[config.task](config)
     make_optimizer(config.optimizer)
@@ -41,6 +44,8 @@ def test_chd_pretraining_is_the_papers_run() -> None:
         "weight_decay": 1e-5,
         "learning_rate": 0.002,
         "final_learning_rate": 0.0,
+        "warmup": 0.0,
+        "average_decay": 0.0,
     }
 
 

@@ -1,5 +1,6 @@
 """The mapped step: the same result on any number of devices, and lowering for other platforms."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -23,8 +24,9 @@ from kafjax.training.step import (
     return_freed_memory,
     step_inputs,
     to_host,
+    update_average,
 )
-from tests.runs import ROOT, XLA_FLAGS, random_batch, tiny_config
+from tests.runs import ROOT, XLA_FLAGS, free_address, random_batch, tiny_config
 
 NUM_KEYPOINTS = 16
 
@@ -54,26 +56,51 @@ np.savez(sys.argv[1], np.array(losses), *leaves)
 """
 
 
-def three_steps(devices: int, path: Path) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
-        "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+def start_python(devices: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts Python in the repository on simulated devices."""
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-c", THREE_STEPS, str(path)], env=environment, cwd=ROOT, text=True
+        [sys.executable, *arguments],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        text=True,
     )
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    """Waits for processes, all of which must succeed."""
+    try:
+        assert [process.wait(timeout=600) for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_eight_devices_train_as_one(tmp_path: Path) -> None:
     paths = {n: tmp_path / f"{n}.npz" for n in (1, 8)}
-    processes = [three_steps(n, path) for n, path in paths.items()]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    end(
+        [
+            start_python(n, "-c", THREE_STEPS, str(path), JAX_ENABLE_X64="1")
+            for n, path in paths.items()
+        ]
+    )
     one, eight = (np.load(path) for path in paths.values())
     assert len(one.files) > 100
     for name in one.files:
         np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+def test_shard_map_gives_the_bits_of_pmap_in_one_process_and_in_two(tmp_path: Path) -> None:
+    """Each process compares for itself, and asserts that replicated results are the same."""
+    address, module = free_address(), ("-m", "tests.shard_map")
+    alone, *both = (str(tmp_path / f"{name}.npz") for name in ("alone", "first", "second"))
+    processes = [start_python(4, *module, alone)]
+    processes += [start_python(2, *module, path, address, str(i)) for i, path in enumerate(both)]
+    end(processes)
+    one, first, second = (np.load(path) for path in (alone, *both))
+    for name in one.files:
+        assert first[name].tobytes() == second[name].tobytes()
+        np.testing.assert_allclose(first[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +127,34 @@ def test_schedule_is_a_cosine_from_rate_to_floor() -> None:
     rates = learning_rates(config, 100)
     assert (rates.shape, rates.dtype) == ((100,), np.float32)
     np.testing.assert_allclose(rates, schedule(np.arange(100)), rtol=1e-6)
+
+
+def test_schedule_rises_over_its_first_share() -> None:
+    config = tiny_config(Path("a/b/c")).optimizer
+    config.update({"learning_rate": 4e-4, "final_learning_rate": 4e-6, "warmup": 0.05})
+    for num_steps in (60, 300, 30_000):
+        rise = num_steps // 20
+        rates = learning_rates(config, num_steps)
+        expected = optax.join_schedules(
+            [
+                optax.linear_schedule(4e-4 / (rise + 1), 4e-4, rise),
+                optax.cosine_decay_schedule(4e-4, num_steps - rise, alpha=0.01),
+            ],
+            [rise],
+        )
+        assert len(rates) == num_steps
+        np.testing.assert_allclose(rates, expected(np.arange(num_steps)), rtol=1e-5, atol=1e-10)
+
+
+def test_averages_are_those_of_a_loop() -> None:
+    values = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    expected, average = values[0].astype(np.float64), {"x": values[0]}
+    update = jax.jit(functools.partial(update_average, decay=0.7))
+    for step, value in enumerate(values[1:]):
+        kept = min(0.7, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * value
+        average = update(average, {"x": value}, np.int32(step))
+        np.testing.assert_allclose(average["x"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sgd_is_momentum_with_decay_in_the_gradient() -> None:
@@ -141,6 +196,23 @@ def test_what_is_replicated_comes_back_as_it_was() -> None:
     jax.tree.map(np.testing.assert_array_equal, to_host(replicate(tree)), tree)
 
 
+def test_a_state_with_averages_keeps_them_beside_what_trains() -> None:
+    task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    update = make_update(task, optimizer, average_decay=0.5)
+    state = replicate(init_state(task, optimizer, averages=True))
+    expected = 3.0
+    for step in range(3):
+        state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
+        host = to_host(state)
+        kept = min(0.5, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * float(host.params["w"])
+        np.testing.assert_allclose(host.average["params"]["w"], expected, rtol=1e-6)
+        assert host.variables is host.average
+    plain = init_state(task, optimizer)
+    assert plain.average == {}
+    assert plain.variables["params"] is plain.params
+
+
 class Line:
     """Fits a number; counts how often its loss is traced."""
 
@@ -164,6 +236,19 @@ def test_later_steps_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> No
         state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
         assert (task.traces, int(to_host(state).step)) == (1, step + 1)
     assert returned == [True]
+
+
+def test_a_step_takes_the_memory_of_the_state_before_and_leaves_the_host_alone() -> None:
+    task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    host = init_state(task, optimizer)
+    expected = jax.tree.map(np.copy, host)
+    update, before = make_update(task, optimizer), replicate(host)
+    inputs = step_inputs({"x": np.ones(8, np.float32)}, 0.1)
+    update(before, *inputs)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    memory = update.lower(replicate(host), *inputs).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(host))
+    jax.tree.map(np.testing.assert_array_equal, host, expected)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives back on request")

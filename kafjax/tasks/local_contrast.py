@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from kafjax import augment
+from kafjax.intensity import change_intensity
 from kafjax.losses import local_contrastive_loss
-from kafjax.tasks.base import make_transform, sample_keys
+from kafjax.tasks.base import Batch, Metrics, make_transform, sample_keys
 from kafjax.tasks.pretraining import Pretraining
-
-Metrics = dict[str, jax.Array]
 
 
 class LocalContrast(Pretraining):
@@ -35,7 +34,7 @@ class LocalContrast(Pretraining):
         super().__init__(config, axis_name=axis_name)
         self._transform = make_transform(augment.augment_view, config)
 
-    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def augment(self, batch: Batch) -> Batch:
         """Two views of every anchor: one spatial transform for both, intensities of their own.
 
         Pixels of the two show the same places, and keypoints correspond to themselves.
@@ -44,7 +43,7 @@ class LocalContrast(Pretraining):
         def one(key: jax.Array, image: Any, keypoints: Any, mask: Any) -> Any:
             spatial, *own = jax.random.split(key, 3)
             image, keypoints, mask = self._transform(spatial, image, keypoints, mask)
-            views = jnp.stack([augment.change_intensity(k, image) for k in own])
+            views = jnp.stack([change_intensity(k, image) for k in own])
             same = jnp.where(mask, jnp.arange(mask.size), -1)
             return views, jnp.stack([keypoints] * 2), jnp.stack([mask] * 2), same
 
@@ -54,7 +53,7 @@ class LocalContrast(Pretraining):
         return {**batch, **dict(zip((*fields, "correspondence"), moved, strict=True))}
 
     def loss(
-        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+        self, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """The loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)

@@ -5,14 +5,14 @@ and a report is written.
 """
 
 import contextlib
+import functools
 import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nibabel as nib
-
+from data_prep.nifti import read_nifti
 from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
@@ -92,7 +92,7 @@ def use(place: Path, raw: Path) -> str:
         report([workdir], place / "report.html", data_dir=place / "data")
     if "from step 1" not in said.getvalue():
         return "not resumed"
-    if nib.load(place / "labels.nii.gz").shape != nib.load(scan).shape:
+    if read_nifti(place / "labels.nii.gz").array.shape != read_nifti(scan).array.shape:
         return "labels of another shape"
     page = (place / "report.html").read_text()
     whole = "Dice pooled over" in page and "not at hand" not in page and "no pictures" not in page
@@ -115,7 +115,7 @@ def _refusals(settings: Settings, raw: Path) -> Tally:
         "a file": str(dataset / "metadata.json"),
     }
     for what, workdir in workdirs.items():
-        error = _error_of(lambda workdir=workdir: train(config, workdir))
+        error = _error_of(functools.partial(train, config, workdir))
         kept = not isinstance(error, UserError | OSError) or workdir[:40] not in str(error)
         trained = list(place.rglob("checkpoints"))
         tally.expect(not kept and not trained, f"{what}: {type(error).__name__}: {error} {trained}")
