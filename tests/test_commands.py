@@ -134,7 +134,8 @@ def test_slips_on_the_command_line_name_the_field_and_what_was_expected(
 
 
 def test_none_is_taken_where_the_config_may_be_without() -> None:
-    given = ["--config=phantom_finetune", "--config.data.num_labeled=None", "--config.augment=None"]
+    fields = ("data.num_labeled=None", "augment=None", "model.num_classes=8")
+    given = ["--config=phantom_finetune", *(f"--config.{field}" for field in fields)]
     command = [sys.executable, "-m", "kafjax.main", *given, "--describe"]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kafjax.drawing.figures import FONT_SIZE, WIDTH, save_figure
+from kafjax.errors import UserError
 from kafjax.files import write_text
 from kafjax.study.cross_validation import Run, collect_results, mean_and_std, tabulate
 from kafjax.study.plan import Experiment, Row
@@ -306,7 +307,7 @@ def _count_parameters(experiment: Experiment) -> dict[str, int]:
             config = experiment.segmentation(row, experiment.seeds[0]).config()
             try:
                 counts[row.model] = sum(count_parameters(with_classes(config)).values())
-            except ValueError:
+            except UserError:
                 return {}
     return {row.name: counts[row.model] for row in experiment.table.rows}
 
