@@ -19,7 +19,7 @@ from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
 
-_LATIN = b"caf\xe9".decode(errors="surrogateescape")  # not UTF-8
+_LATIN = b"\xe9t\xe9".decode(errors="surrogateescape")  # not UTF-8
 NAMES = {
     "many at once": f"[copy] *?**{{0}} gs: a,b 'q\" \\n$HOME 日本🫀 {_LATIN}",
     "brackets": "project [copy]",
