@@ -67,37 +67,37 @@ class Workdir:
 
     @property
     def config_file(self) -> Path:
-        """See the module."""
+        """The run's config."""
         return self.path / "config.json"
 
     @property
     def split_file(self) -> Path:
-        """See the module."""
+        """The volumes it trains and validates on."""
         return self.path / "split.json"
 
     @property
     def preparation_file(self) -> Path:
-        """See the module."""
+        """How its dataset was prepared."""
         return self.path / "preparation.json"
 
     @property
     def environment_file(self) -> Path:
-        """See the module."""
+        """What its last start ran on."""
         return self.path / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
-        """See the module."""
+        """Its numbers, a JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """See the module."""
+        """The folder of its scalars and pictures."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """See the module."""
+        """The folder of its states."""
         return self.path / "checkpoints"
 
     def read_config(self, *, task: str | None = None) -> dict[str, Any]:
