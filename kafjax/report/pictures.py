@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.errors import UserError
 from kafjax.inference.predictor import load_predictor
 from kafjax.report.html import Element, element, note, number, picture, swatch
 from kafjax.report.runs import Fields, Run, mean_dice
@@ -74,7 +75,7 @@ def show_samples(
     for (folder, name), group in groups.items():
         try:
             parts += _show_dataset(open_dataset(folder, name), name, group, most)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             parts.append(note(f"{name}: the dataset is not at hand, so no slices: {error}"))
     return parts
 
@@ -152,7 +153,7 @@ def _show_dataset(
             check_facts(dataset, {"max_keypoints": run.config["data"]["max_keypoints"]})
             step = _evaluation(run).get("step")
             found = predict_samples(run.workdir, own, num_classes=len(dataset.classes), step=step)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             faults.append(note(f"{run.name}: {error}"))
             continue
         shown[run.name] = {s.volume: p for s, p in zip(own, found, strict=True)}
@@ -205,7 +206,7 @@ def _read_events(path: Path) -> Iterator[Any]:
             try:
                 yield Event.FromString(body[:length])
             except DecodeError as error:
-                raise ValueError(f"{path}: damaged ({error})") from None
+                raise UserError(f"{path}: damaged ({error})") from None
 
 
 def _mean_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> float | None:

@@ -34,6 +34,7 @@ import jax
 import numpy as np
 
 from kafjax.data.input_pipeline import open_dataset, steps_per_epoch
+from kafjax.errors import UserError
 from kafjax.files import write_text
 from kafjax.inference.evaluation import Results, evaluate_run
 from kafjax.training.loop import train
@@ -109,7 +110,7 @@ def cross_validate(
     for run in runs:
         Workdir(root / run.name).check_config(run_config(config, run).to_dict())
     if collect and not root.is_dir():
-        raise ValueError(f"{root}: no such folder; expected the workdir of a cross-validation")
+        raise UserError(f"{root}: no such folder; expected the workdir of a cross-validation")
     if not collect:
         _check_splits(config, root, runs)
         try:
@@ -132,7 +133,7 @@ def plan_runs(
 ) -> list[Run]:
     """The runs by M, fold and seed; arguments and errors as `cross_validate`."""
     if config.task != "segment" or "fold" not in config.data:
-        raise ValueError(
+        raise UserError(
             f"config.task is {config.task!r}, expected 'segment', of a config with data.fold as "
             "chd_finetune"
         )
@@ -148,7 +149,7 @@ def plan_runs(
     if too_few := [m for m in num_labeled if m < 1]:
         faults.append(f"num_labeled: found {_listed(too_few)}, expected 1 or more")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
     return list(itertools.starmap(Run, itertools.product(num_labeled, folds, seeds)))
 
 
@@ -280,7 +281,7 @@ def parse_numbers(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
-            raise ValueError(f"found {text!r}, expected numbers as in 2,6,10 or 0-4")
+            raise UserError(f"found {text!r}, expected numbers as in 2,6,10 or 0-4")
         numbers.update(found)
     return sorted(numbers)
 
@@ -316,10 +317,10 @@ def _check_splits(config: Any, root: Path, runs: Sequence[Run]) -> None:
         try:
             split = open_run_split(run_config(config, run), Workdir(root / run.name), dataset)
             steps_per_epoch(dataset, config.batch_size, split.names.train)
-        except ValueError as error:
+        except UserError as error:
             faults[f"fold {run.fold}, M = {run.num_labeled}: {error}"] = None
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
 
 
 def _run_missing(config: Any, root: Path, runs: Sequence[Run]) -> int | None:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kafjax.config_files import load_config
+from kafjax.errors import UserError
 from kafjax.study.plan import Experiment, Planned, Table
 
 _SMALL_FOLDS = (0, 1)
@@ -62,7 +63,7 @@ def make_experiment(
     if num_labeled is None:
         base = name.split("_")[0]
         if base not in table.num_labeled:
-            raise ValueError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
+            raise UserError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
         num_labeled = table.num_labeled[base]
     if folds is None:
         folds = _SMALL_FOLDS if small else range(config.data.num_folds)
@@ -82,7 +83,7 @@ def make_experiment(
 def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
     total = len(table.rows)
     if unknown := [n for n in numbers if not 1 <= n <= total]:
-        raise ValueError(
+        raise UserError(
             f"--rows: found {', '.join(map(str, unknown))}, expected numbers from 1 to {total}"
         )
     kept = (
@@ -95,7 +96,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """Of '2/8' the first job, from 0, and the step; `ValueError` for other text."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard: found {text!r}, expected 1/N to N/N")
+        raise UserError(f"--shard: found {text!r}, expected 1/N to N/N")
     return int(match[1]) - 1, int(match[2])
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
+from kafjax.errors import UserError
+
 _POLL_SECONDS = 0.2
 # Between looks at work of other machines, which are reads from a shared disk.
 _LOOK_SECONDS = 5.0
@@ -89,14 +91,14 @@ def find_slots(number: int | None = None) -> list[Slot]:
         [sys.executable, "-c", _QUERY], capture_output=True, text=True, check=False
     )
     if found.returncode:
-        raise ValueError(f"JAX finds no device: {_last_line(found.stderr)}")
+        raise UserError(f"JAX finds no device: {_last_line(found.stderr)}")
     backend, count = found.stdout.split()[-2:]
     cores = _cores()
     most = len(cores) if backend == "cpu" else int(count)
     number = most if number is None else number
     if not 1 <= number <= most:
         what = "cores" if backend == "cpu" else f"{backend} devices"
-        raise ValueError(f"slots is {number}, expected 1 to {most}, the {what} there are")
+        raise UserError(f"slots is {number}, expected 1 to {most}, the {what} there are")
     if backend == "cpu":
         # A job on a core of its own is faster than threads of several jobs over all.
         return [Slot(f"core {i}", {}, tuple(cores[i::number])) for i in range(number)]
@@ -247,7 +249,7 @@ class _Scheduler:
             return
         slot = self._free.pop(0)
         self._started += 1
-        log.write(f"$ {job}\n".encode())
+        log.write(f"$ {job}\n".encode(errors="backslashreplace"))
         log.flush()
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
         process = subprocess.Popen(

@@ -13,7 +13,6 @@ Names of workdirs tell what was run, so that rows and tables with a run in commo
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,10 @@ from kafjax.config_files import load_config
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
+from kafjax.errors import UserError
 from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
+from kafjax.paths import expand
 from kafjax.study.cross_validation import Run, has_trained, is_complete, plan_runs, run_config
 from kafjax.study.jobs import Job
 from kafjax.training.config_checks import check_fields
@@ -131,11 +132,11 @@ class Command(NamedTuple):
         try:
             config.update_from_flattened_dict(self.changes)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self}: {error.args[0]}") from None
+            raise UserError(f"{self}: {error.args[0]}") from None
         try:
             check_fields(config)
-        except ValueError as error:
-            raise ValueError(f"{self}: {'; '.join(str(error).splitlines())}") from None
+        except UserError as error:
+            raise UserError(f"{self}: {'; '.join(str(error).splitlines())}") from None
         return config
 
     def _base(self) -> Any:
@@ -222,10 +223,10 @@ class Experiment(NamedTuple):
         for make in makers:
             try:
                 planned |= {one.job.name: one for one in make()}
-            except ValueError as error:
+            except UserError as error:
                 faults[str(error)] = None
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
         return list(planned.values())
 
     def check_dataset(self) -> None:
@@ -365,7 +366,7 @@ def _are_complete(config: Any, root: Path, runs: list[Run]) -> bool:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(Path(os.path.expanduser(data_dir)).glob(f"{name}/*/dataset_info.json"))
+    return any(expand(data_dir).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache
