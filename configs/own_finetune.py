@@ -8,6 +8,7 @@ docs/results.md, "What the recipe for own data is made of".
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from kafjax.configs import chd_finetune, own_pretrain
 
@@ -15,8 +16,10 @@ from kafjax.configs import chd_finetune, own_pretrain
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
-    config.data.update(own_pretrain.get_config().data)
-    config.model.num_classes = 4
+    pretraining = own_pretrain.get_config()
+    config.data.update(pretraining.data)
+    config.model.norm = pretraining.model.norm
+    config.model.num_classes = config_dict.placeholder(int)  # the dataset knows it
     # Turns of a patient, not any angle: where an organ lies tells what it is.
     config.augment.transform.update(
         {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
@@ -32,5 +35,4 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
             "average_decay": 0.999,
         }
     )
-    config.model.norm = "instance"
     return config

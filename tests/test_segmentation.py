@@ -203,3 +203,9 @@ def test_picture_shows_the_slice_and_its_labels_in_colour(task) -> None:
     assert (left == left[..., :1]).all()
     coloured = (right != right[..., :1]).any(-1)
     np.testing.assert_array_equal(coloured, batch["label"][0] > 0)
+
+
+def test_class_weights_of_another_number_of_classes_are_refused() -> None:
+    expected = r"class_weights is \(1\.0, 2\.0\), expected as many numbers as there are classes: 3"
+    with pytest.raises(ValueError, match=expected):
+        tiny_task(**{"loss.class_weights": (1.0, 2.0)})

@@ -38,6 +38,16 @@ def changes_anything(config: Any) -> bool:
     return any(probabilities)
 
 
+def _check_weights(config: Any) -> None:
+    # Older runs have no loss to set.
+    weights = config.loss.class_weights if "loss" in config else None
+    if weights is not None and len(weights) != config.model.num_classes:
+        raise ValueError(
+            f"config.loss.class_weights is {tuple(weights)}, expected as many numbers as there are "
+            f"classes: {config.model.num_classes}"
+        )
+
+
 class Segmentation(Task):
     """Supervised segmentation, from scratch or from a pretrained encoder.
 
@@ -56,6 +66,7 @@ class Segmentation(Task):
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
+        _check_weights(config)
         self._transform = None
         if changes_anything(config.augment):
             self._transform = make_transform(augment.augment_view, config)

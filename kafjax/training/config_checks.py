@@ -285,13 +285,6 @@ _TOGETHER: dict[str, Rule] = {
     ),
     "loss.weights.kaf": _weighs_keypoints("kaf"),
     "loss.weights.matching": _weighs_keypoints("matching"),
-    "loss.class_weights": Rule(
-        "as many numbers as config.model.num_classes",
-        lambda f: (
-            f["loss.class_weights"] is None
-            or len(f["loss.class_weights"]) == f["model.num_classes"]
-        ),
-    ),
     "loss.weights.cross_entropy": Rule(
         "above 0, or the weight of another loss",
         lambda f: any(f[f"loss.weights.{name}"] > 0 for name in SEGMENTATION_LOSSES),
