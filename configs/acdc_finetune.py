@@ -17,10 +17,9 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     config = chd_finetune.get_config(start)
     pretrain = acdc_pretrain.get_config()
     config.num_epochs = 201
-    for field in ("name", "patch_size", "radius"):
+    for field in ("name", "patch_size"):
         config.data[field] = pretrain.data[field]
     config.model.filters = pretrain.model.filters
-    config.model.num_classes = 4
     config.augment = pretrain.augment
     config.optimizer.update({"learning_rate": 5e-4, "final_learning_rate": 5e-5})
     return config

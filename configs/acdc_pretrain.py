@@ -13,7 +13,7 @@ from kafjax.configs import chd_pretrain
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """The CHD run with ACDC's sizes and thresholds."""
     config = chd_pretrain.get_config(method)
-    config.data.update({"name": "acdc", "patch_size": (352, 352), "radius": 30})
+    config.data.update({"name": "acdc", "patch_size": (352, 352)})
     config.model.filters = 48
     if "position_threshold" in config.loss:
         config.loss.position_threshold = 0.35

@@ -35,15 +35,19 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     if start == "pretrained":
         # The workdir of a pretraining run or of an import, whose encoder this run starts with.
         config.init_from = config_dict.placeholder(str)
+    # The fold of the paper's kind, from 0; None trains on all labelled volumes. Instead of folds:
+    # names of the volumes or subjects to validate on, or nnU-Net's splits_final.json.
     config.data.fold = 0
     config.data.num_folds = 5
+    config.data.validation = config_dict.placeholder(tuple)
+    config.data.splits_file = config_dict.placeholder(str)
     # M, labelled volumes to train on; all of the fold's if not given.
     config.data.num_labeled = config_dict.placeholder(int)
     # Of a batch, slices that surely show another class than the background.
     config.data.foreground_share = 0.0
 
-    config.model.head = "segmentation"
-    config.model.num_classes = 8  # with the background
+    # With the background; the dataset has it: given here, it is checked against that.
+    config.model.num_classes = config_dict.placeholder(int)
     for field in ("embedding", "num_matcher_layers", "num_sinkhorn_iterations"):
         del config.model[field]
     config.loss = {

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # The second stage of Chaitanya et al. 2020, on the encoder of a `gcl` run.
     "glcl": {
         "task": "local_contrast",
-        "model": {"name": "unet", "head": "local_contrast", "num_decoder_blocks": 3},
+        "model": {"name": "unet", "num_decoder_blocks": 3},
     },
 }
 _OF_PAIRS = {
@@ -68,14 +68,16 @@ def _kaf() -> ml_collections.ConfigDict:
                 "name": "chd",
                 "dir": "data",
                 "patch_size": (512, 512),
-                # Of the preparation, checked against the dataset.
-                "max_keypoints": 512,
-                "radius": 20,  # px, within which keypoints of neighbouring slices correspond
+                # Places for keypoints and the radius of correspondences, px. The dataset has them:
+                # given here, they are checked against it.
+                "max_keypoints": config_dict.placeholder(int),
+                # Places for the keypoints of a patch; by default its share of the slice's.
+                "patch_keypoints": config_dict.placeholder(int),
+                "radius": config_dict.placeholder(int),
                 "num_threads": 16,
             },
             "model": {
                 "name": "kaf_unet",
-                "head": "pretraining",
                 "filters": 32,
                 "num_attention_layers": 16,
                 "embedding": 512,
@@ -133,6 +135,7 @@ def _kaf() -> ml_collections.ConfigDict:
             },
             # In steps; picture 0 draws none.
             "every": {"log": 20, "checkpoint": 200, "picture": 500},
-            "checkpoint": {"keep_newest": 2, "keep_best": 1},
+            # Which of them evaluation and prediction take: the best by validation, or the last.
+            "checkpoint": {"keep_newest": 2, "keep_best": 1, "select": "best"},
         }
     )

@@ -8,7 +8,6 @@ docs/results.md, "What the recipe for own data is made of".
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from kafjax.configs import chd_finetune, own_pretrain
 
@@ -17,9 +16,9 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
     pretraining = own_pretrain.get_config()
-    config.data.update(pretraining.data)
+    for field in ("name", "patch_size"):
+        config.data[field] = pretraining.data[field]
     config.model.norm = pretraining.model.norm
-    config.model.num_classes = config_dict.placeholder(int)  # the dataset knows it
     # Turns of a patient, not any angle: where an organ lies tells what it is.
     config.augment.transform.update(
         {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}

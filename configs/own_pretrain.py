@@ -8,7 +8,6 @@ slice, or as much of it as memory allows; `kafjax prepare --check` suggests one.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from kafjax.configs import chd_pretrain
 
@@ -18,9 +17,6 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.data.update({"name": "own", "patch_size": (256, 256)})
-    # The dataset knows them.
-    for field in ("max_keypoints", "radius"):
-        config.data[field] = config_dict.placeholder(int)
     # As fine-tuning, which takes the encoder.
     config.model.norm = "instance"
     return config

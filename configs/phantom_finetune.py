@@ -19,7 +19,8 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """The CHD run at the phantoms' size."""
     config = chd_finetune.get_config(start)
     pretraining = phantom_pretrain.get_config()
-    config.data.update(pretraining.data)
+    for field in ("name", "patch_size", "num_threads"):
+        config.data[field] = pretraining.data[field]
     for field in ("filters", "num_attention_layers"):
         config.model[field] = pretraining.model[field]
     # A hundredth of the paper's steps: at its rate, and still at 1e-3, hardly a class is found.

@@ -16,7 +16,7 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.num_epochs = 20
-    config.data.update({"name": "phantom", "patch_size": (64, 64), "max_keypoints": 64})
+    config.data.update({"name": "phantom", "patch_size": (64, 64)})
     config.data.num_threads = 2
     config.model.update({"filters": 8, "num_attention_layers": 2, "embedding": 64})
     # In a hundredth of the paper's steps SGD does not leave the start, where all embeddings of the

@@ -15,7 +15,8 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """The phantoms' run, smaller."""
     config = phantom_finetune.get_config(start)
     pretraining = phantom_small_pretrain.get_config()
-    config.data.update(pretraining.data)
+    for field in ("name", "patch_size", "num_threads"):
+        config.data[field] = pretraining.data[field]
     config.model.num_attention_layers = pretraining.model.num_attention_layers
     # Two volumes are 32 slices. Many small steps teach more in the same time than few large ones:
     # with batches of 10, runs as long as these ended before the UNet had found the smaller classes.

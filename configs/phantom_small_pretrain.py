@@ -16,7 +16,7 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     """The phantoms' run, smaller."""
     config = phantom_pretrain.get_config(method)
     config.num_epochs = 20
-    config.data.update({"name": "phantom_small", "patch_size": (48, 48), "max_keypoints": 24})
+    config.data.update({"name": "phantom_small", "patch_size": (48, 48)})
     # KAF layers and matching are most of the time of a step at this size.
     config.model.update({"embedding": 32, "num_attention_layers": 1})
     if "num_matcher_layers" in config.model:  # local contrast matches nothing

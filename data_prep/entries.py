@@ -61,7 +61,7 @@ def list_entries(folder: Path, *, used: Collection[str] = ()) -> Entries:
     wanted = {name.lower(): name for name in used if name not in names}
     for name in names:
         path = folder / name
-        if name in used or is_harmless(name, described):
+        if name in used or _is_harmless(path, described):
             continue
         if name.lower() in wanted:
             remedy = f"rename it to {wanted[name.lower()]}: capitals matter"
@@ -83,10 +83,11 @@ def is_scan_name(name: str) -> bool:
     return name.lower().endswith(SCAN_ENDINGS) and not name.startswith(".")
 
 
-def is_harmless(name: str, described: Collection[str] = ()) -> bool:
+def _is_harmless(path: Path, described: Collection[str]) -> bool:
     """Whether an entry is of a system, or JSON about the scan of that name without ending."""
-    side_car = name.endswith(".json") and name.removesuffix(".json") in described
-    return side_car or _OF_SYSTEMS.fullmatch(name) is not None
+    if path.name.endswith(".json") and path.name.removesuffix(".json") in described:
+        return os.path.isfile(path)
+    return _OF_SYSTEMS.fullmatch(path.name) is not None
 
 
 def scan_problem(path: Path) -> Fault | None:
@@ -94,9 +95,8 @@ def scan_problem(path: Path) -> Fault | None:
     if os.path.isdir(path):
         remedy = "move the file out of it, or rename the folder"
         return Fault(path, "is a folder, though it is named as a scan", remedy)
-    if os.path.islink(path) and not os.path.exists(path):
-        remedy = "fetch its file (such as `datalad get`), or take the link away"
-        return Fault(path, f"is a link to {os.readlink(path)}, which is not there", remedy)
+    if link := _dangling(path):
+        return link
     if not os.path.isfile(path):
         return Fault(path, "is neither a file nor a link to one", "move it away")
     if not path.name.endswith(SCAN_ENDINGS):
@@ -120,14 +120,20 @@ def misplaced(paths: Sequence[Path], expected: str) -> list[Fault]:
 
 
 def _other(path: Path) -> Fault:
+    if link := _dangling(path):  # whatever it held
+        return link
     if path.name.startswith("."):
         return finding(path, "is hidden and not used", "rename it if it is to be used")
     if path.name.lower().endswith(OTHER_IMAGES):
         return Fault(path, "is an image of another format", "save it as NIfTI, or move it away")
-    if os.path.islink(path) and not os.path.exists(path):
-        found = f"is a link to {os.readlink(path)}, which is not there, and not used"
-        return finding(path, found, "expected scans, .nii.gz or .nii")
     return finding(path, "is not used", "expected scans, .nii.gz or .nii")
+
+
+def _dangling(path: Path) -> Fault | None:
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    remedy = "fetch its file (such as `datalad get`), or take the link away"
+    return Fault(path, f"is a link to {os.readlink(path)}, which is not there", remedy)
 
 
 def _ending(name: str) -> str:

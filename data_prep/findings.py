@@ -6,6 +6,7 @@ from typing import Any
 
 from data_prep.faults import Fault, finding
 from data_prep.volumes import Facts, Reader, Source
+from kafjax.data.splits import PAPER_KINDS
 
 
 def equal_images(facts: Iterable[Facts]) -> list[list[str]]:
@@ -42,9 +43,9 @@ def dataset_findings(
             source, original = known[other], known[first]
             where = "" if source.frame is None else f"frame {source.frame + 1} "
             what = f"{where}has the same values as {original.image_name}"
-            remedy = (
-                f"{first} and {other} count as one subject in folds, which the paper's folds do not"
-            )
+            remedy = f"folds take {first} and {other} as one subject"
+            if reader.kind in PAPER_KINDS:
+                remedy = f"the paper's folds stay: {first} and {other} may lie on both sides of one"
             found.append(finding(source.image, what, remedy))
     if reader.one_plane:
         usual, *_ = [*_by_number(plane_of.values()), ""]

@@ -136,7 +136,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             radius=arguments.radius,
         )
     if arguments.dataset == AcdcReader.kind:
-        return AcdcReader(cine=bool(arguments.cine))
+        return AcdcReader(cine=bool(arguments.cine), pixel_spacing=arguments.pixel_spacing)
     kind = "chd" if arguments.dataset == "phantom" else arguments.dataset  # phantoms are like CHD
     return READERS[kind]
 
@@ -162,6 +162,7 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
     cut = np.mean(found > options.max_keypoints)
     return (
         f"Prepared {counts}, in {summary.directory}\n"
+        f"with labels: {summary.num_labelled} of {summary.num_volumes} volumes\n"
         + "".join(f"{fact}: {value}\n" for fact, value in reader.facts.items())
         + f"SIFT keypoints per slice: min {found.min()}, median {np.median(found):.0f}, "
         f"max {found.max()}; {cut:.1%} of the slices had more than {options.max_keypoints}\n"

@@ -44,6 +44,7 @@ class Summary:
     directory: Path
     already_prepared: bool
     num_volumes: int
+    num_labelled: int
     num_slices: int
     keypoints_found: tuple[int, ...]  # by slice, before the choice of K; empty if already prepared
     findings: tuple[Fault, ...] = ()
@@ -99,7 +100,8 @@ def prepare_dataset(
             findings = refuse(sort_faults(faults, strict=strict))
             volumes = metadata["volumes"].values()
             num_slices = sum(volume["num_slices"] for volume in volumes)
-            return Summary(place.final, True, len(volumes), num_slices, (), findings)
+            num_labelled = sum(volume["labelled"] for volume in volumes)
+            return Summary(place.final, True, len(volumes), num_labelled, num_slices, (), findings)
         if not overwrite:
             raise ValueError(
                 f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
@@ -114,6 +116,7 @@ def prepare_dataset(
         directory=place.final,
         already_prepared=False,
         num_volumes=len(shards),
+        num_labelled=sum(shard.labelled for shard in shards),
         num_slices=sum(shard.num_slices for shard in shards),
         keypoints_found=tuple(found for shard in shards for found in shard.keypoints_found),
         findings=findings,

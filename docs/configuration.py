@@ -26,26 +26,50 @@ _COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others cha
 _INTRODUCTION = """\
 # Configuration
 
-A run is a Python file in `configs/` and what the command line changes in it:
+A run is a config, a Python file, and what the command line changes in it:
 
 <!-- needs: CHD -->
 ```sh
-python -m kafjax.main --config configs/chd_pretrain.py --config.batch_size=16
+kafjax train --config chd_pretrain --config.batch_size=16
 ```
 
-`configs/<dataset>_pretrain.py`, `_finetune.py` and `_scratch.py` are the paper's runs on CHD and
-ACDC, and small ones on phantoms; `phantom_small` is smaller still, for `kafjax.experiment --small`.
-`own_pretrain.py` and `own_finetune.py` are for your own scans: fine-tuning has the pieces of a
-strong baseline, each a field that any other config can switch on. `_scratch` is `_finetune` without
-`init_from`, as is `own_finetune.py:scratch`. A name after a colon chooses the method of
-pretraining, as in `configs/chd_pretrain.py:simclr` ([methods](#methods)). Every field is checked
-before a run starts: its name, type and range, and that fields fit each other. A pair is given as
-`--config.data.patch_size='(256, 256)'`.
+`<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
+on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. `own_pretrain` and
+`own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
+that any other config can switch on. They are the files
+of `configs/`, which is installed as `kafjax.configs`: `--config configs/chd_pretrain.py` finds the
+shipped file where the current folder has none. A name after a colon chooses the method of
+pretraining, as in `chd_pretrain:simclr` ([methods](#methods)), or fine-tuning from fresh variables,
+without `init_from`, as in `chd_finetune:scratch`; `configs/chd_scratch.py` is the older name of
+that. Every field is checked before a run starts: its name, type and range, and that fields fit each
+other. A pair is given as `--config.data.patch_size='(256, 256)'`.
 
 A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
 such field, and giving one is an error.
 
 This page is written by `python -m docs.configuration`.
+
+## Your own config
+
+A file anywhere, which takes a shipped config and states what differs; modules of its own folder can
+be imported too:
+
+```python
+from kafjax.configs import chd_finetune
+
+
+def get_config(start="pretrained"):
+    config = chd_finetune.get_config(start)
+    config.data.name = "liver"
+    config.data.patch_size = (320, 320)
+    config.model.num_classes = 3
+    return config
+```
+
+<!-- needs: your own data -->
+```sh
+kafjax train --config ~/study/liver.py:scratch
+```
 """
 _SECTIONS = {
     "": ("The run", ""),
@@ -72,13 +96,18 @@ _MEANINGS = {
     "data.dir": "Where prepared datasets are: the `--data_dir` of the preparation.",
     "data.patch_size": "What of a slice the network sees, in pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
-    "data.fold": "Which of the folds is kept for validation, from 0.",
+    "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
+    "data.validation": "Names of volumes or subjects to validate on, in place of folds.",
+    "data.splits_file": "nnU-Net's `splits_final.json`, whose fold `data.fold` is taken.",
     "data.num_folds": "How many folds the labelled subjects are cut into.",
-    "data.max_keypoints": "K of the preparation: the places for a slice's keypoints; checked.",
-    "data.radius": "Of the preparation, pixels within which keypoints correspond; checked.",
+    "data.max_keypoints": "K, the places for a slice's keypoints. The dataset has it: "
+    "checked where it is given.",
+    "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
+    "its share of a slice's K, or K where patches hold slices whole.",
+    "data.radius": "Pixels within which keypoints correspond. The dataset has it: checked "
+    "where it is given.",
     "model.name": "The network (5).",
-    "model.num_classes": "Of the dataset, with the background; checked.",
-    "model.head": "What follows the encoder; the task decides it.",
+    "model.num_classes": "With the background. The dataset has it: checked where it is given.",
     "model.filters": "f, the channels of the first level.",
     "model.num_attention_layers": "Of each KAF layer; of the whole encoder of `swin_unet`.",
     "model.embedding": "Size of the embeddings that are contrasted.",
@@ -128,6 +157,8 @@ _MEANINGS = {
     "every.log": "A line of metrics.",
     "every.checkpoint": "A checkpoint, beside those of validation, signals and the end.",
     "every.picture": "Pictures in TensorBoard.",
+    "checkpoint.select": "Checkpoint that evaluation and prediction take: the best by "
+    "validation, or the last.",
     "checkpoint.keep_newest": "How many.",
     "checkpoint.keep_best": "How many, by loss or (fine-tuning) validation Dice.",
 }
@@ -245,7 +276,7 @@ def _methods(methods: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "## Methods",
         "",
-        "After a colon behind any `configs/*_pretrain.py`; the default is `kaf`, the paper's. The",
+        "After a colon behind any `*_pretrain`; the default is `kaf`, the paper's. The",
         "last column is how a method's config differs from it; [the method](method.md#6-losses)",
         "says what they are.",
         "",

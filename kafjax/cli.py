@@ -61,19 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first not in COMMANDS:
         return _fail(f"unknown command {first!r}; {_nearest(first)}")
     # What absl's --help prints above the flags: the module's text, and this name.
-    sys.modules["__main__"].__doc__ = ast.get_docstring(ast.parse(find_source(first).read_bytes()))
+    sys.modules["__main__"].__doc__ = ast.get_docstring(
+        ast.parse(find_source(COMMANDS[first].module).read_bytes())
+    )
     sys.argv = [f"kafjax {first}", *arguments[1:]]
     runpy.run_module(COMMANDS[first].module, run_name="__main__")
     return 0
 
 
-def find_source(command: str) -> Path:
-    """The file that a command runs."""
-    name = COMMANDS[command].module
-    spec = importlib.util.find_spec(name)
+def find_source(module: str) -> Path:
+    """The file that `python -m MODULE` runs."""
+    spec = importlib.util.find_spec(module)
     if spec is not None and spec.submodule_search_locations:
-        spec = importlib.util.find_spec(f"{name}.__main__")
-    assert spec is not None and spec.origin is not None, name
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    assert spec is not None and spec.origin is not None, f"no module {module}"
     return Path(spec.origin)
 
 

@@ -37,7 +37,6 @@ _kafjax() {
 compdef _kafjax kafjax
 """,
 }
-_FLAG = r"(--)?[a-z]\w*"
 _NAMES = {"--config": CONFIGS, "--table": TABLES}
 # What follows a command without dashes.
 _PARTS = {"completion": list(_SCRIPTS), "figures": ["keypoints", "similarity", "segmentation"]}
@@ -55,9 +54,9 @@ def complete(line: str) -> list[str]:
     return sorted(word for word in _candidates(before, current) if word.startswith(current))
 
 
-def flags_of(command: str) -> set[str]:
-    """The flags that a command defines, without dashes; those of absl itself are not among them."""
-    source = find_source(command)
+def flags_of(module: str) -> set[str]:
+    """The flags that `python -m MODULE` takes, without dashes and without absl's own."""
+    source = find_source(module)
     sources = [source, *source.parent.glob("flags.py")]
     return {name for path in sources for name in _flags(ast.parse(path.read_bytes()))}
 
@@ -75,7 +74,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterator[str]:
         if len(before) == 1:
             yield from _PARTS.get(before[0], ())
         if current.startswith("-"):
-            yield from (f"--{name}" for name in (*flags_of(before[0]), "help"))
+            yield from (f"--{name}" for name in (*flags_of(COMMANDS[before[0]].module), "help"))
 
 
 def _values(flag: str, text: str) -> Iterator[str]:
@@ -92,14 +91,13 @@ def _flags(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        first, name = node.args[0], ast.unparse(node.func)
-        if name.endswith("define_config"):
+        function, first = ast.unparse(node.func), getattr(node.args[0], "value", None)
+        if function.endswith("define_config"):
             yield "config"
-        if not (isinstance(first, ast.Constant) and re.fullmatch(_FLAG, str(first.value))):
-            continue
         # A name, a default and a help are a flag's, whatever the function is called there.
-        if "DEFINE_" in name or first.value.startswith("--") or len(node.args) == 3:
-            yield first.value.removeprefix("--")
+        is_flag = "DEFINE_" in function or len(node.args) == 3 or str(first).startswith("--")
+        if is_flag and isinstance(first, str) and re.fullmatch(r"(--)?[a-z]\w*", first):
+            yield first.removeprefix("--")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -47,6 +47,11 @@ def show_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for any stream: bytes that are no UTF-8 as `\\udcff`."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which then takes the place of `path`.

@@ -6,6 +6,7 @@ inputs' type.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,19 @@ def positive_pairs(
     if method == "pcl":
         return jnp.abs(position[:, None] - position[None, :]) < position_threshold
     raise ValueError(f"contrastive method is {method!r}, expected one of {CONTRASTIVE_METHODS}")
+
+
+def collapsed_loss(num_samples: int, temperature: float) -> float:
+    """`supervised_contrastive_loss` of two views of embeddings that are all alike.
+
+    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever the positives
+    and however many: ln(2 B - 1) T / 0.07.
+
+    Args:
+      num_samples: B, of the global batch.
+      temperature: T.
+    """
+    return math.log(2 * num_samples - 1) * temperature / BASE_TEMPERATURE
 
 
 def supervised_contrastive_loss(

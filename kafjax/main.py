@@ -18,7 +18,7 @@ from kafjax.config_files import define_config, given_config
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
-from kafjax.training.preflight import look
+from kafjax.training.preflight import look, with_classes
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 def _run(config: Any, workdir: Path) -> int | None:
     if _DESCRIBE.value:
         check_fields(config)
-        print(describe(config))
+        print(describe(with_classes(config)))
         return None
     _join_processes()
     if _CHECK.value:

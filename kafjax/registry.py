@@ -1,7 +1,7 @@
 """Tables of things by name to which users add their own."""
 
 from collections import UserDict
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -20,6 +20,6 @@ class Registry(UserDict[str, T]):
             )
         super().__setitem__(name, item)
 
-    def __ior__(self, other: Any) -> Any:
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
         self.update(other)
         return self

@@ -1,6 +1,7 @@
 """Tiny pretraining runs for tests: a config, batches, and the command in a process of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset
-from kafjax.training.preflight import split_run
+from kafjax.training.preflight import complete_config, split_run
 from kafjax.workdir.split import describe_split, write_split
 from kafjax.workdir.workdir import Workdir
 
@@ -46,6 +47,16 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
     return config
 
 
+def command_environment(folder: Path) -> dict[str, str]:
+    """An environment in which `kafjax` and `python` are this clone's; `folder` is made for it."""
+    folder.mkdir(exist_ok=True)
+    command = folder.absolute() / "kafjax"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kafjax "$@"\n')
+    command.chmod(0o755)
+    places = (str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(places)}
+
+
 def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     """A pretraining batch of noise, 32 x 32, with about 70 % real keypoints."""
     rng = np.random.default_rng(seed)
@@ -73,11 +84,20 @@ def write_run(
 ) -> None:
     """A workdir as a run leaves it: its config, a checkpoint, and its split of a dataset if any."""
     folder = Workdir(workdir)
+    if dataset is not None:
+        config = complete_config(config, dataset)
     folder.write_config(config.to_dict())
     if dataset is not None:
         write_split(folder, describe_split(split_run(config, dataset), dataset))
     with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(step, variables, metrics={}, data={})
+
+
+def free_address() -> str:
+    """HOST:PORT for processes of this machine to meet at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def start_command(

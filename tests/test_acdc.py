@@ -1,5 +1,6 @@
 """ACDC: which frames are volumes, their grid and intensities, and all faults of the folders."""
 
+import json
 import shutil
 
 import nibabel as nib
@@ -11,6 +12,7 @@ from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.faults import DatasetError
 from data_prep.prepare import prepare_dataset
+from data_prep.readers import reader_of
 from data_prep.volumes import inspect
 from kafjax.data.records import RecordReader, load_decoder
 from kafjax.data.splits import subject_of
@@ -34,11 +36,11 @@ def found_faults(raw_dir, reader=ACDC):
     return {fault.path.name: fault.found for fault in reader.find(raw_dir)[1]}
 
 
-def oracle(path, order):
-    """A file [x, y, z] on a grid of about 1.25 mm as [row, col, slice], and the pixels' edges."""
+def oracle(path, order, pixel):
+    """A file [x, y, z] on a grid of about `pixel` mm as [row, col, slice], and its edges."""
     values = np.asarray(nib.load(path).dataobj).astype(np.float64)
     size = [
-        int(np.floor(n * mm / 1.25 + 0.5)) for n, mm in zip(values.shape, SPACING, strict=False)
+        int(np.floor(n * mm / pixel + 0.5)) for n, mm in zip(values.shape, SPACING, strict=False)
     ]
     grid = np.meshgrid(
         *[
@@ -74,13 +76,14 @@ def test_the_two_labelled_frames_are_volumes(raw_dir):
     assert sources[1].label.name == "patient001_frame04_gt.nii.gz"
 
 
-@pytest.mark.parametrize("index", [0, 3])
-def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index):
-    source = ACDC.find(raw_dir)[0][index]
-    prepared = ACDC.prepare(ACDC.read(source))
+@pytest.mark.parametrize(("index", "pixel"), [(0, 1.25), (3, 1.25), (3, 2.7)])
+def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index, pixel):
+    reader = AcdcReader(pixel_spacing=pixel)
+    source = reader.find(raw_dir)[0][index]
+    prepared = reader.prepare(reader.read(source))
     volume = prepared.volume
-    image, (column_mm, row_mm) = oracle(source.image, 3)
-    label, _ = oracle(source.label, 1)
+    image, (column_mm, row_mm) = oracle(source.image, 3, pixel)
+    label, _ = oracle(source.label, 1, pixel)
     assert (volume.image.dtype, volume.label.dtype) == (np.float32, np.uint8)
     np.testing.assert_allclose(volume.image, image, rtol=1e-4, atol=0.05)
     assert (volume.label == label).mean() > 0.999
@@ -90,6 +93,13 @@ def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index):
     np.testing.assert_allclose(
         (prepared.mean, prepared.std), (image.mean(), image.std()), rtol=1e-4
     )
+
+
+def test_the_radius_is_the_same_in_millimetres_on_every_grid():
+    assert [AcdcReader(pixel_spacing=mm).radius for mm in (1.25, 2.5, 2)] == [30, 15, 19]
+    metadata = {"kind": "acdc", "pixel_spacing": 2.5}
+    assert reader_of(metadata) == AcdcReader(pixel_spacing=2.5)
+    assert reader_of({"kind": "acdc"}) == ACDC
 
 
 def test_reach_is_eighteen_percent_and_at_most_two():
@@ -156,8 +166,6 @@ def test_a_prepared_dataset_holds_floats_and_facts(raw_dir, tmp_path):
     volume = CINE.prepare(CINE.read(CINE.find(raw_dir)[0][0]))
     np.testing.assert_array_equal(first["image"][..., 0], volume.volume.image[:, :, 2])
     np.testing.assert_allclose((first["mean"], first["std"]), (volume.mean, volume.std), rtol=1e-6)
-    import json
-
     metadata = json.loads((directory / "metadata.json").read_text())
     expected = {"kind": "acdc", "radius": 30, "reach": 1, "pixel_spacing": 1.25}
     assert {key: metadata[key] for key in expected} == expected
@@ -194,6 +202,83 @@ def test_all_faults_of_names_and_info_are_found_at_once(spoilt):
             "is of another frame than Info.cfg's, 1 and 4",
         ),
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text.replace(b"\n", b"\r"),
+        lambda text: text.rstrip(b"\n"),
+        lambda text: text.decode().encode("utf-16"),
+        lambda text: b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n").rstrip(b"\r\n"),
+        lambda text: text + b"Name: M\xfcller\n",
+    ],
+    ids=["mark", "CRLF", "CR", "no end", "UTF-16", "all", "Latin-1"],
+)
+def test_info_of_any_system_is_read(spoilt, change):
+    path = spoilt / "patient001" / "Info.cfg"
+    path.write_bytes(change(b"ED: 1\nES: 4\n"))
+    sources, faults = ACDC.find(spoilt)
+    assert faults == []
+    assert len(sources) == 4
+
+
+def test_patients_that_are_named_otherwise_or_are_links_to_nothing_are_faults(spoilt):
+    (spoilt / "patient002").rename(spoilt / "Patient002")
+    (spoilt / "patient003").symlink_to("../elsewhere/patient003")
+    (spoilt / "Training").mkdir()
+    (spoilt / "patient001" / "Info.cfg").rename(spoilt / "patient001" / "info.cfg")
+    (spoilt / "copies" / "patient004").mkdir(parents=True)
+    shutil.copy(spoilt / "patient001" / "patient001_frame01.nii.gz", spoilt / "copies" / "a.nii.gz")
+    found = {fault.path.name: (fault.found, fault.stops) for fault in ACDC.find(spoilt)[1]}
+    assert found == {
+        "Patient002": ("its name is not one of a patient", True),
+        "patient003": ("is a link to ../elsewhere/patient003, which is not there", True),
+        "Training": ("its name is not one of this layout's", True),
+        "info.cfg": ("its name is not one of this layout's", True),
+        "Info.cfg": ("cannot be read (No such file or directory)", True),
+        "copies": ("is a folder that is not used, with 1 scans", False),
+    }
+
+
+def test_a_patient_twice_is_prepared_and_recorded(raw_dir, tmp_path):
+    raw = shutil.copytree(raw_dir, tmp_path / "raw")
+    for path in sorted((raw / "patient001").iterdir()):
+        target = raw / "patient009" / path.name.replace("patient001", "patient009")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    names = ["patient001_frame01", "patient009_frame01", "patient001_frame04", "patient009_frame04"]
+    pairs = [names[:2], names[2:]]
+
+    def prepare(**options):
+        return prepare_dataset(
+            ACDC,
+            raw,
+            tmp_path / "data",
+            name="acdc",
+            options=Options(max_keypoints=16),
+            num_workers=0,
+            **options,
+        )
+
+    with pytest.raises(DatasetError, match=r"has the same values as patient001_frame01\.nii\.gz"):
+        prepare(strict=True)
+    assert not (tmp_path / "data").exists()
+    for already in (False, True):
+        summary = prepare()
+        assert summary.already_prepared == already
+        assert [finding.path.name for finding in summary.findings] == [
+            f"{name}.nii.gz" for name in names[1::2]
+        ]
+        for finding, pair in zip(summary.findings, pairs, strict=True):
+            assert all(name in str(finding) for name in pair)
+    metadata = json.loads((summary.directory / "metadata.json").read_bytes())
+    assert metadata["equal_images"] == pairs
+    with pytest.raises(DatasetError, match="has the same values"):
+        prepare(strict=True)
+    assert summary.directory.exists()
 
 
 def test_a_folder_without_patients_or_cine_is_a_fault(tmp_path, spoilt):

@@ -1,13 +1,25 @@
 """A small sample of each campaign of faults: damage is caught, and what is sound passes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep.entries import list_entries
 from kafjax.training.config_checks import check_fields
-from tests.campaigns import checkpoints, datasets, degenerate, disks, hostile, runs, shards, volumes
+from tests.campaigns import (
+    checkpoints,
+    datasets,
+    degenerate,
+    disks,
+    folders,
+    hostile,
+    runs,
+    shards,
+    volumes,
+)
 from tests.campaigns.campaign import Settings, Tally, as_json, as_markdown
 from tests.campaigns.configs import _LINE, change_fields
 from tests.campaigns.damage import DAMAGES
@@ -27,7 +39,16 @@ def assert_held(tallies: list[Tally]) -> None:
 
 @pytest.mark.parametrize(
     "campaign",
-    [volumes.run_preparation, shards.run, datasets.run, checkpoints.run, hostile.run],
+    [
+        volumes.run_preparation,
+        folders.run_entries,
+        folders.run_texts,
+        folders.run_headers,
+        shards.run,
+        datasets.run,
+        checkpoints.run,
+        hostile.run,
+    ],
 )
 def test_a_sample_of_the_campaign_holds(campaign, tmp_path):
     assert_held(list(campaign(settings(tmp_path, 12))))
@@ -49,6 +70,22 @@ def test_what_is_believed_though_it_is_false_is_silent(tmp_path, monkeypatch):
     monkeypatch.setattr("kafjax.data.records._check_prepared", lambda directory, found: None)
     (damaged, *_) = shards.run(settings(tmp_path, 6))
     assert damaged.silent + damaged.unclear > 0
+
+
+def test_readers_that_pass_entries_over_are_found_out(tmp_path, monkeypatch):
+    for module in ("chd", "acdc", "nnunet"):
+        monkeypatch.setattr(
+            f"data_prep.{module}.list_entries",
+            lambda *args, **kwargs: dataclasses.replace(list_entries(*args, **kwargs), faults=()),
+        )
+    (tally,) = folders.run_entries(settings(tmp_path, 12))
+    assert tally.silent > 0
+
+
+def test_headers_that_are_mended_in_silence_are_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.nifti.header_problem", lambda *_: None)
+    (tally,) = folders.run_headers(settings(tmp_path, 60))
+    assert tally.silent > 0
 
 
 def test_a_checkpoint_without_hashes_would_be_believed(tmp_path, monkeypatch):

@@ -185,6 +185,20 @@ def test_phantoms_are_not_written_for_a_check(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+def test_columns_stay_apart_for_the_small_numbers_of_normalised_images(tmp_path):
+    write_nnunet(tmp_path, channels=("MR",))
+    for path in (tmp_path / "imagesTr").iterdir():
+        values = np.asarray(nib.load(path).dataobj).astype(np.float64)
+        values = 1e-6 * (values - values.mean()) / values.std()
+        save(path, values.astype(np.float32))
+    survey, _ = survey_dataset(open_nnunet(tmp_path), tmp_path, num_workers=0)
+    lines = [line for line in as_text(survey).splitlines() if line.startswith("intensity, perc")]
+    for line, spread in zip(lines, fingerprint(survey)["intensity"].values(), strict=True):
+        assert len(line) == 57
+        found = [float(number) for number in line.split()[3:]]
+        np.testing.assert_allclose(found, list(spread.values()), rtol=5e-3)
+
+
 def test_json_needs_check(tmp_path, capsys):
     arguments = ["--dataset", "chd", "--raw_dir", str(tmp_path), "--json", "a.json"]
     assert main(arguments) == 2

@@ -1,9 +1,7 @@
 """Completion of `kafjax` in shells."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from kafjax.cli import COMMANDS
 from kafjax.completion import complete, main
 from kafjax.config_files import TABLES, shipped_names
-from tests.runs import ROOT
+from tests.runs import command_environment
 
 
 @pytest.mark.parametrize(
@@ -29,7 +27,7 @@ from tests.runs import ROOT
         ("kafjax experiment --table ", shipped_names(TABLES)),
         ("kafjax train --workdir ", []),  # the shell then offers files
         ("kafjax train --config 'chd", []),
-        ("kafjax trian --", []),
+        ("kafjax trai --", []),
     ],
 )
 def test_words_at_the_cursor(line: str, words: list[str]) -> None:
@@ -60,13 +58,7 @@ def test_other_shells_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `kafjax` is this clone's."""
-    command = tmp_path / "bin" / "kafjax"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kafjax "$@"\n')
-    command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return command_environment(tmp_path / "bin")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

@@ -170,7 +170,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 )
 def test_mistakes_of_fine_tuning(fields: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError) as error:
-        check_fields(changed(phantom_finetune.get_config(), **fields))
+        check_fields(changed(phantom_finetune.get_config(), model__num_classes=8, **fields))
     assert str(error.value) == line
 
 

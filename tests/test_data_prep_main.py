@@ -1,9 +1,11 @@
 """The command line: what it prints, its exit status, and a disk that takes no more."""
 
 import errno
+import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.main import main
+from kafjax.data.input_pipeline import open_dataset
 from tests.raw_layouts import write_acdc
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +102,48 @@ def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, ca
 
 
 @pytest.mark.parametrize(
+    "name", ["a [b] *?", "c, 'd' \"e\" $f", "本 é", "l" * 240, os.fsdecode(b"\xff\xfe"), "-g"]
+)
+def test_any_path_that_the_system_allows_works(name, phantom_raw, tmp_path, capsys):
+    place = tmp_path / name
+    shutil.copytree(phantom_raw, place / "raw")
+    arguments = [
+        "--dataset",
+        "chd",
+        "--name",
+        "mine",
+        "--max_keypoints",
+        "16",
+        "--num_workers",
+        "0",
+    ]
+    arguments += ["--raw_dir", str(place / "raw")]
+    assert main([*arguments, "--data_dir", str(place / "data")]) == 0
+    command = capsys.readouterr().out.rpartition("Next: ")[2]
+    if name.isprintable():
+        assert f"--config.data.dir={place / 'data'}" in shlex.split(command)
+    assert len(open_dataset(place / "data", "mine").read(0).mask) == 16
+    assert main([*arguments, "--check", "--json", str(place / "found.json")]) == 0
+    assert json.loads((place / "found.json").read_bytes())["faults"] == []
+
+
+def test_a_tilde_is_the_home_folder(phantom_raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "raw").symlink_to(phantom_raw)
+    arguments = ["--dataset=chd", "--raw_dir=~/raw", "--data_dir=~/data", "--max_keypoints=16"]
+    assert main([*arguments, "--num_workers=0"]) == 0
+    assert f"in {tmp_path / 'data' / 'chd'}" in capsys.readouterr().out
+    assert open_dataset("~/data", "chd").directory == tmp_path / "data" / "chd" / "1.0.0"
+
+
+def test_a_missing_dataset_is_named_with_a_command_that_a_shell_takes(tmp_path):
+    with pytest.raises(ValueError, match="no prepared dataset here") as error:
+        open_dataset(tmp_path / "my data [1]", "chd")
+    command = shlex.split(str(error.value).splitlines()[-1])
+    assert command[-2:] == ["--data_dir", str(tmp_path / "my data [1]")]
+
+
+@pytest.mark.parametrize(
     ("arguments", "found"),
     [
         ("--dataset chd", "--raw_dir is missing"),
@@ -109,7 +154,9 @@ def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, ca
         ("--dataset nnunet --raw_dir /nowhere", "/nowhere: is not a folder"),
         ("--dataset nnunet --raw_dir . --radius 0", "radius is 0"),
         ("--dataset chd --raw_dir . --name My-data", "name is 'My-data'"),
+        (f"--dataset chd --raw_dir . --name {'a' * 61}", "name has 61 letters"),
         ("--dataset chd --raw_dir . --cine", "--cine is for --dataset acdc, not chd"),
+        ("--dataset acdc --raw_dir . --pixel_spacing 0", "pixel_spacing is 0; expected 0.1 to 10"),
         ("--dataset acdc --raw_dir . --radius 9", "--radius is for --dataset nnunet, not acdc"),
         ("--dataset chd --raw_dir . --size 64x64x8", "--size is for --dataset phantom, not chd"),
         ("--dataset phantom --num_subjects 0", "num_subjects is 0"),

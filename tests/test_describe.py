@@ -7,17 +7,17 @@ from kafjax.configs import chd_finetune, chd_pretrain
 from kafjax.training.describe import count_parameters, describe
 
 
-def acdc() -> ml_collections.ConfigDict:
+def segmentation(filters: int, num_classes: int) -> ml_collections.ConfigDict:
     config = chd_finetune.get_config()
-    config.model.update({"filters": 48, "num_classes": 4})
+    config.model.update({"filters": filters, "num_classes": num_classes})
     return config
 
 
 @pytest.mark.parametrize(
     ("config", "ours", "appendix"),
     [
-        (chd_finetune.get_config(), "71,467,264", "71,730,436"),
-        (acdc(), "106,546,624", "106,809,796"),
+        (segmentation(32, 8), "71,467,264", "71,730,436"),
+        (segmentation(48, 4), "106,546,624", "106,809,796"),
     ],
 )
 def test_table_ends_in_our_count_and_the_appendixs(

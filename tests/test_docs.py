@@ -7,9 +7,8 @@ must exist.
 """
 
 import ast
-import importlib.util
+import importlib
 import itertools
-import os
 import re
 import shlex
 import subprocess
@@ -26,9 +25,12 @@ from ml_collections import config_flags
 from data_prep.flags import make_parser, refuse_stray
 from data_prep.readers import READERS
 from docs import configuration
+from kafjax.cli import COMMANDS
+from kafjax.completion import flags_of
+from kafjax.config_files import find
 from kafjax.models import MODELS
 from kafjax.training.config_checks import check_fields
-from tests.runs import ROOT
+from tests.runs import ROOT, command_environment
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 LANGUAGES = ("sh", "python", "text", "bibtex")
@@ -71,7 +73,8 @@ def _commands(text: str) -> Iterator[list[str]]:
     lexer.whitespace_split = True
     for ends, words in itertools.groupby(lexer, lambda word: word in _ENDS):
         command = [] if ends else list(words)
-        yield from (inner for word in command if "python -m" in word for inner in _commands(word))
+        inner = (word for word in command if re.search(r"python -m |kafjax [a-z]", word))
+        yield from (words for word in inner for words in _commands(word))
         if command:
             yield command
 
@@ -88,13 +91,15 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def modules_run(block: Block) -> list[tuple[str, list[str]]]:
-    """What a block calls as `python -m MODULE ARGUMENTS`."""
-    return [
-        (words[i + 2], words[i + 3 :])
-        for words in block.commands
-        for i in range(len(words) - 2)
-        if words[i].endswith("python") and words[i + 1] == "-m"
-    ]
+    """What a block calls as `kafjax COMMAND ARGUMENTS` or `python -m MODULE ARGUMENTS`."""
+    found = []
+    for words in block.commands:
+        for i, word in enumerate(words):
+            if word == "kafjax" and words[i + 1][0] != "-":
+                found.append((COMMANDS[words[i + 1]].module, words[i + 2 :]))
+            elif word.endswith("python") and words[i + 1] == "-m":
+                found.append((words[i + 2], words[i + 3 :]))
+    return found
 
 
 CALLS = [
@@ -150,9 +155,14 @@ def test_commands_are_read_as_a_shell_does() -> None:
     text = (
         "for i in 0 1; do\n  X=1 python -m a --b=$i \\\n    --c='(1, 2)' > log &\ndone\n"
         "srun bash -c 'python -m d --e=$F'  # --g\n"
+        "until srun kafjax train --config x; do kafjax --help; done\n"
     )
     block = Block(ROOT, "sh", text, None)
-    assert modules_run(block) == [("a", ["--b=0", "--c=(1, 2)"]), ("d", ["--e=0"])]
+    assert modules_run(block) == [
+        ("a", ["--b=0", "--c=(1, 2)"]),
+        ("d", ["--e=0"]),
+        ("kafjax.main", ["--config", "x"]),
+    ]
 
 
 @pytest.mark.parametrize(("module", "arguments"), CALLS)
@@ -163,9 +173,11 @@ def test_commands_have_modules_flags_and_fields(
     for word in arguments:
         name = re.match(r"--(\w+)", word)
         assert not name or name[1] in known, f"{module} has no flag {word}"
-    if "--config" in arguments:
+    text = arguments[arguments.index("--config") + 1] if "--config" in arguments else "~"
+    if not text.startswith("~"):  # a reader's own config
         # The parser of the commands themselves: types, names, and the method after a colon.
-        config = ["--config", arguments[arguments.index("--config") + 1]]
+        found = find(text)
+        config = ["--config", ":".join(filter(None, (str(found.path), found.variant)))]
         config += [word for word in arguments if word.startswith("--config.")]
         monkeypatch.setattr(sys, "argv", ["program", *config])
         values = flags.FlagValues()
@@ -174,25 +186,6 @@ def test_commands_have_modules_flags_and_fields(
         check_fields(flag.value)
     if module == "data_prep.main":
         refuse_stray(make_parser().parse_args(arguments))
-
-
-def flags_of(module: str) -> set[str]:
-    """The flags that a command's source defines, its package's `flags.py` included."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None, f"no module {module}"
-    assert spec.origin is not None
-    source = Path(spec.origin)
-    source = source.with_name("__main__.py") if source.name == "__init__.py" else source
-    shared = source.with_name("flags.py")
-    names = set()
-    for path in (source, *([shared] if shared.exists() else [])):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                name, text = ast.unparse(node.func), str(node.args[0].value)
-                # A name, a default and a help are a flag's, whatever defines it is called there.
-                if "DEFINE_" in name or text.startswith("--") or len(node.args) == 3:
-                    names.add(text.removeprefix("--"))
-    return names
 
 
 @pytest.mark.parametrize("command", ["make", "pip"])
@@ -211,10 +204,7 @@ def test_targets_and_extras_exist(command: str) -> None:
 def run_blocks(page: Path, needs: tuple[str | None, ...]) -> None:
     """Runs a page's blocks in order, in the current folder; Python in one namespace."""
     namespace = {"__name__": f"docs.{page.stem}"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    if not Path("configs").exists():
-        Path("configs").symlink_to(ROOT / "configs")
+    environment = command_environment(Path("bin"))
     for block in blocks(page):
         if block.needs not in needs:
             continue

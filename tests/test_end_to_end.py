@@ -1,7 +1,6 @@
 """Whole runs of the command on files of their own: resume bit for bit, signals, processes."""
 
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from kafjax.checkpoint import checkpointer as checkpoint
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.step import init_state, make_optimizer
 from kafjax.workdir.metrics import read_metrics
-from tests.runs import PLAIN, run_command, start_command, tiny_config
+from tests.runs import PLAIN, free_address, run_command, start_command, tiny_config
 
 # Steps of four pairs take half the time; the signal needs a run that does not end before it comes.
 LONG = ("--config.batch_size=4", "--config.num_epochs=1000")
@@ -100,9 +99,7 @@ def test_two_processes_train_as_one_of_two_devices(phantom_dataset: Path, tmp_pa
         *(f"--config.{field}={value}" for field, value in PLAIN.items()),
         "--config.num_steps=2",
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = free_address()
     together = [
         start_command(
             phantom_dataset,

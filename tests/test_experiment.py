@@ -18,6 +18,8 @@ from kafjax.study.experiment import format_plan, make_experiment, parse_shard
 from kafjax.study.jobs import Slot, run_jobs
 from kafjax.study.plan import Experiment, Planned, Row, Table, is_pretrained
 from kafjax.study.results import collect, draw, format_csv, mean_of, write_results
+from kafjax.workdir.scores import describe_run
+from kafjax.workdir.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 FILES = [f"configs/tables/{name}.py" for name in shipped_names(TABLES)]
@@ -190,7 +192,16 @@ def fake_runs(ours: Experiment, dice: dict[tuple[str, Run], float]) -> None:
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
         line = {"step": 1, "epoch": config.num_epochs}
         (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        found = {"step": 1, "pooled_dice": {"mean": value}, "chance": 0.125, "by_class": {}}
+        found = {
+            "step": 1,
+            "checkpoint": "last",
+            "split": "validation",
+            "run": describe_run(Workdir(workdir), config.to_dict()),
+            "pooled_dice": {"mean": value},
+            "chance": 0.125,
+            "by_class": {},
+            "by_volume": {},
+        }
         (workdir / "evaluation.json").write_text(json.dumps(found))
 
 
@@ -213,8 +224,9 @@ DICE = {  # by row and M, of (fold, seed) in order
 }
 
 
-def two_rows(tmp_path: Path) -> Experiment:
-    ours = experiment(tmp_path, TWO_ROWS, folds=[0, 3], seeds=[0, 1])
+def two_rows(tmp_path: Path, dataset: Path) -> Experiment:
+    data_dir = str(dataset.parents[1])
+    ours = experiment(tmp_path, TWO_ROWS, folds=[0, 3], seeds=[0, 1], data_dir=data_dir)
     numbers = [(0, 0), (0, 1), (3, 0), (3, 1)]
     fake_runs(
         ours,
@@ -227,9 +239,9 @@ def two_rows(tmp_path: Path) -> Experiment:
     return ours
 
 
-def test_means_errors_and_differences(tmp_path: Path) -> None:
+def test_means_errors_and_differences(tmp_path: Path, phantom_dataset: Path) -> None:
     """By hand: of 0.1, 0.2, 0.3, 0.4 the variance is 0.05 / 3, the error its root by 2."""
-    lines = collect(two_rows(tmp_path)).lines
+    lines = collect(two_rows(tmp_path, phantom_dataset)).lines
     plain_2, plain_4, wide_2, wide_4 = lines
     assert plain_2.mean == pytest.approx((0.25, (0.05 / 3) ** 0.5 / 2, 4))
     assert plain_2.folds == pytest.approx((0.15, 0.35))
@@ -247,8 +259,8 @@ def test_means_errors_and_differences(tmp_path: Path) -> None:
     assert mean_of([0.5]) == (0.5, None, 1)
 
 
-def test_tables_and_plots_are_written_alike(tmp_path: Path) -> None:
-    ours = two_rows(tmp_path)
+def test_tables_and_plots_are_written_alike(tmp_path: Path, phantom_dataset: Path) -> None:
+    ours = two_rows(tmp_path, phantom_dataset)
     markdown = write_results(ours, "two", "kafjax experiment --table two.py")
     lines = markdown.splitlines()
     assert (
@@ -284,8 +296,8 @@ def test_experiments_without_any_run_are_collected(tmp_path: Path) -> None:
     assert draw(ours, collect(ours)).axes[0].get_yticklabels()[0].get_text() == "kaf"
 
 
-def test_damaged_evaluations_are_named(tmp_path: Path) -> None:
-    ours = two_rows(tmp_path)
+def test_damaged_evaluations_are_named(tmp_path: Path, phantom_dataset: Path) -> None:
+    ours = two_rows(tmp_path, phantom_dataset)
     (ours.row_dir(TWO_ROWS.rows[0]) / "fold0_M2_seed0" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"fold0_M2_seed0/evaluation.json: damaged"):
         collect(ours)

@@ -43,7 +43,12 @@ def runs(
     for config in (pretraining, finetuning):
         config.update_from_flattened_dict({**TINY, "data.dir": str(phantom_dataset.parents[1])})
     finetuning.update_from_flattened_dict(
-        {"model.name": "unet", "data.num_folds": 2, "data.num_labeled": 1}
+        {
+            "model.name": "unet",
+            "model.num_classes": 8,
+            "data.num_folds": 2,
+            "data.num_labeled": 1,
+        }
     )
     tasks = {"kaf": Pretraining(pretraining), "plain": Segmentation(finetuning)}
     for (name, task), config in zip(tasks.items(), (pretraining, finetuning), strict=True):

@@ -302,6 +302,65 @@ def test_pairs_move_keypoints_with_pixels_and_keep_correspondences(patch_size):
     assert (masked > 0) == (min(np.subtract(patch_size, dataset.size)) < 0)
 
 
+def pixels_at(image, keypoints, mask):
+    return image[tuple(keypoints[mask].T)][:, 0].tolist()
+
+
+@pytest.mark.parametrize("places", [5, 16, 99])
+def test_keypoints_outside_the_patch_take_no_places(places):
+    dataset = CoordinateDataset((5, 25))
+    full = 0
+    for sample in range(30):
+        at = {"sample": sample, "record": sample, "patch_size": (12, 16), "seed": 1}
+        sparse, pair = (make_pair(dataset, **at, patch_keypoints=p) for p in (None, places))
+        p = min(places, 16)
+        assert pair["keypoints"].shape == (2, p, 2)
+        assert pair["correspondence"].shape == (p,)
+        np.testing.assert_array_equal(pair["image"], sparse["image"])
+        np.testing.assert_array_equal(pair["record"], sparse["record"])
+        matched = []
+        for one in (sparse, pair):
+            first, second = (one["image"][v][tuple(one["keypoints"][v].T)][:, 0] for v in range(2))
+            linked = np.flatnonzero(one["correspondence"] >= 0)
+            ends = one["correspondence"][linked]
+            assert one["keypoint_mask"][0, linked].all()
+            assert one["keypoint_mask"][1, ends].all()
+            matched.append(Counter(zip(first[linked], second[ends], strict=True)))
+        for view in range(2):
+            count = int(pair["keypoint_mask"][view].sum())
+            inside = int(sparse["keypoint_mask"][view].sum())
+            assert count == min(inside, p)
+            assert pair["keypoint_mask"][view, :count].all()  # real ones come first
+            views = [
+                (one["image"][view], one["keypoints"][view], one["keypoint_mask"][view])
+                for one in (sparse, pair)
+            ]
+            kept, there = (Counter(pixels_at(*v)) for v in views[::-1])
+            assert kept <= there
+            full += inside > p
+        if full == 0:
+            assert matched[0] == matched[1]
+        assert matched[1] <= matched[0]
+    assert (full > 0) == (places == 5)
+
+
+def test_patches_that_hold_slices_whole_keep_every_place():
+    dataset = CoordinateDataset()
+    for make in (make_pair, make_labelled):
+        at = {"sample": 3, "record": 4, "patch_size": (24, 32), "seed": 1}
+        assert_same([make(dataset, **at, patch_keypoints=16)], [make(dataset, **at)])
+
+
+def test_labelled_slices_keep_the_strongest_keypoints_where_their_order_tells():
+    dataset = CoordinateDataset(k=16)
+    dataset.metadata["keypoint_order"] = "strength"
+    for record in range(12):
+        at = {"sample": 0, "record": record, "patch_size": (20, 30), "seed": None}
+        found = make_labelled(dataset, **at, patch_keypoints=4)
+        source = dataset.read(record)
+        np.testing.assert_array_equal(found["keypoints"], source.keypoints[source.mask][-4:])
+
+
 def test_a_slice_alone_in_its_volume_is_its_own_neighbour():
     dataset = CoordinateDataset((1,))
     pair = make_pair(dataset, 0, 0, patch_size=(20, 30), seed=0)

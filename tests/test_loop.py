@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import phantom_scratch
 from kafjax.checkpoint.checkpointer import load_variables, saved_steps
 from kafjax.checkpoint.files import read_meta, read_state
+from kafjax.configs import phantom_scratch
 from kafjax.data.input_pipeline import BatchOptions, evaluation_batches
+from kafjax.losses import collapsed_loss
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training import loop as train_module
+from kafjax.training import plateau
 from kafjax.training.loop import train
 from kafjax.training.preflight import open_run_dataset, split_run
 from kafjax.training.step import init_state, make_optimizer
@@ -28,8 +30,10 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
     return runs.tiny_config(dataset, **{"every.picture": 0, **overrides})
 
 
-def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
-    """A stand-in for `make_update` whose step only counts, with a chosen loss."""
+def steps_of(
+    loss: Callable[[int], float], others: Mapping[str, Callable[[int], float]] | None = None
+) -> Callable[..., Any]:
+    """A stand-in for `make_update` whose step only counts, with a chosen loss and metrics."""
 
     def make_update(task: Any, optimizer: Any, *, average_decay: float) -> Callable[..., Any]:
         del task, optimizer, average_decay
@@ -37,8 +41,9 @@ def steps_of(loss: Callable[[int], float]) -> Callable[..., Any]:
         def update(state: Any, batch: Any, learning_rate: jax.Array, stop: jax.Array) -> Any:
             del batch, learning_rate
             step = int(state.step) + 1
-            metrics = {"loss": np.float32(loss(step)), "stop": stop[0]}
-            return state.replace(step=np.int32(step)), metrics
+            values = {"loss": loss, **(others or {})}
+            metrics = {name: np.float32(value(step)) for name, value in values.items()}
+            return state.replace(step=np.int32(step)), {**metrics, "stop": stop[0]}
 
         return update
 
@@ -91,6 +96,25 @@ def test_means_continue_over_a_resume(phantom_dataset: Path, tmp_path: Path) -> 
         assert train(config, tmp_path) is None
     # Step 4 ended the first run, which logs its last step.
     assert [row["step"] for row in read_metrics(tmp_path)] == [4, 5, 6]
+
+
+def test_a_run_on_the_plateau_says_so_once_and_at_its_end(
+    phantom_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    level = collapsed_loss(8, 0.1)
+    monkeypatch.setattr(plateau, "PLATEAU_STEPS", 3)
+    losses = steps_of(lambda step: 1.0, {"loss_cnn": lambda step: level if step != 5 else 1.0})
+    monkeypatch.setattr(train_module, "make_update", losses)
+    for num_steps in (7, 9):  # resumed in between
+        train(tiny_config(phantom_dataset, num_steps=num_steps, **{"every.log": 1}), tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    told = [line.split(": within")[0] for line in printed if "all embeddings are alike" in line]
+    assert told[:2] == ["step 3", "step 8"]
+    assert told[2].startswith("within 1 %")
+    assert len(told) == 3
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_slices(

@@ -8,6 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from kafjax.losses import (
+    collapsed_loss,
     cross_entropy,
     dice_loss,
     local_contrastive_loss,
@@ -279,3 +280,16 @@ SEGMENTATION_ON_FOUR_DEVICES = """
 
 def test_segmentation_losses_of_four_devices_are_those_of_one() -> None:
     assert run_on_four_devices(SEGMENTATION_ON_FOUR_DEVICES) == "equal\n"
+
+
+@pytest.mark.parametrize("n", [2, 8, 16])
+@pytest.mark.parametrize("threshold", [0.01, 0.35, 2.0])
+def test_embeddings_that_are_all_alike_have_one_loss_whatever_the_positives(
+    n: int, threshold: float
+) -> None:
+    views = np.ones((2, n, 4)) * np.random.default_rng(0).random((2, n, 1))  # lengths do not matter
+    position = jnp.linspace(0.1, 1, n)
+    positives = positive_pairs("pcl", position, position_threshold=threshold)
+    found = supervised_contrastive_loss(list(map(jnp.asarray, views)), positives, temperature=0.2)
+    np.testing.assert_allclose(found, collapsed_loss(n, 0.2), rtol=1e-5)
+    assert collapsed_loss(16, 0.1) == pytest.approx(4.906, abs=5e-4)

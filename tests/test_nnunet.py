@@ -1,5 +1,6 @@
 """nnU-Net's raw layout: what is a volume, by which rules, and all faults of the description."""
 
+import codecs
 import itertools
 import json
 import shutil
@@ -239,6 +240,95 @@ def test_all_faults_of_description_names_and_volumes_come_at_once(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be-mark"])
+def test_a_description_of_any_system_is_read(tmp_path, encoding):
+    write_nnunet(tmp_path, channels=("Käse",))
+    path = tmp_path / "dataset.json"
+    text = path.read_text().replace(", ", ",\r\n")
+    content = codecs.BOM_UTF16_BE + text.encode("utf-16-be") if "mark" in encoding else None
+    path.write_bytes(content or text.encode(encoding))
+    reader = open_nnunet(tmp_path)
+    assert reader.find(tmp_path)[1] == []
+    assert (reader.channel_name, len(reader.classes)) == ("Käse", 3)
+
+
+def test_labels_named_as_images_are_one_line_with_both_names(tmp_path):
+    write_nnunet(tmp_path, labelled=("a", "b"))
+    labels = tmp_path / "labelsTr"
+    (labels / "a.nii.gz").rename(labels / "a_0000.nii.gz")
+    shutil.copy(labels / "b.nii.gz", labels / "b_seg.nii.gz")
+    faults = open_nnunet(tmp_path).find(tmp_path)[1]
+    assert [f"{f.path.name}: {f.found}; {f.remedy}" for f in faults] == [
+        "a_0000.nii.gz: is named as its image, imagesTr/a_0000.nii.gz; rename it to a.nii.gz",
+        "b_seg.nii.gz: has no image in imagesTr; move it away: b_0000.nii.gz has labels, b.nii.gz",
+    ]
+
+
+def test_images_without_a_channel_are_known_by_their_labels(tmp_path):
+    write_nnunet(tmp_path, labelled=("amos_0001", "plain"))
+    train = tmp_path / "imagesTr"
+    (train / "amos_0001_0000.nii.gz").rename(train / "amos_0001.nii.gz")
+    (train / "plain_0000.nii.gz").rename(train / "plain.nii.gz")
+    sources, faults = open_nnunet(tmp_path).find(tmp_path)
+    assert sources == []
+    assert [f"{f.path.name}: {f.found}; {f.remedy}" for f in faults] == [
+        f"{stem}.nii.gz: has no channel in its name; rename it to {stem}_0000.nii.gz"
+        for stem in ("amos_0001", "plain")
+    ]
+
+
+def test_links_to_nothing_folders_and_the_images_as_labels_are_faults(tmp_path):
+    write_nnunet(tmp_path, labelled=("a", "b", "c"), unlabelled=("d",))
+    image = tmp_path / "imagesTr" / "a_0000.nii.gz"
+    image.unlink()
+    image.symlink_to("../.git/annex/objects/a")
+    label = tmp_path / "labelsTr" / "b.nii.gz"
+    label.unlink()
+    label.mkdir()
+    (tmp_path / "more").mkdir()
+    sources, faults = open_nnunet(tmp_path).find(tmp_path)
+    assert [source.id for source in sources] == ["c", "d"]
+    assert {(f.path.name, f.found, f.stops) for f in faults} == {
+        ("a_0000.nii.gz", "is a link to ../.git/annex/objects/a, which is not there", True),
+        ("b.nii.gz", "is a folder, though it is named as a scan", True),
+        ("more", "is a folder that is not used", False),
+    }
+    shutil.rmtree(tmp_path / "labelsTr")
+    (tmp_path / "labelsTr").symlink_to("imagesTr")
+    assert ("labelsTr", "is the same folder as imagesTr") in faults_of(tmp_path)
+
+
+def test_volumes_cut_in_other_planes_are_a_finding_in_check_and_preparation(tmp_path, capsys):
+    write_nnunet(tmp_path / "raw", labelled=("a", "b", "c"))
+    path = tmp_path / "raw" / "imagesTr" / "s_0000.nii.gz"
+    values = np.random.default_rng(0).integers(0, 99, (5, 40, 44), np.int16)
+    nib.save(nib.Nifti1Image(values, np.diag([-8.0, -0.6, 0.6, 1])), path)
+    arguments = ["--dataset", "nnunet", "--raw_dir", str(tmp_path / "raw"), "--num_workers", "0"]
+    line = f"note: {path}: is cut in sagittal slices, most other volumes in axial ones; "
+    assert main([*arguments, "--check"]) == 0
+    out, err = capsys.readouterr()
+    assert "cut in axial and sagittal slices" in out
+    assert err.startswith(line)
+    assert main([*arguments, "--check", "--strict"]) == 2
+    assert capsys.readouterr().err.startswith(line.replace("note", "error"))
+    data = ["--data_dir", str(tmp_path), "--max_keypoints", "16"]
+    for _ in ("new", "already there"):
+        assert main([*arguments, *data]) == 0
+        assert capsys.readouterr().err.startswith(line)
+    metadata = json.loads((tmp_path / "nnunet" / "1.0.0" / "metadata.json").read_bytes())
+    assert metadata["planes"] == ["axial", "sagittal"]
+    assert metadata["volumes"]["s"]["plane"] == "sagittal"
+
+
+def test_long_names_of_any_script_are_splits_of_their_own():
+    cases = [character * n for character in "a本" for n in (100, 121, 200)]
+    names = {split_name(case) for case in (*cases, *(case + "b" for case in cases))}
+    assert len(names) == 12
+    assert max(map(len, names)) == 120
+    assert split_name("a" * 120) == "a" * 120
+    assert split_name("\udcff" * 40) != split_name("\udcfe" * 40)
+
+
 def test_labels_beyond_the_classes_are_a_fault(tmp_path):
     write_nnunet(tmp_path, labels={"background": 0, "ventricles": 1})
     reader = open_nnunet(tmp_path)
@@ -277,6 +367,7 @@ def test_a_folder_is_prepared_under_a_name_of_its_own(tmp_path, capsys):
     assert main([*arguments, "--data_dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"Prepared 3 volumes, 18 slices, in {tmp_path / 'heart' / '1.0.0'}" in out
+    assert "with labels: 2 of 3 volumes\n" in out
     assert "channel_name: T2\nintensity: zscore\n" in out
     assert (
         "Next: kafjax train --config chd_pretrain --config.data.name=heart "

@@ -293,6 +293,8 @@ def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
             {
                 "model.filters": 4,
                 "model.num_attention_layers": 2,
+                "model.num_classes": 8,
+                "data.max_keypoints": 64,
                 "data.dir": str(phantom_dataset.parents[1]),
                 "data.patch_size": (48, 48),
                 "batch_size": 8,
@@ -399,3 +401,50 @@ def test_one_bad_file_of_ten(
     predict_files(runs, source, target, **options)
     assert f"Wrote {target / bad.name}" in capsys.readouterr().out
     assert len(list(target.iterdir())) == 20
+
+
+@pytest.mark.parametrize(
+    "name", ["a [b] *?", "c, 'd' $f", "本 é", "l" * 200, os.fsdecode(b"\xff\xfe"), "~"]
+)
+def test_any_path_of_scans_and_results_works_and_again(
+    name: str,
+    runs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(predict, "load_predictor", lambda *_, **__: Random(0))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    place = tmp_path / "home" if name == "~" else tmp_path / name
+    (place / "in").mkdir(parents=True)
+    file_name = "s.nii.gz" if name == "~" else f"{name}.nii.gz"
+    scan(place / "in" / file_name, (9, 11, 2))
+    content = gzip.decompress((place / "in" / file_name).read_bytes())
+    (place / "in" / "plain.nii.gz").write_bytes(content)  # not compressed, though its name says so
+    (place / "in" / "broken.nii.gz").symlink_to("nowhere")
+    source, target = ("~/in", "~/out") if name == "~" else (place / "in", place / "out")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^these files .*\n  .*broken.nii.gz: is a link to now"
+        ):
+            predict_files(runs[:1], source, target)
+        written = sorted(path.name for path in (place / "out").iterdir())
+        assert written == sorted([file_name, "plain.nii.gz"])
+    first, second = (np.asanyarray(load(path).dataobj) for path in (place / "out").iterdir())
+    assert first.shape == (9, 11, 2)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_scan_cut_in_another_plane_than_the_runs_know_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(1).integers(-900, 900, (4, 9, 7)).astype(np.int16)
+    path = tmp_path / "sagittal.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.diag([-8.0, 1.7, 1.5, 1.0])), path)
+    job = prediction_files.Job(Source("s", path), tmp_path / "labels.nii.gz")
+    facts = {"kind": "nnunet", "channel": 0, "channel_name": "", "intensity": "zscore", "radius": 9}
+    for planes, told in ((["axial"], True), (["axial", "sagittal"], False), (None, False)):
+        known = {} if planes is None else {"planes": planes}
+        predict.predict_file(job, predictor_of(Corner(), **facts, **known))
+        expected = f"note: {path}: is cut in sagittal slices; the runs were trained on axial ones"
+        assert (expected in capsys.readouterr().err) == told

@@ -141,7 +141,7 @@ def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
 def test_an_output_of_another_format_is_never_a_folder(name: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "in", "a.nii.gz")
     for source in (folder, folder / "a.nii.gz"):
-        with pytest.raises(ValueError, match=r"output is .*; expected a"):
+        with pytest.raises(ValueError, match=r"output is .*; expected "):
             list_jobs(source, tmp_path / name, {"kind": "chd"})
     with pytest.raises(ValueError, match="expected a folder, as the input is one"):
         list_jobs(folder, tmp_path / "out.nii.gz", {"kind": "chd"})

@@ -20,7 +20,8 @@ SIZES = [(16, 16), (9, 20), (40, 33), (16, 17), (3, 3)]
 
 def tiny_config(**overrides: Any) -> Any:
     config = phantom_finetune.get_config()
-    tiny = {"model.name": "unet", "model.filters": 4, "data.patch_size": (16, 16), "batch_size": 4}
+    tiny = {"model.name": "unet", "model.filters": 4, "model.num_classes": 8}
+    tiny |= {"data.patch_size": (16, 16), "batch_size": 4}
     config.update_from_flattened_dict({**tiny, **overrides})
     return config
 
@@ -74,13 +75,34 @@ def test_keypoints_go_with_their_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tiles) > len(real)  # tiles overlap
 
 
+def test_tiles_have_no_more_places_than_their_keypoints_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "_PLACES_STEP", 4)
+    shapes = []
+
+    def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
+        shapes.append(batch["keypoint_mask"].shape[1])
+        return pixelwise(batch)
+
+    monkeypatch.setattr(inference, "make_predict", lambda task, variables: predict)
+    image, keypoints, mask = np.zeros((16, 40, 1), np.float32), np.zeros((30, 2), int), np.ones(30)
+    keypoints[:, 1] = np.arange(30)  # 16 in the first tile, 14 in the second, 6 in the last
+    predictor = Predictor(tiny_config(), {}, batch_size=1)
+    list(predictor.probabilities([(image, keypoints, mask.astype(bool))]))
+    assert set(shapes) == {16}
+    whole = image[:, :16], np.minimum(keypoints, 15), mask.astype(bool)
+    list(predictor.probabilities([whole]))
+    assert shapes[-1] == 30
+
+
 def test_probabilities_are_the_networks_softmax() -> None:
     config = tiny_config()
     variables = Segmentation(config).init()
     views = [random_view((16, 16), seed=i) for i in range(3)]
     found = np.stack(list(Predictor(config, variables, batch_size=2).probabilities(views)))
     inputs = [np.stack(field) for field in zip(*views, strict=True)]
-    logits = build_model(config.model).apply(variables, *inputs, train=False)
+    logits = build_model(config.model, head="segmentation").apply(variables, *inputs, train=False)
     np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
 

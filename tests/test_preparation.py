@@ -20,7 +20,8 @@ CHD = {
 
 def write_config(workdir: Path, data_dir: str) -> None:
     config = phantom_finetune.get_config()
-    config.data.dir = data_dir
+    config.data.update({"dir": data_dir, "max_keypoints": 64})
+    config.model.num_classes = 8
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
 
 

@@ -249,6 +249,25 @@ def test_faults_of_image_and_label_are_reported_together(tmp_path):
     assert [fault.path for fault in faults_of(source)] == [source.image, source.label]
 
 
+def test_a_label_whose_voxels_fit_is_not_to_be_resampled(tmp_path):
+    """Resampling by the wrong header would throw labels away and pass the next check."""
+    source = save_pair(tmp_path, 1001, label_affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    (fault,) = faults_of(source)
+    assert fault.remedy.startswith("do not resample it: its shape is the image's")
+    assert "save it with the image's affine" in fault.remedy
+    # The remedy, followed, keeps every label.
+    label = np.asarray(nib.load(source.label).dataobj)
+    save(source.label, label, nib.load(source.image).affine)
+    np.testing.assert_array_equal(CHD.read(source).label, label.transpose(1, 0, 2))
+
+
+def test_a_label_that_is_the_image_is_a_fault(tmp_path):
+    source = save_pair(tmp_path, 1001, image=random_label().astype(np.int16))
+    shutil.copy(source.image, source.label)
+    (fault,) = faults_of(source)
+    assert (fault.path, fault.found) == (source.label, "is the image itself")
+
+
 def test_a_rounding_difference_of_affines_is_no_fault(tmp_path):
     nudged = AFFINE.copy()
     nudged[:3, 3] += 1e-4

@@ -168,6 +168,15 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
     assert "fine: pair, step 2" not in text
 
 
+def test_a_run_on_the_plateau_is_named_on_the_page(tmp_path: Path) -> None:
+    workdir = write_run(tmp_path / "pre", phantom_pretrain.get_config())
+    row = {"step": 200, "loss": 9.0, "loss_cnn": 4.906}
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    page = make(tmp_path, [workdir])
+    assert any("all embeddings are alike: loss_cnn (200 steps)" in text for text in page.texts)
+
+
 def test_page_is_whole_accessible_and_loads_nothing(tmp_path: Path, runs: list[Path]) -> None:
     found = make(tmp_path, runs)
     first = (tmp_path / "report.html").read_bytes()
@@ -300,7 +309,9 @@ def test_samples_are_image_reference_and_predictions(
     phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = phantom_scratch.get_config()
-    workdir = write_run(tmp_path / "run", config, **{"data.dir": str(tmp_path / "gone")})
+    workdir = write_run(
+        tmp_path / "run", config, **{"data.dir": str(tmp_path / "gone"), "data.max_keypoints": 64}
+    )
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     worst, middle, best = list(dataset.volumes)[:3]
     write_evaluation(workdir, {worst: 0.1, middle: 0.5, best: 0.9})

@@ -72,7 +72,7 @@ def test_loss_is_cross_entropy_and_dice_of_the_batch_statistics(task, variables)
     config = phantom_finetune.get_config()
     config.update_from_flattened_dict(TINY)
     inputs = (batch[field] for field in ("image", "keypoints", "keypoint_mask"))
-    logits, updated = build_model(config.model).apply(
+    logits, updated = build_model(config.model, head="segmentation").apply(
         variables, *inputs, train=True, mutable=["batch_stats"]
     )
     logits = np.asarray(logits, np.float64)
@@ -203,9 +203,3 @@ def test_picture_shows_the_slice_and_its_labels_in_colour(task) -> None:
     assert (left == left[..., :1]).all()
     coloured = (right != right[..., :1]).any(-1)
     np.testing.assert_array_equal(coloured, batch["label"][0] > 0)
-
-
-def test_class_weights_of_another_number_of_classes_are_refused() -> None:
-    expected = r"class_weights is \(1\.0, 2\.0\), expected as many numbers as there are classes: 3"
-    with pytest.raises(ValueError, match=expected):
-        tiny_task(**{"loss.class_weights": (1.0, 2.0)})

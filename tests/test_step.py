@@ -26,7 +26,7 @@ from kafjax.training.step import (
     to_host,
     update_average,
 )
-from tests.runs import ROOT, XLA_FLAGS, random_batch, tiny_config
+from tests.runs import ROOT, XLA_FLAGS, free_address, random_batch, tiny_config
 
 NUM_KEYPOINTS = 16
 
@@ -56,26 +56,51 @@ np.savez(sys.argv[1], np.array(losses), *leaves)
 """
 
 
-def three_steps(devices: int, path: Path) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
-        "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+def start_python(devices: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts Python in the repository on simulated devices."""
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-c", THREE_STEPS, str(path)], env=environment, cwd=ROOT, text=True
+        [sys.executable, *arguments],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        text=True,
     )
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    """Waits for processes, all of which must succeed."""
+    try:
+        assert [process.wait(timeout=600) for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_eight_devices_train_as_one(tmp_path: Path) -> None:
     paths = {n: tmp_path / f"{n}.npz" for n in (1, 8)}
-    processes = [three_steps(n, path) for n, path in paths.items()]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    end(
+        [
+            start_python(n, "-c", THREE_STEPS, str(path), JAX_ENABLE_X64="1")
+            for n, path in paths.items()
+        ]
+    )
     one, eight = (np.load(path) for path in paths.values())
     assert len(one.files) > 100
     for name in one.files:
         np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+def test_shard_map_gives_the_bits_of_pmap_in_one_process_and_in_two(tmp_path: Path) -> None:
+    """Each process compares for itself, and asserts that replicated results are the same."""
+    address, module = free_address(), ("-m", "tests.shard_map")
+    alone, *both = (str(tmp_path / f"{name}.npz") for name in ("alone", "first", "second"))
+    processes = [start_python(4, *module, alone)]
+    processes += [start_python(2, *module, path, address, str(i)) for i, path in enumerate(both)]
+    end(processes)
+    one, first, second = (np.load(path) for path in (alone, *both))
+    for name in one.files:
+        assert first[name].tobytes() == second[name].tobytes()
+        np.testing.assert_allclose(first[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +236,19 @@ def test_later_steps_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> No
         state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
         assert (task.traces, int(to_host(state).step)) == (1, step + 1)
     assert returned == [True]
+
+
+def test_a_step_takes_the_memory_of_the_state_before_and_leaves_the_host_alone() -> None:
+    task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    host = init_state(task, optimizer)
+    expected = jax.tree.map(np.copy, host)
+    update, before = make_update(task, optimizer), replicate(host)
+    inputs = step_inputs({"x": np.ones(8, np.float32)}, 0.1)
+    update(before, *inputs)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    memory = update.lower(replicate(host), *inputs).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(host))
+    jax.tree.map(np.testing.assert_array_equal, host, expected)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives back on request")

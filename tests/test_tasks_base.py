@@ -1,5 +1,8 @@
 """What tasks share: keys by seed and sample, and microbatches against the whole batch."""
 
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -81,3 +84,22 @@ def test_microbatches_that_do_not_divide_the_batch_are_refused() -> None:
     variables, images = variables_and_images(4)
     with pytest.raises(ValueError, match="num_microbatches is 3, expected a divisor of the 4"):
         apply_training(MODEL, *variables.values(), (images,), num_microbatches=3)
+
+
+def test_tasks_and_the_step_import_no_reader() -> None:
+    """So that benchmarks, and users' own loops, need no more than JAX, Flax and Optax."""
+    script = """
+        import sys
+        from kafjax.tasks import TASKS
+        import kafjax.training.step
+        print({name.partition(".")[0] for name in sys.modules})
+    """
+    loaded = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    assert "'flax'" in loaded
+    for name in ("grain", "orbax", "tensorflow_datasets", "matplotlib", "tensorboardX", "cv2"):
+        assert f"'{name}'" not in loaded

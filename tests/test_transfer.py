@@ -13,7 +13,7 @@ from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
-from kafjax.training.transfer import check_facts_alike, start_from, transfer_encoder
+from kafjax.training.transfer import check_architecture, start_from, transfer_encoder
 from tests.runs import write_run
 
 TINY = {"model.filters": 4, "model.num_attention_layers": 2}
@@ -41,7 +41,7 @@ def pretrained() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
-    return Segmentation(tiny(phantom_finetune)).init()
+    return Segmentation(tiny(phantom_finetune, **{"model.num_classes": 8})).init()
 
 
 def test_encoder_and_its_statistics_are_taken_and_the_decoder_is_not(pretrained, fresh) -> None:
@@ -94,33 +94,44 @@ def test_a_run_starts_from_a_workdir(pretrained, fresh, tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, source[name], err_msg=name)
 
 
-def test_other_networks_and_datasets_are_refused_with_all_facts(tmp_path: Path) -> None:
+def test_other_networks_are_refused_with_all_differences(tmp_path: Path) -> None:
     config = tiny(
         phantom_pretrain,
-        **{"model.name": "unet", "model.filters": 6, "data.name": "chd", "data.radius": 9},
+        **{"model.name": "unet", "model.filters": 6, "data.name": "chd"},
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    with pytest.raises(ValueError, match="the run of another network or dataset") as error:
-        check_facts_alike(tmp_path, tiny(phantom_finetune))
+    with pytest.raises(ValueError, match="the run of another network") as error:
+        check_architecture(tmp_path, tiny(phantom_finetune))
     assert str(error.value).splitlines()[1:] == [
-        "  model.name: 'unet' there, 'kaf_unet' here",
         "  model.filters: 6 there, 4 here",
-        "  data.name: 'chd' there, 'phantom' here",
-        "  data.radius: 9 there, 20 here",
+        "  model.name: 'unet' there, 'kaf_unet' here",
+    ]
+
+
+def test_pretraining_on_other_data_is_legal_and_reported(pretrained, fresh, tmp_path: Path) -> None:
+    there = {"data.name": "acdc_cine", "data.radius": 30, "data.max_keypoints": 512}
+    write_run(tmp_path, tiny(phantom_pretrain, **there), pretrained)
+    here = {"data.radius": 20, "data.max_keypoints": 64}
+    _, report = start_from(tmp_path, tiny(phantom_finetune, **here), fresh)
+    assert str(report).splitlines()[-4:] == [
+        "  pretrained on other data:",
+        "  data.max_keypoints: 512 there, 64 here",
+        "  data.name: 'acdc_cine' there, 'phantom' here",
+        "  data.radius: 30 there, 20 here",
     ]
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json; expected the workdir of a run"):
-        check_facts_alike(tmp_path, tiny(phantom_finetune))
+        check_architecture(tmp_path, tiny(phantom_finetune))
     (tmp_path / "config.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"model\.name: 'absent' there"):
-        check_facts_alike(tmp_path, tiny(phantom_finetune))
+        check_architecture(tmp_path, tiny(phantom_finetune))
 
 
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_from is not given; .*chd_finetune:scratch"):
-        check_facts_alike(None, tiny(phantom_finetune))
+    with pytest.raises(ValueError, match=r"init_from is not given; .*NAME_finetune:scratch"):
+        check_architecture(None, tiny(phantom_finetune))
 
 
 def test_of_local_contrast_the_decoders_blocks_come_too(fresh, tmp_path) -> None:
@@ -144,7 +155,7 @@ def test_an_older_run_has_batch_norm_and_another_norm_is_refused(tmp_path: Path)
     del older.model.norm
     write_run(tmp_path, older, {"params": {"x": np.zeros(1)}, "batch_stats": {}})
     config = tiny(phantom_finetune)
-    check_facts_alike(tmp_path, config)
+    check_architecture(tmp_path, config)
     config.model.norm = "instance"
     with pytest.raises(ValueError, match=r"model\.norm: 'batch' there, 'instance' here"):
-        check_facts_alike(tmp_path, config)
+        check_architecture(tmp_path, config)

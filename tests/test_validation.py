@@ -36,6 +36,7 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
             "data.num_folds": 2,
             "model.name": "unet",
             "model.filters": 4,
+            "model.num_classes": 8,
             "every.log": 100,
             "every.picture": 0,
             "every.checkpoint": 100,
@@ -155,6 +156,23 @@ class Scores:
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "make_update", steps_that_only_count)
     monkeypatch.setattr(train_module, "Validation", Scores)
+
+
+def test_ten_steps_make_no_implicit_transfer(phantom_dataset: Path, tmp_path: Path) -> None:
+    """Real steps with their logs, pictures, validation and checkpoints."""
+    every = {
+        "every.log": 1,
+        "every.picture": 3,
+        "every.checkpoint": 4,
+        "every.validation_epochs": 1,
+    }
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+            jax.jit(lambda x: x)(np.ones(2))
+        assert train(tiny_config(phantom_dataset, num_steps=10, **every), tmp_path) is None
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "validation_dice" in row] == [3, 6, 9, 10]
 
 
 @pytest.mark.usefixtures("cheap")

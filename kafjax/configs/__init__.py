@@ -4,5 +4,10 @@ A wheel has that folder itself in this place (`package_dir` in setup.cfg), and n
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __path__ = [str(Path(__file__).parents[2] / "configs")]
+
+if TYPE_CHECKING:  # which does not follow the path
+
+    def __getattr__(name: str) -> Any: ...

@@ -27,6 +27,7 @@ from data_prep.faults import DatasetError
 from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
+from kafjax.files import printable
 from kafjax.inference.prediction_files import Job, list_jobs, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
@@ -177,7 +178,7 @@ def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
     seen = predictor.preparation.get("planes")
     if predictor.reader.one_plane and seen and volume.plane not in seen:
         print(
-            f"note: {path}: is cut in {volume.plane} slices; the runs were trained on "
+            f"note: {printable(path)}: is cut in {volume.plane} slices; the runs were trained on "
             f"{' and '.join(seen)} ones and may not know what it shows",
             file=sys.stderr,
             flush=True,
@@ -226,10 +227,10 @@ def predict_files(
                 predict_file(job, predictor, title=f"{number}/{len(todo)} {job.source.image.name}")
             except DatasetError as error:
                 faults += [f"  {fault}" for fault in str(error).splitlines()]
-                faulty = job.source.image
+                faulty = printable(job.source.image)
                 print(f"{faulty}: could not be predicted, going on", flush=True)
             else:
-                print(f"Wrote {job.labels}", flush=True)
+                print(f"Wrote {printable(job.labels)}", flush=True)
     if faults:
         raise ValueError("\n".join(["these files could not be predicted:", *faults]))
 

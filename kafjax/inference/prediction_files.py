@@ -88,8 +88,9 @@ def list_jobs(
       ValueError: there is nothing to predict, or the output cannot be one.
     """
     _check_target(target, folder_given=source.is_dir())
+    faults: list[Fault] = []
     if not source.is_dir():
-        paths, faults = [source], []
+        paths = [source]
         if not os.path.lexists(source):
             raise ValueError(f"{source}: no such file or folder")
         if not is_scan_name(source.name):
@@ -158,7 +159,8 @@ def _list_folder(
     source: Path, target: Path, preparation: Preparation
 ) -> tuple[list[Path], list[Fault]]:
     """What is named as a scan and can be read, and what is said of all else."""
-    entries = list_entries(source, used=_DESCRIPTIONS.get(preparation["kind"], ()))
+    described = _DESCRIPTIONS.get(preparation["kind"], ())
+    entries = list_entries(source, used=[n for n in described if (source / n).is_file()])
     faults = list(entries.faults)
     results = target.resolve()
     for folder in entries.folders:
@@ -210,7 +212,8 @@ def _no_scan(path: Path, preparation: Preparation) -> Fault:
 def _job(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Job:
     labels = target
     if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
-        labels = target / f"{name.result}{_SUFFIX.search(path.name)[0]}"
+        suffix = path.name.removeprefix(_SUFFIX.sub("", path.name))
+        labels = target / f"{name.result}{suffix}"
     return Job(
         Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
     )

@@ -82,18 +82,23 @@ class SegmentationNetwork(nn.Module):
 
 
 def build_model(
-    config: Any, *, axis_name: str | None = None, heads: tuple[str, ...] = PRETRAINING_HEADS
+    config: Any,
+    *,
+    head: str | None = None,
+    axis_name: str | None = None,
+    heads: tuple[str, ...] = PRETRAINING_HEADS,
 ) -> nn.Module:
     """Builds a network from `config.model`.
 
     Args:
-      config: with the fields `name` (one of `MODELS`), `head` (one of `HEADS`), `filters`,
+      config: with the fields `name` (one of `MODELS`), `filters`,
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
         computation; parameters and statistics are at least float32), `remat` (compute blocks again
         in the backward pass in place of keeping what is inside them), `norm` (of maps, one of
         `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
         `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
         `num_decoder_blocks`.
+      head: one of `HEADS`; by default `config.head`.
       axis_name: the mapped axis whose devices share batch statistics.
       heads: of the pretraining network, those of 'cnn', 'kaf' and 'matching' that it shall have.
 
@@ -102,7 +107,8 @@ def build_model(
         off; local contrast of a network without the UNet's decoder.
     """
     _check_choice("name", config.name, MODELS)
-    _check_choice("head", config.head, HEADS)
+    head = config.head if head is None else head
+    _check_choice("head", head, HEADS)
     _check_choice("dtype", config.dtype, DTYPES)
     if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
         raise ValueError(
@@ -120,7 +126,7 @@ def build_model(
         norm=norm,
         **common,
     )
-    if config.head == "pretraining":
+    if head == "pretraining":
         return PretrainingNetwork(
             encoder,
             config.embedding,
@@ -129,7 +135,7 @@ def build_model(
             heads=heads,
             **common,
         )
-    if config.head == "local_contrast":
+    if head == "local_contrast":
         _check_choice("name", config.name, LOCAL_MODELS)
         blocks = UNetDecoder(
             0, remat=config.remat, num_blocks=config.num_decoder_blocks, norm=norm, **common

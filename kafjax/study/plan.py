@@ -90,11 +90,12 @@ class Phantoms(NamedTuple):
 
     num_subjects: int
     size: str
+    max_keypoints: int
 
 
 PHANTOMS = {
-    "phantom": Phantoms(10, "64x64x24"),
-    "phantom_small": Phantoms(10, "48x48x16"),
+    "phantom": Phantoms(10, "64x64x24", 64),
+    "phantom_small": Phantoms(10, "48x48x16", 24),
 }
 # Subjects, and slices of each, for a plan without the dataset: ACDC's two frames have about 9.5
 # each, CHD's volumes 130 to 340.
@@ -240,7 +241,7 @@ class Experiment(NamedTuple):
             *("-m", "data_prep.main", "--dataset", "phantom", "--name", data.name),
             *("--data_dir", self.data_dir, "--raw_dir", f"{self.data_dir}/raw/{data.name}"),
             *("--num_subjects", str(phantoms.num_subjects), "--size", phantoms.size),
-            *("--max_keypoints", str(data.max_keypoints)),
+            *("--max_keypoints", str(phantoms.max_keypoints)),
         )
         yield Planned(
             self._job(

@@ -22,6 +22,7 @@ from kafjax.files import write_text
 from kafjax.study.cross_validation import Run, collect_results, mean_and_std, tabulate
 from kafjax.study.plan import Experiment, Row
 from kafjax.training.describe import count_parameters
+from kafjax.training.preflight import with_classes
 
 _PLOTS = (".png", ".svg")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -180,7 +181,7 @@ def format_csv(experiment: Experiment, results: Results) -> str:
             *(row.name, row.model, row.pretraining, *(row.weights or (None,) * 3)),
             *(line.num_labeled, len(line.dice), mean.mean, mean.error, line.std),
             *(difference.mean, difference.error, *line.folds),
-            *(_paper(experiment, line), results.parameters[row.name]),
+            *(_paper(experiment, line), results.parameters.get(row.name)),
         ]
         body.append([None if value != value else value for value in values])
     return _csv([header, *body])
@@ -275,7 +276,7 @@ def _columns(experiment: Experiment, results: Results) -> dict[str, list[str]]:
         "Mean(Std)": [mean_and_std(line.mean and line.mean.mean, line.std) for line in lines],
         "Paper": [_paper(experiment, line) or "" for line in lines],
     }
-    if table.with_parameters:
+    if table.with_parameters and results.parameters:
         parameters = [results.parameters[line.row.name] for line in lines]
         columns["#params"] = [f"{number / 1e6:.1f} M" for number in parameters]
     return {name: cells for name, cells in columns.items() if any(cells)}
@@ -298,11 +299,15 @@ def _paper(experiment: Experiment, line: Line) -> str | None:
 
 
 def _count_parameters(experiment: Experiment) -> dict[str, int]:
+    """By row's name; none where the dataset, which knows the number of classes, is not there."""
     counts: dict[str, int] = {}
     for row in experiment.table.rows:
         if row.model not in counts:
             config = experiment.segmentation(row, experiment.seeds[0]).config()
-            counts[row.model] = sum(count_parameters(config).values())
+            try:
+                counts[row.model] = sum(count_parameters(with_classes(config)).values())
+            except ValueError:
+                return {}
     return {row.name: counts[row.model] for row in experiment.table.rows}
 
 

@@ -24,8 +24,18 @@ if TYPE_CHECKING:
     from kafjax.data.input_pipeline import BatchOptions, SliceDataset
     from kafjax.data.splits import Split
 
+Batch = dict[str, Any]  # of NumPy arrays on the host, of JAX arrays in a step
+Metrics = dict[str, jax.Array]
 
-def sample_keys(batch: dict[str, jax.Array]) -> jax.Array:
+# The head of each task's network.
+HEADS_OF_TASKS = {
+    "pretrain": "pretraining",
+    "local_contrast": "local_contrast",
+    "segment": "segmentation",
+}
+
+
+def sample_keys(batch: Batch) -> jax.Array:
     """A random key for each sample, [b], which the run's seed and the sample's number decide.
 
     The seed comes with the batch, so that runs of other seeds share one compiled step.
@@ -51,15 +61,16 @@ def make_model(config: Any, axis_name: str | None) -> nn.Module:
     are those whose loss has a weight.
     """
     axis_name = axis_name if config.sync_batch_norm else None
-    if config.model.head != "pretraining":
-        return build_model(config.model, axis_name=axis_name)
+    head = HEADS_OF_TASKS[config.task]
+    if head != "pretraining":
+        return build_model(config.model, head=head, axis_name=axis_name)
     heads = tuple(name for name, weight in config.loss.weights.items() if weight)
-    return build_model(config.model, axis_name=axis_name, heads=heads)
+    return build_model(config.model, head=head, axis_name=axis_name, heads=heads)
 
 
 def network_shapes(config: Any) -> dict[str, Any]:
     """Shapes and types of the variables of the run's network (`variable_shapes`)."""
-    return variable_shapes(make_model(config, None), *example_inputs(config.model.head))
+    return variable_shapes(make_model(config, None), *example_inputs(HEADS_OF_TASKS[config.task]))
 
 
 def apply_training(
@@ -136,6 +147,13 @@ class Task(abc.ABC):
         self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
 
+    @property
+    def patch(self) -> dict[str, Any]:
+        """The size of a patch, and its places for keypoints, as `make_pair` takes them."""
+        data = self._config.data
+        size = tuple(data.patch_size)
+        return {"patch_size": size, "patch_keypoints": data.get("patch_keypoints")}
+
     @abc.abstractmethod
     def batches(
         self,
@@ -151,24 +169,24 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """A sample of that record: a batch's fields without their first axis."""
 
     @abc.abstractmethod
-    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def augment(self, batch: Batch) -> Batch:
         """Transforms every sample, by keys that only seed and sample decide."""
 
     @abc.abstractmethod
     def loss(
-        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        self, params: Any, batch_stats: Any, batch: Batch
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """(loss, (metrics, new running statistics)) of a device's part of a batch."""
 
-    def predict(self, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def predict(self, variables: Any, batch: Batch) -> jax.Array:
         """Logits [b, h, w, d] of a device's part of a batch, not augmented."""
         raise NotImplementedError(f"{type(self).__name__} predicts no classes")
 
-    def count(self, variables: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Integers [b, ...] that add up over slices, and predicted classes [b, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} is not validated")
 
@@ -178,21 +196,21 @@ class Task(abc.ABC):
 
     def init(self) -> dict[str, Any]:
         """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        inputs = example_inputs(self._config.model.head)
+        inputs = example_inputs(HEADS_OF_TASKS[self._config.task])
         return init_variables(self._model, self._config.seed, *inputs)
 
-    def apply(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+    def apply(self, params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, Any]:
         """The network's outputs of an augmented batch, and its new running statistics."""
         inputs = tuple(batch[field] for field in ("image", "keypoints", "keypoint_mask"))
         parts = self._config.num_microbatches
         return apply_training(self._model, params, batch_stats, inputs, num_microbatches=parts)
 
-    def first_seen(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def first_seen(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first sample as training sees it, without the axis of samples."""
         first = jax.device_put({field: values[:1] for field, values in batch.items()})
         seen = jax.device_get(self._jitted_augment(first))
         return {field: values[0] for field, values in seen.items()}
 
     @abc.abstractmethod
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first sample as training sees it: name -> uint8 [h, w, 3]."""

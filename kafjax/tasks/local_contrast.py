@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from kafjax import augment
 from kafjax.intensity import change_intensity
 from kafjax.losses import local_contrastive_loss
-from kafjax.tasks.base import make_transform, sample_keys
+from kafjax.tasks.base import Batch, Metrics, make_transform, sample_keys
 from kafjax.tasks.pretraining import Pretraining
-
-Metrics = dict[str, jax.Array]
 
 
 class LocalContrast(Pretraining):
@@ -36,7 +34,7 @@ class LocalContrast(Pretraining):
         super().__init__(config, axis_name=axis_name)
         self._transform = make_transform(augment.augment_view, config)
 
-    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def augment(self, batch: Batch) -> Batch:
         """Two views of every anchor: one spatial transform for both, intensities of their own.
 
         Pixels of the two show the same places, and keypoints correspond to themselves.
@@ -55,7 +53,7 @@ class LocalContrast(Pretraining):
         return {**batch, **dict(zip((*fields, "correspondence"), moved, strict=True))}
 
     def loss(
-        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+        self, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """The loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)

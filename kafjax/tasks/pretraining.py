@@ -15,15 +15,13 @@ import numpy as np
 from kafjax import augment, losses
 from kafjax.assignment import matching_loss
 from kafjax.models import PretrainingOutput
-from kafjax.tasks.base import Task, make_transform, sample_keys
+from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 
 if TYPE_CHECKING:
     import grain
 
     from kafjax.data.input_pipeline import BatchOptions, SliceDataset
     from kafjax.data.splits import Split
-
-Metrics = dict[str, jax.Array]
 
 
 def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Array) -> Metrics:
@@ -73,14 +71,13 @@ class Pretraining(Task):
 
         return pretraining_batches(dataset, options, volumes=split.train, start_step=start_step)
 
-    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """The record's slice with a neighbour."""
         from kafjax.data.input_pipeline import make_pair
 
-        size, seed = tuple(self._config.data.patch_size), self._config.seed
-        return make_pair(dataset, 0, record, patch_size=size, seed=seed)
+        return make_pair(dataset, 0, record, seed=self._config.seed, **self.patch)
 
-    def augment(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def augment(self, batch: Batch) -> Batch:
         """Transforms both views of every sample, by keys that only seed and sample decide."""
         fields = ("image", "keypoints", "keypoint_mask")
         image, keypoints, mask = (batch[field] for field in fields)
@@ -93,7 +90,7 @@ class Pretraining(Task):
         return {**batch, **stacked, "correspondence": correspondence}
 
     def loss(
-        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+        self, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """The total loss of a training step, its metrics, and the new running statistics."""
         batch = self.augment(batch)
@@ -112,7 +109,7 @@ class Pretraining(Task):
         }
         return total, (metrics, batch_stats)
 
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
         from kafjax.drawing.figures import draw_pair  # matplotlib is needed for nothing else here
 
@@ -132,9 +129,7 @@ class Pretraining(Task):
             config.method, position, position_threshold=config.position_threshold
         )
 
-    def _terms(
-        self, output: PretrainingOutput, batch: dict[str, jax.Array], positives: jax.Array
-    ) -> Metrics:
+    def _terms(self, output: PretrainingOutput, batch: Batch, positives: jax.Array) -> Metrics:
         """The unweighted losses of the heads that there are: those whose weight is not 0."""
         config = self._config.loss
         contrastive = functools.partial(

@@ -13,16 +13,13 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
-from kafjax.tasks.base import Task, make_transform, sample_keys
+from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 
 if TYPE_CHECKING:
     import grain
 
     from kafjax.data.input_pipeline import BatchOptions, SliceDataset
     from kafjax.data.splits import Split
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 def changes_anything(config: Any) -> bool:
@@ -36,16 +33,6 @@ def changes_anything(config: Any) -> bool:
         intensity.probability if intensity is not None else 0,
     )
     return any(probabilities)
-
-
-def _check_weights(config: Any) -> None:
-    # Older runs have no loss to set.
-    weights = config.loss.class_weights if "loss" in config else None
-    if weights is not None and len(weights) != config.model.num_classes:
-        raise ValueError(
-            f"config.loss.class_weights is {tuple(weights)}, expected as many numbers as there are "
-            f"classes: {config.model.num_classes}"
-        )
 
 
 class Segmentation(Task):
@@ -66,7 +53,6 @@ class Segmentation(Task):
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
-        _check_weights(config)
         self._transform = None
         if changes_anything(config.augment):
             self._transform = make_transform(augment.augment_view, config)
@@ -84,12 +70,11 @@ class Segmentation(Task):
 
         return segmentation_batches(dataset, options, volumes=split.train, start_step=start_step)
 
-    def sample(self, dataset: "SliceDataset", record: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """The record's slice with its label."""
         from kafjax.data.input_pipeline import make_labelled
 
-        size, seed = tuple(self._config.data.patch_size), self._config.seed
-        return make_labelled(dataset, 0, record, patch_size=size, seed=seed)
+        return make_labelled(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms every slice with its label, by keys that only seed and sample decide."""
@@ -172,7 +157,7 @@ class Segmentation(Task):
         each = {f"validation_dice_{i + 1}": float(x) for i, x in enumerate(dice) if not np.isnan(x)}
         return {"validation_dice": mean_pooled_dice(counts), **each}
 
-    def picture(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def picture(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first slice as training sees it: name -> uint8 [h, w, 3]."""
         from kafjax.drawing.overlay import draw_sample
 

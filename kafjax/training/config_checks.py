@@ -15,6 +15,7 @@ from kafjax.files import flatten
 from kafjax.intensity import IntensityConfig
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE, SEGMENTATION_LOSSES
 from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, NORMS, PRETRAINING_HEADS
+from kafjax.tasks.base import HEADS_OF_TASKS
 from kafjax.tasks.registry import TASKS
 
 OPTIMIZERS = ("sgd", "adam")
@@ -118,7 +119,6 @@ _COMMON = {
 }
 _OF_TASK = {
     "pretrain": {
-        "model.head": _choice(("pretraining",)),
         "model.embedding": _integer(1),
         "model.num_matcher_layers": _integer(1),
         "model.num_sinkhorn_iterations": _integer(1),
@@ -128,14 +128,12 @@ _OF_TASK = {
         **{f"loss.weights.{name}": _number(0) for name in PRETRAINING_HEADS},
     },
     "local_contrast": {
-        "model.head": _choice(("local_contrast",)),
         "model.embedding": _integer(1),
         "model.num_decoder_blocks": _integer(1, 3),
         "loss.temperature": _POSITIVE,
         "init_from": _or_none(_TEXT),
     },
     "segment": {
-        "model.head": _choice(("segmentation",)),
         "data.fold": _or_none(_integer(0)),
         "data.num_folds": _integer(2),
         "data.num_labeled": _or_none(_integer(1)),
@@ -157,6 +155,7 @@ _AUGMENT = {
 # Rules of fields that need not be there: what a run of the task does without them.
 _OF_DATASET = {  # filled in from the dataset
     "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
+    "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
 }
 _ANYWHERE = {
@@ -195,7 +194,8 @@ def check_fields(config: Any) -> None:
         needed["augment"] = Rule("none", lambda value: value is None)
     else:
         needed |= _AUGMENT
-    known = {**_OPTIONAL[task], **needed}
+    head = {"model.head": _choice((HEADS_OF_TASKS[task],))}
+    known = {**_OPTIONAL[task], **head, **needed}
     faults = [_line(path, fields, rule) for path, rule in needed.items() if path not in fields]
     faults += [
         _line(path, fields, known[path]) if path in known else _unknown(path, task, known)
@@ -280,11 +280,22 @@ _TOGETHER: dict[str, Rule] = {
         "decoder",
         lambda f: f["task"] != "local_contrast" or f["model.name"] in LOCAL_MODELS,
     ),
+    "data.patch_keypoints": Rule(
+        "no more than config.data.max_keypoints",
+        lambda f: (f["data.patch_keypoints"] or 1) <= (f.get("data.max_keypoints") or math.inf),
+    ),
     "data.patch_size": Rule(
         f"more, or more decoder blocks: maps of at least {MIN_LOCAL_EDGE} pixels", _fits_regions
     ),
     "loss.weights.kaf": _weighs_keypoints("kaf"),
     "loss.weights.matching": _weighs_keypoints("matching"),
+    "loss.class_weights": Rule(
+        "as many numbers as config.model.num_classes",
+        lambda f: (
+            None in (f["loss.class_weights"], f.get("model.num_classes"))
+            or len(f["loss.class_weights"]) == f["model.num_classes"]
+        ),
+    ),
     "loss.weights.cross_entropy": Rule(
         "above 0, or the weight of another loss",
         lambda f: any(f[f"loss.weights.{name}"] > 0 for name in SEGMENTATION_LOSSES),

@@ -5,7 +5,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from kafjax.tasks.base import network_shapes
+from kafjax.tasks.base import HEADS_OF_TASKS, network_shapes
 
 # In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
 # dustbin score; the appendix's table 1 counts them (docs/method.md section 5).
@@ -27,7 +27,10 @@ def describe(config: Any) -> str:
     counts = count_parameters(config)
     total = sum(counts.values())
     width = max(map(len, counts))
-    lines = [f"{config.model.name}, {config.model.head}, {config.model.filters} filters", ""]
+    lines = [
+        f"{config.model.name}, {HEADS_OF_TASKS[config.task]}, {config.model.filters} filters",
+        "",
+    ]
     lines += [f"{module:<{width}}  {count:>12,}" for module, count in counts.items()]
     lines += ["-" * (width + 14), f"{'total':<{width}}  {total:>12,}"]
     num_kaf = sum(module.endswith("/kaf") for module in counts)

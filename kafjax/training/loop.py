@@ -25,6 +25,7 @@ from kafjax.tasks.base import Task
 from kafjax.tasks.registry import TASKS
 from kafjax.training.cadence import Cadence
 from kafjax.training.config_checks import check_fields
+from kafjax.training.plateau import Plateau, describe_plateau
 from kafjax.training.preflight import (
     check_devices,
     complete_config,
@@ -43,7 +44,7 @@ from kafjax.training.step import (
     step_inputs,
     to_host,
 )
-from kafjax.training.transfer import check_facts_alike, start_from
+from kafjax.training.transfer import check_architecture, start_from
 from kafjax.training.validation import Validation
 from kafjax.workdir.environment import write_environment
 from kafjax.workdir.metrics import (
@@ -98,7 +99,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         ) as checkpointer:
             received = _take_steps(run, checkpointer)
     if received is None and is_first:
-        _summarize(folder, run.task.best_metric)
+        _summarize(folder, run.task.best_metric, fields)
     return received
 
 
@@ -125,7 +126,7 @@ class _Run(NamedTuple):
 
 def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split) -> _Run:
     if "init_from" in config and not workdir.checkpoints.exists():
-        check_facts_alike(config.init_from, config)
+        check_architecture(config.init_from, config)
     task = TASKS[config.task](config, axis_name=AXIS_NAME)
     epoch = steps_per_epoch(dataset, config.batch_size, split.train)
     schedule_steps = config.num_epochs * epoch
@@ -151,6 +152,7 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
         print(f"{run.workdir} is complete: {start} of {cadence.num_steps} steps.", flush=True)
         return None
     means, clock, loss = MetricMeans(saved.get("means")), _Clock(start), float("nan")
+    plateau = Plateau(config, [row for row in read_metrics(run.workdir) if row["step"] <= start])
     saves = _Saves(checkpointer, start, every=config.every.checkpoint)
     in_flight: collections.deque[_InFlight] = collections.deque()
     options = _batch_options(config)
@@ -184,6 +186,8 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
                     logged["learning_rate"] = float(run.rates[done.step - 1])
                     logged["epoch"] = done.step / cadence.steps_per_epoch
                     writer.write(done.step, logged, clock.read(done.step, config.batch_size))
+                    if told := plateau.see(done.step, logged):
+                        writer.note(told)
             checkpointer.check()
 
             scores: dict[str, float] = {}
@@ -224,6 +228,7 @@ def _batch_options(config: Any) -> BatchOptions:
     return BatchOptions(
         batch_size=config.batch_size,
         patch_size=tuple(config.data.patch_size),
+        patch_keypoints=config.data.patch_keypoints,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -335,8 +340,8 @@ class _Clock:
         return rates
 
 
-def _summarize(workdir: Workdir, best_metric: str) -> None:
-    """Prints how the losses fell and where everything is."""
+def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) -> None:
+    """Prints how the losses fell, whether they ended on the plateau, and where everything is."""
     rows = read_metrics(workdir)
     if not rows:
         return
@@ -347,6 +352,8 @@ def _summarize(workdir: Workdir, best_metric: str) -> None:
         first, last = values[0], values[-1]
         trend = "fell" if last < first else "rose" if last > first else ""
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
+    if plateau := describe_plateau(rows, config):
+        print(plateau)
     print(f"checkpoints:    {workdir.checkpoints} (the newest is of step {rows[-1]['step']})")
     print(f"metrics:        {workdir.metrics_file}")
     logdir = shlex.quote(str(workdir.tensorboard))

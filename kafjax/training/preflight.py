@@ -23,6 +23,7 @@ from kafjax.data.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
+from kafjax.data.patches import count_places
 from kafjax.data.splits import (
     PAPER_KINDS,
     Split,
@@ -31,7 +32,7 @@ from kafjax.data.splits import (
     split_by_names,
     split_volumes,
 )
-from kafjax.tasks.base import make_model, network_shapes
+from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
 from kafjax.training.step import make_optimizer
@@ -114,16 +115,38 @@ def open_run_dataset(config: Any) -> SliceDataset:
 def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with what only the dataset knows, where the config leaves it out.
 
-    K, the radius of correspondences and, for segmentation, the number of classes: `FROM_DATASET`.
+    K, the radius of correspondences, the places for a patch's keypoints (`count_places`) and, for
+    segmentation, the number of classes; and the network's head, which the task has: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
         for name in ("max_keypoints", "radius"):
             if complete.data.get(name) is None:
                 complete.data[name] = dataset.metadata[name]
+        complete.model.head = HEADS_OF_TASKS[config.task]
+        if complete.data.get("patch_keypoints") is None:
+            size = tuple(complete.data.patch_size)
+            complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
+    check_fields(complete)  # what goes together with the values that have been filled in
     return complete
+
+
+def with_classes(config: Any) -> Any:
+    """The config as `complete_config` makes it, where its network has to know the classes.
+
+    Raises:
+      ValueError: neither the config has their number, nor is the dataset there.
+    """
+    if config.task != "segment" or config.model.get("num_classes") is not None:
+        return config
+    try:
+        return complete_config(config, open_run_dataset(config))
+    except ValueError as error:
+        raise ValueError(
+            f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
+        ) from None
 
 
 def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunSplit:

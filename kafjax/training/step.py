@@ -22,10 +22,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kafjax.tasks.base import Task
+from kafjax.tasks.base import Batch, Task
 
 AXIS_NAME = "batch"
-Batch = dict[str, np.ndarray]
 
 
 @flax.struct.dataclass

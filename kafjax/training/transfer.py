@@ -8,25 +8,24 @@ its head, so the encoder of any run fits any other of the same architecture, run
 included.
 """
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.files import differences, flatten
 from kafjax.workdir.workdir import Workdir
 
 Variables = dict[str, Any]
 
-# Of a run's config: what must be alike for an encoder to be of use to another run.
-FACTS = {
-    "model": ("name", "filters", "num_attention_layers", "norm"),
-    "data": ("name", "max_keypoints", "radius"),
-}
-# What runs of older versions do not name, and were.
-_OLDER = {"norm": "batch"}
+# Fields of a config: those that decide the encoder's architecture, and those worth knowing.
+_ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm")}
+_OLDER = {"model.norm": "batch"}  # what runs of older versions do not name
+_DATA = {"data": ("name", "max_keypoints", "radius", "patch_size")}
 
 
 class TransferReport(NamedTuple):
@@ -36,11 +35,13 @@ class TransferReport(NamedTuple):
       loaded: taken from the other run.
       fresh: the new network's own, which begin as they were.
       unused: the other run's, which the new network has no place for.
+      other_data: lines about how the other run's data differ, which is legal.
     """
 
     loaded: dict[str, int]
     fresh: dict[str, int]
     unused: dict[str, int]
+    other_data: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -51,6 +52,8 @@ class TransferReport(NamedTuple):
                 ("left behind:", self.unused),
             )
         ]
+        if self.other_data:
+            lines += ["  pretrained on other data:", *self.other_data]
         return "\n".join(lines)
 
 
@@ -100,25 +103,36 @@ def transfer_encoder(
     return flax.traverse_util.unflatten_dict(ours | loaded, sep="/"), report
 
 
-def check_facts_alike(workdir: str | os.PathLike[str] | None, config: Any) -> None:
-    """Raises `ValueError` listing how the run in `workdir` differs from `config` in `FACTS`."""
+def check_architecture(workdir: str | os.PathLike[str] | None, config: Any) -> None:
+    """Raises `ValueError` listing how the network of another run differs from `config`'s."""
     if workdir is None:
         raise ValueError(
             "config.init_from is not given; expected the workdir of a pretraining run "
-            "(the variant :scratch starts without one, as in --config chd_finetune:scratch)"
+            "(--config NAME_finetune:scratch starts without one)"
         )
-    there = Workdir(workdir).read_config()
-    differing = [
-        f"  {part}.{field}: {found!r} there, {config[part][field]!r} here"
-        for part, fields in FACTS.items()
-        for field in fields
-        if (found := _look_up(there, part, field)) != config[part][field]
-    ]
-    if differing:
+    if differing := _differences(Workdir(workdir).read_config(), config, _ARCHITECTURE):
         raise ValueError(
-            f"config.init_from is {workdir}, the run of another network or dataset:\n"
-            + "\n".join(differing)
+            f"config.init_from is {workdir}, the run of another network:\n" + "\n".join(differing)
         )
+
+
+def _differences(
+    there: Mapping[str, Any], config: Any, fields: Mapping[str, Sequence[str]]
+) -> list[str]:
+    ours = config.to_dict() if hasattr(config, "to_dict") else config
+
+    def pick(of: Mapping[str, Any]) -> dict[str, Any]:
+        flat = _OLDER | flatten(
+            json.loads(json.dumps({part: of.get(part) or {} for part in fields}))
+        )
+        return {
+            f"{part}.{name}": flat[f"{part}.{name}"]
+            for part, names in fields.items()
+            for name in names
+            if f"{part}.{name}" in flat
+        }
+
+    return differences(pick(there), pick(ours))
 
 
 def start_from(
@@ -134,11 +148,13 @@ def start_from(
       variables: of the new run's network.
 
     Raises:
-      ValueError: the runs' facts or encoders differ, or `workdir` holds no good checkpoint.
+      ValueError: the encoders differ, or `workdir` holds no good checkpoint.
     """
-    check_facts_alike(workdir, config)
-    is_local = _look_up(Workdir(workdir).read_config(), "model", "head") == "local_contrast"
-    return transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
+    check_architecture(workdir, config)
+    there = Workdir(workdir).read_config()
+    is_local = there.get("task") == "local_contrast"
+    variables, report = transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
+    return variables, report._replace(other_data=tuple(_differences(there, config, _DATA)))
 
 
 def _module(name: str) -> str:
@@ -156,8 +172,3 @@ def _count_by_module(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 def _list_modules(modules: Mapping[str, int]) -> str:
     parts: Iterable[str] = (f"{module} ({count:,})" for module, count in sorted(modules.items()))
     return ", ".join(parts) or "nothing"
-
-
-def _look_up(config: Mapping[str, Any], part: str, field: str) -> Any:
-    fields = config.get(part)
-    return fields.get(field, _OLDER.get(field, "absent")) if isinstance(fields, dict) else "absent"

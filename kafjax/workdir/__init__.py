@@ -5,10 +5,14 @@ from kafjax._lazy import public
 __all__, __getattr__ = public(
     __name__,
     {
-        ".workdir": (
-            "best_step",
-            "read_config",
+        ".workdir": ("Workdir",),
+        ".split": (
+            "RunSplit",
+            "open_split",
+            "read_split",
         ),
+        ".scores": ("read_scores",),
+        ".lock": ("LockedError",),
         ".preparation": ("read_preparation",),
         ".environment": ("describe_environment",),
         ".metrics": (

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import kafjax
 from kafjax.files import write_text
-from kafjax.workdir.workdir import Workdir
 
 _LIBRARIES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
@@ -53,9 +52,10 @@ def describe_environment(*, devices: bool = True) -> Environment:
 
 def write_environment(workdir: str | os.PathLike[str]) -> None:
     """Notes in a run's workdir what this process runs on."""
-    write_text(
-        Workdir(workdir).environment_file, json.dumps(describe_environment(), indent=2) + "\n"
-    )
+    from kafjax.workdir.workdir import Workdir  # imports JAX, for which --version does not wait
+
+    text = json.dumps(describe_environment(), indent=2) + "\n"
+    write_text(Workdir(workdir).environment_file, text)
 
 
 def _version(library: str) -> str:

@@ -36,8 +36,14 @@ MAY_CHANGE = (
     "data.dir",
     "data.num_threads",
 )
-# Filled in from the dataset where a config leaves them out.
-FROM_DATASET = ("data.max_keypoints", "data.radius", "model.num_classes")
+# Filled in from the dataset and the task where a config leaves them out.
+FROM_DATASET = (
+    "data.max_keypoints",
+    "data.patch_keypoints",
+    "data.radius",
+    "model.num_classes",
+    "model.head",
+)
 
 # Checkpoints by name.
 CHOICES = ("best", "last")

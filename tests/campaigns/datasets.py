@@ -117,7 +117,7 @@ def _clean(folder: Path, rng: np.random.Generator, count: int) -> Tally:
     _describe(folder)
     for i in range(count):
         _write(folder, f"sound_{i}", _any_sort(rng, i))
-    lines = _check(folder)
+    lines = [line for line in _check(folder) if not line.startswith("note:")]  # of planes
     tally = Tally("sound volumes of all sorts: no false alarm")
     for i in range(count):
         accused = [line for line in lines if f"sound_{i}." in line or f"sound_{i}_" in line]

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from kafjax.tasks.base import Batch
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.step import (
     AXIS_NAME,
-    Batch,
     init_state,
     make_optimizer,
     make_update,

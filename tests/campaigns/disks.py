@@ -137,9 +137,8 @@ def _expect_error(action: Callable[[], object], *words: str) -> str:
 
 def try_preparation(fault: str, folder: Path, rng: np.random.Generator) -> str:
     """A preparation fails with one line and no dataset, and is finished when there is room."""
-    from faults import tiny
-
     from data_prep.main import main as prepare
+    from tests.campaigns import tiny
 
     raw = tiny.make_phantoms(folder / "raw")
     expected = _contents(tiny.make_dataset(raw, folder / "good"))

@@ -17,7 +17,7 @@ from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_finetune
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.tasks.segmentation import Segmentation
-from kafjax.training.preflight import split_run
+from kafjax.training.preflight import complete_config, split_run
 from kafjax.training.step import TrainState
 from kafjax.workdir.preparation import write_preparation
 from kafjax.workdir.split import describe_split, write_split
@@ -59,6 +59,7 @@ def segmentation_config(dataset: Path, **overrides: Any) -> ml_collections.Confi
             "data.num_folds": 3,
             "batch_size": 4,
             "model.name": "unet",
+            "model.num_classes": 8,
             **overrides,
         }
     )
@@ -76,7 +77,7 @@ def make_run(workdir: Path, dataset: Path, **overrides: Any) -> ml_collections.C
     state = TrainState(np.zeros((), np.int32), **Segmentation(config).init(), opt_state={})
     opened = SliceDataset(dataset)
     folder = Workdir(workdir)
-    folder.write_config(config.to_dict())
+    folder.write_config(complete_config(config, opened).to_dict())
     write_split(folder, describe_split(split_run(config, opened), opened))
     with Checkpointer(workdir, keep_newest=1, best_metric="validation_dice") as checkpointer:
         checkpointer.save(0, state, metrics={"validation_dice": 0.5}, data={"step": 0})
