@@ -153,6 +153,11 @@ def test_all_mistakes_are_told_at_once() -> None:
     ("fields", "line"),
     [
         (
+            {"loss__class_weights": (1.0, 2.0)},
+            "config.loss.class_weights is (1.0, 2.0), expected as many numbers as "
+            "config.model.num_classes",
+        ),
+        (
             {"loss__class_weights": (1.0, *[0.0] * 7)},
             f"config.loss.class_weights is {(1.0, *[0.0] * 7)}, expected a number from 0 on for "
             "each class, one of them not the background's above 0, or none",

@@ -10,7 +10,7 @@ from kafjax.files import write_checked
 from kafjax.tasks.registry import TASKS
 from kafjax.training.describe import count_parameters
 from kafjax.training.step import make_optimizer
-from kafjax.training.transfer import check_facts_alike
+from kafjax.training.transfer import check_architecture
 
 NAMES = shipped_names()
 
@@ -69,4 +69,4 @@ def test_own_fine_tuning_takes_the_encoder_of_own_pretraining(tmp_path) -> None:
         for task in ("pretrain", "finetune")
     )
     write_checked(tmp_path / "config.json", pretraining.to_dict())
-    check_facts_alike(tmp_path, finetuning)
+    check_architecture(tmp_path, finetuning)
