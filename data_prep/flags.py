@@ -11,6 +11,7 @@ from data_prep.builder import Options
 from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
+from kafjax.cores import usable_cores
 
 _EPILOG = """\
 layouts:
@@ -125,7 +126,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        default=_num_cores(),
+        default=len(usable_cores()),
         metavar="N",
         help="processes, 0 for none but this; the result is the same (default: one per core)",
     )
@@ -173,11 +174,6 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
 def _path(text: str) -> Path:
     """A path as the shell has it: it expands no `~` after an equals sign."""
     return Path(os.path.expanduser(text))
-
-
-def _num_cores() -> int:
-    # Where a job may use only some of the machine's cores, Linux alone can say which.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kafjax.cores import usable_cores
 from kafjax.files import checksum, write_text
 
 PyTree = Any
@@ -91,7 +91,7 @@ def _hash(leaf: np.ndarray) -> str:
 
 def _hashes(tree: PyTree) -> dict[str, str]:
     names, leaves = zip(*_leaves(tree), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # hashing lets other threads run
         return dict(zip(names, threads.map(_hash, leaves), strict=True))
 
 

@@ -20,14 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from kafjax.drawing import colours
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
 from kafjax.files import replacing
-
-# Okabe and Ito's palette, whose colours readers with any colour vision tell apart.
-MATCHED_COLOUR = "#56B4E9"
-UNMATCHED_COLOUR = "#E69F00"
-MASKED_COLOUR = "#CC79A7"
-LINE_COLOUR = "#009E73"
 
 # Sizes in pixels of the picture of a pair.
 GAP = 16
@@ -172,14 +167,14 @@ def plot_pair(
     if lines:
         ends = np.stack([centres[i][matches[:, i]] for i in range(2)], axis=1)
         broken = lost[0][matches[:, 0]] | lost[1][matches[:, 1]]
-        for chosen, colour in ((~broken, LINE_COLOUR), (broken, MASKED_COLOUR)):
+        for chosen, colour in ((~broken, colours.CORRESPONDENCE), (broken, colours.MASKED)):
             _plot_lines(axes, ends[chosen], colour, line_width)
     for places, mask, gone, matched in zip(centres, pair.masks, lost, matches.T, strict=True):
         is_matched = np.isin(np.arange(len(mask)), matched)
         for chosen, colour, marker in (
-            (mask & ~gone & ~is_matched, UNMATCHED_COLOUR, "o"),
-            (mask & ~gone & is_matched, MATCHED_COLOUR, "o"),
-            (mask & gone, MASKED_COLOUR, "x"),
+            (mask & ~gone & ~is_matched, colours.UNMATCHED, "o"),
+            (mask & ~gone & is_matched, colours.MATCHED, "o"),
+            (mask & gone, colours.MASKED, "x"),
         ):
             _plot_points(axes, places[chosen], colour, marker, marker_size)
 
@@ -200,8 +195,8 @@ def draw_segmentations(
       footnote: stands beside the legend.
     """
     shown = np.unique(np.concatenate([np.unique(label) for row in rows for label in row.labels]))
-    colours = class_colours(len(classes)) / 255
-    patches = [Patch(fc=colours[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
+    fills = class_colours(len(classes)) / 255
+    patches = [Patch(fc=fills[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
     patches += [Patch(fc="none", ec="none", label=footnote)] if footnote else []
     heights = [image.shape[0] * aspect / image.shape[1] for _, image, _, _, aspect in rows]
     shape = len(rows), 1 + len(columns)
