@@ -23,7 +23,7 @@ from benchmarks.case import Case
 from benchmarks.flags import integers, make_parser, run, settings
 from benchmarks.report import Result, Table, gigabytes
 from benchmarks.workers import Side, workers
-from kafjax.drawing.colours import BLUE, VERMILLION
+from kafjax.drawing.colours import BLUE, VERMILION
 
 PICTURE, CSV = "compute.png", "compute.csv"
 # The appendix marks the edges of its two datasets' images.
@@ -60,8 +60,8 @@ NETWORKS = (
     Network("kaf_unet", 20, BLUE, "D:"),
     Network("kaf_unet", 64, BLUE, "D-"),  # the paper's
     Network("kaf_unet", 100, BLUE, "D--"),
-    Network("swin_unet", 20, VERMILLION, "^:"),
-    Network("swin_unet", 100, VERMILLION, "^--"),
+    Network("swin_unet", 20, VERMILION, "^:"),
+    Network("swin_unet", 100, VERMILION, "^--"),
 )
 
 
