@@ -1,7 +1,6 @@
 """The flags of `kafjax prepare`."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +11,8 @@ from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
 from kafjax.cores import usable_cores
+from kafjax.errors import UserError
+from kafjax.paths import path_argument
 
 _EPILOG = """\
 layouts:
@@ -65,7 +66,7 @@ def refuse_stray(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and not arguments.check:
         stray.append("--json is for --check")
     if stray:
-        raise ValueError("\n".join(stray))
+        raise UserError("\n".join(stray))
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
@@ -73,13 +74,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
     add(
         "--raw_dir",
-        type=_path,
+        type=path_argument,
         metavar="RAW",
         help="folder of raw files (phantom: DATA/raw/phantom)",
     )
     add(
         "--data_dir",
-        type=_path,
+        type=path_argument,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
@@ -99,7 +100,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse what otherwise is a note: equal images, other planes, entries without use",
     )
-    add("--json", type=_path, metavar="FILE", help="with --check: write its findings there too")
+    add(
+        "--json",
+        type=path_argument,
+        metavar="FILE",
+        help="with --check: write its findings there too",
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -169,11 +175,6 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="XxYxZ",
         help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
     )
-
-
-def _path(text: str) -> Path:
-    """A path as the shell has it: it expands no `~` after an equals sign."""
-    return Path(os.path.expanduser(text))
 
 
 def _size(text: str) -> tuple[int, ...]:

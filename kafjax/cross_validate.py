@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from kafjax.errors import UserError
 from kafjax.study.cross_validation import cross_validate
 from kafjax.study.runs import parse_numbers
 
@@ -14,11 +15,11 @@ def _run_from_command_line() -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
     from kafjax.config_files import define_config
 
     config = define_config("The runs: a config file, or the name of a shipped one.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the runs live.", required=True)
+    workdir = define_path("workdir", None, "Where the runs live.", required=True)
     num_labeled = flags.DEFINE_string(
         "num_labeled", None, "Values of M, as in 2,6,10.", required=True
     )
@@ -32,7 +33,7 @@ def _run_from_command_line() -> None:
         numbers: dict[str, Any] = {}
         for field, flag in given.items():
             if field in overrides and (flag.value is not None or field == "data.fold"):
-                raise ValueError(f"--config.{field} is given; expected --{flag.name} instead")
+                raise UserError(f"--config.{field} is given; expected --{flag.name} instead")
             numbers[flag.name] = parse_numbers(flag.name, flag.value)
         return cross_validate(config.value, workdir.value, collect=collect.value, **numbers)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from kafjax.config_files import TABLES, find, load_table
+from kafjax.errors import UserError
 from kafjax.study.experiment import format_plan, make_experiment, parse_shard
 from kafjax.study.jobs import Outcome, find_slots, run_jobs
 from kafjax.study.results import write_results
@@ -19,7 +20,7 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import fail, run_app
+    from kafjax.commands import define_path, fail, run_app
 
     string, boolean = flags.DEFINE_string, flags.DEFINE_bool
     table = string(
@@ -33,8 +34,8 @@ def _run_from_command_line() -> None:
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
-    workdir = string("workdir", "runs/experiments", "Where the runs live.")
-    data_dir = string("data_dir", "data", "Where the prepared dataset is.")
+    workdir = define_path("workdir", "runs/experiments", "Where the runs live.")
+    data_dir = define_path("data_dir", "data", "Where the prepared dataset is.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
     slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
     plan = boolean("plan", False, "Only list what is left to do.")
@@ -81,9 +82,7 @@ def _parse_seconds(parts: list[str] | None) -> Any:
     except ValueError:
         seconds = ()
     if seconds is not None and len(seconds) != 3:
-        raise ValueError(
-            f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1"
-        )
+        raise UserError(f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1")
     return seconds
 
 

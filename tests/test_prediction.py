@@ -343,7 +343,7 @@ def test_raw_file_gets_the_labels_that_evaluation_gives_its_records(
 def test_one_bad_file_of_ten(
     runs: list[Path],
     tmp_path: Path,
-    compiled_once: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, target = tmp_path / "in", tmp_path / "out"

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from kafjax.drawing import colours
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.errors import UserError
 from kafjax.files import replacing
 
 # Sizes in pixels of the picture of a pair.
@@ -332,9 +333,9 @@ def _legend_columns(handles: Sequence[Any], width: float) -> int:
 def check_output(path: Path) -> None:
     """Raises `ValueError` unless figures can be written to the path: PNG, PDF or SVG."""
     if path.suffix.lower() not in _METADATA:
-        raise ValueError(f"{path}: expected the extension {', '.join(_METADATA)}")
+        raise UserError(f"{path}: expected the extension {', '.join(_METADATA)}")
     if path.is_dir():
-        raise ValueError(f"{path}: a folder; expected the name of a file")
+        raise UserError(f"{path}: a folder; expected the name of a file")
 
 
 def svg_text(figure: Figure) -> str:
@@ -371,7 +372,7 @@ def render(figure: Figure) -> np.ndarray:
 
 def _common_shape(shape: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, int]:
     if other != shape or len(shape) not in (2, 3) or shape[2:] not in ((), (1,)):
-        raise ValueError(
+        raise UserError(
             f"images have shapes {shape} and {other}, expected the same [h, w] or [h, w, 1]"
         )
     return shape[0], shape[1]

@@ -26,6 +26,7 @@ from kafjax.data.input_pipeline import (
 )
 from kafjax.data.patches import PatchSize
 from kafjax.drawing.figures import Pair
+from kafjax.errors import UserError
 from kafjax.tasks.base import sample_keys
 
 _augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
@@ -38,7 +39,7 @@ def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
     names = sorted({path.parts[-3] for path in data_dir.glob("*/*/dataset_info.json")})
     if len(names) != 1:
         found = f"has the datasets {', '.join(names)}" if names else "has no prepared dataset"
-        raise ValueError(f"{data_dir}: {found}; expected one, or its name as --dataset")
+        raise UserError(f"{data_dir}: {found}; expected one, or its name as --dataset")
     return open_dataset(data_dir, names[0])
 
 
@@ -46,7 +47,7 @@ def check_run_dataset(workdir: str | os.PathLike[str], config: Any, dataset: Sli
     """Raises `ValueError` where a run is on another dataset, or on one prepared differently."""
     name = dataset.directory.parent.name
     if config.data.name != name:
-        raise ValueError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
+        raise UserError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
     check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
 
 
@@ -55,7 +56,7 @@ def find_record(dataset: SliceDataset, volume: str, index: int) -> int:
     select_volumes(dataset, [volume])
     records = dataset.volumes[volume]
     if not 0 <= index < len(records):
-        raise ValueError(f"{volume} has the slices 0 to {len(records) - 1}; found --slice {index}")
+        raise UserError(f"{volume} has the slices 0 to {len(records) - 1}; found --slice {index}")
     return records[index]
 
 
@@ -73,9 +74,9 @@ def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None)
     near = (1, -1, *range(-reach, reach + 1))
     possible = [o for o in near if o and abs(o) <= reach and record + o in records]
     if not possible:
-        raise ValueError(f"{dataset.describe_record(record)} has no neighbour in its volume")
+        raise UserError(f"{dataset.describe_record(record)} has no neighbour in its volume")
     if offset is not None and offset not in possible:
-        raise ValueError(
+        raise UserError(
             f"{dataset.describe_record(record)} has no neighbour at offset {offset}; expected "
             f"{', '.join(map(str, sorted(set(possible))))}"
         )

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
 from kafjax.data.splits import Split
 from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
+from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import slice_dice
@@ -86,11 +87,11 @@ def choose_slices(
     select_volumes(dataset, sorted(set(volumes)))
     unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
     if unlabelled:
-        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
+        raise UserError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
     if slices is None:
         return [largest_foreground(dataset, volume) for volume in volumes]
     if len(slices) != len(volumes):
-        raise ValueError(f"{len(slices)} slices of {len(volumes)} volumes; expected one of each")
+        raise UserError(f"{len(slices)} slices of {len(volumes)} volumes; expected one of each")
     return [find_record(dataset, *chosen) for chosen in zip(volumes, slices, strict=True)]
 
 
@@ -100,7 +101,7 @@ def _check_dataset(
     config = predictor.config
     check_run_dataset(workdir, config, dataset)
     if config.model.num_classes != len(dataset.classes):
-        raise ValueError(
+        raise UserError(
             f"{workdir}: a run of {config.model.num_classes} classes; "
             f"{dataset.directory} has {len(dataset.classes)}"
         )
@@ -109,7 +110,7 @@ def _check_dataset(
 def _held_out(splits: Sequence[Split], dataset: SliceDataset) -> list[str]:
     names = [v for v in dataset.volumes if all(v in split.validation for split in splits)]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"no volume is for validation in the folds of all {len(splits)} runs; expected --volume"
         )
     return names

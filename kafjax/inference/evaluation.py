@@ -22,6 +22,7 @@ import tqdm
 
 from kafjax.data.input_pipeline import SliceDataset, check_facts, open_dataset
 from kafjax.data.splits import equal_images_across
+from kafjax.errors import UserError
 from kafjax.files import write_checked, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
@@ -114,7 +115,7 @@ def evaluate_run(
       ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
     folder = Workdir(workdir)
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
@@ -125,7 +126,7 @@ def evaluate_run(
     recorded = open_split(folder, dataset)
     volumes = getattr(recorded.names, split)
     if not volumes:
-        raise ValueError(f"{workdir}: the run has no {split} volume; expected --split train")
+        raise UserError(f"{workdir}: the run has no {split} volume; expected --split train")
     counts, metrics, seconds = evaluate(predictor, dataset, volumes)
     found, how = folder.select_step(step)
     selected, usual = folder.select_step()

@@ -28,9 +28,11 @@ from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.cores import usable_cores
+from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
+from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 
 # Axes of a slice that test-time mirroring flips.
@@ -213,7 +215,7 @@ def predict_files(
         are all listed when the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    source, target = (Path(os.path.expanduser(path)) for path in (source, target))
+    source, target = map(expand, (source, target))
     requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
     todo = [request for request in requests if overwrite or not request.done]
     if len(todo) < len(requests):
@@ -235,14 +237,14 @@ def predict_files(
             else:
                 print(f"Wrote {printable(request.labels)}", flush=True)
     if faults:
-        raise ValueError("\n".join(["these files could not be predicted:", *faults]))
+        raise UserError("\n".join(["these files could not be predicted:", *faults]))
 
 
 def _read_preparations(
     workdirs: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
 ) -> Preparation:
     if not workdirs:
-        raise ValueError("no workdir is given; expected that of a segmentation run, or several")
+        raise UserError("no workdir is given; expected that of a segmentation run, or several")
     found = {os.fspath(w): read_preparation(w, data_dir=data_dir) for w in workdirs}
     check_alike(found)
     return next(iter(found.values()))
@@ -250,16 +252,16 @@ def _read_preparations(
 
 def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id: str) -> Volume:
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
-        raise ValueError(
+        raise UserError(
             f"the volume is {array.dtype} of shape {array.shape}; expected integers or floats, "
             "[row, col, slice]"
         )
     if len(spacing) != 3 or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
-        raise ValueError(f"spacing is {spacing}; expected mm between rows, columns and slices")
+        raise UserError(f"spacing is {spacing}; expected mm between rows, columns and slices")
     if array.dtype.kind == "f":
         array = array.astype(np.float32)  # as files of floats are read
         if not np.isfinite(array).all():
-            raise ValueError("the volume has values that are NaN or infinite")
+            raise UserError("the volume has values that are NaN or infinite")
     elif array.dtype.itemsize == 8:
         narrow = np.abs(array).max() <= np.iinfo(np.int32).max
         array = array.astype(np.int32 if narrow else np.float32)

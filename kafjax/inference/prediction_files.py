@@ -27,6 +27,8 @@ from data_prep.faults import DatasetError, Fault
 from data_prep.nifti import open_header, read_nifti
 from data_prep.nnunet import split_name
 from data_prep.volumes import Source
+from kafjax.errors import UserError
+from kafjax.files import replacing
 from kafjax.workdir.preparation import Preparation
 
 # Level 1 takes a third of the time of the default and hardly more space.
@@ -92,15 +94,15 @@ def list_requests(
     if not source.is_dir():
         paths = [source]
         if not os.path.lexists(source):
-            raise ValueError(f"{source}: no such file or folder")
+            raise UserError(f"{source}: no such file or folder")
         if not is_scan_name(source.name):
-            raise ValueError(f"{source}: is no .nii.gz or .nii file")
+            raise UserError(f"{source}: is no .nii.gz or .nii file")
         if problem := scan_problem(source):
             raise DatasetError([problem])
     else:
         paths, faults = _list_folder(source, target, preparation)
         if not paths and not faults:
-            raise ValueError(f"{source}: holds no scan; expected files .nii.gz or .nii")
+            raise UserError(f"{source}: holds no scan; expected files .nii.gz or .nii")
     requests = []
     for path in paths:
         if name := _name(path, preparation):
@@ -125,34 +127,29 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
     header.set_data_dtype(array.dtype)
     image = type(like)(array, like.affine, header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            if path.suffix == ".gz":
-                # Without name and time, so that the same labels give the same bytes.
-                with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
-                    image.to_stream(stream)
-            else:
-                image.to_stream(file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        if path.suffix == ".gz":
+            # Without name and time, so that the same labels give the same bytes.
+            with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
+                image.to_stream(stream)
+        else:
+            image.to_stream(file)
 
 
 def _check_target(target: Path, *, folder_given: bool) -> None:
     if target.is_dir():
         return
     if folder_given and (is_scan_name(target.name) or target.exists()):
-        raise ValueError(f"output is {target}; expected a folder, as the input is one")
+        raise UserError(f"output is {target}; expected a folder, as the input is one")
     if target.name.endswith(SCAN_ENDINGS):
         return
     if target.name.lower().endswith(_FILE_ENDINGS):
-        raise ValueError(
+        raise UserError(
             f"output is {target}, a file's name; expected one that ends in "
             f"{' or '.join(SCAN_ENDINGS)}, or a folder: make it first if that is its name"
         )
     if target.exists():
-        raise ValueError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
+        raise UserError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
 
 
 def _list_folder(

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from kafjax.errors import UserError
 from kafjax.files import flatten, write_text
 from kafjax.report.charts import Curve, chart, curve_legend
 from kafjax.report.html import (
@@ -56,10 +57,10 @@ def report(
         or a negative number of samples.
     """
     if num_samples < 0:
-        raise ValueError(f"samples is {num_samples}, expected 0 or more")
+        raise UserError(f"samples is {num_samples}, expected 0 or more")
     target = Path(output)
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise ValueError(f"{output}: expected a file in a folder that exists")
+        raise UserError(f"{output}: expected a file in a folder that exists")
     places, tables = expand([Path(workdir) for workdir in workdirs])
     runs = read_runs(places)
     sections = {
@@ -198,7 +199,7 @@ def _board(runs: Sequence[Run]) -> list[Element]:
     for run in runs:
         try:
             found = read_board(run.workdir)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             parts.append(note(f"{run.name}: {error}"))
             continue
         if not found:

@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.drawing.figures import SegmentedSlice
 from kafjax.drawing.overlay import class_colours
+from kafjax.errors import UserError
 from kafjax.figures.choice import largest_foreground
 from kafjax.inference.predictor import load_predictor
 from kafjax.report.html import Element, element, figure, legend, note
@@ -55,7 +56,7 @@ def show_samples(
     for (folder, name), group in groups.items():
         try:
             parts += _show_dataset(open_dataset(folder, name), name, group, most)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             parts.append(note(f"{name}: the dataset is not at hand, so no slices: {error}"))
     return parts
 
@@ -117,7 +118,7 @@ def _show_dataset(
             check_facts(dataset, {"max_keypoints": run.config["data"]["max_keypoints"]})
             step = _evaluation(run).get("step")
             found = predict_slices(run.workdir, [slices[volume] for volume in own], step=step)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             faults.append(note(f"{run.name}: {error}"))
             continue
         # A run has no prediction of other volumes: it may have trained on them.
@@ -179,4 +180,4 @@ def _read_events(path: Path) -> Iterator[Any]:
             try:
                 yield Event.FromString(body[:length])
             except DecodeError as error:
-                raise ValueError(f"{path}: damaged ({error})") from None
+                raise UserError(f"{path}: damaged ({error})") from None

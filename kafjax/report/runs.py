@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kafjax.errors import UserError
 from kafjax.files import read_checked
 from kafjax.workdir.metrics import read_metrics
 from kafjax.workdir.scores import SPLITS, read_scores
@@ -55,10 +56,10 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
     for workdir in workdirs:
         try:
             configs.append(Workdir(workdir).read_config())
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
     names = name_runs(workdirs)
     return [
         _read_run(name, number, workdir, config)
@@ -92,7 +93,7 @@ def expand(workdirs: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, Field
             continue
         document, faults = _read_json(path, ("folds", "rows", "missing"))
         if faults:
-            raise ValueError(faults[0])
+            raise UserError(faults[0])
         tables.append((workdir, document))
         runs = [path for path in workdir.iterdir() if Workdir(path).config_file.exists()]
         places += sorted(runs, key=_by_numbers)
@@ -113,11 +114,11 @@ def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
         try:
             if found := read_scores(folder, split):
                 evaluations[split] = found
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     try:
         metrics = read_metrics(workdir)
-    except ValueError as error:
+    except UserError as error:
         metrics = []
         faults.append(f"{folder.metrics_file}: damaged ({error})")
     preparation, wrong = _read_json(folder.preparation_file)

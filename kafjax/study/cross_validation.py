@@ -21,13 +21,14 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from kafjax.data.input_pipeline import open_dataset, steps_per_epoch
+from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
+from kafjax.paths import expand
 from kafjax.study.plan import Row, Study, Table
 from kafjax.study.results import write_results
 from kafjax.study.runs import complete_scores, find_runs, plan_runs, run_config
@@ -67,9 +68,7 @@ def cross_validate(
     """
     study = _make_study(config, workdir, num_labeled=num_labeled, folds=folds, seeds=seeds)
     if collect and not study.root.is_dir():
-        raise ValueError(
-            f"{study.root}: no such folder; expected the workdir of a cross-validation"
-        )
+        raise UserError(f"{study.root}: no such folder; expected the workdir of a cross-validation")
     if not collect:
         _check_splits(study)
         try:
@@ -89,7 +88,7 @@ def _make_study(config: Any, workdir: str | os.PathLike[str], **numbers: Any) ->
     study = Study(
         table=Table("Cross-validation", (row,), {}, reference=row.name, with_folds=True),
         dataset=config.data.name,
-        root=Path(workdir).expanduser(),
+        root=expand(workdir),
         runs=plan_runs(config, **numbers),
         base=config,
     )
@@ -130,10 +129,10 @@ def _check_splits(study: Study) -> None:
         try:
             split = open_run_split(run_config(config, run), Workdir(study.root / run.name), dataset)
             steps_per_epoch(dataset, config.batch_size, split.names.train)
-        except ValueError as error:
+        except UserError as error:
             faults[f"fold {run.fold}, M = {run.num_labeled}: {error}"] = None
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
 
 
 def _run_missing(study: Study) -> int | None:

@@ -25,7 +25,6 @@ Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signa
 import functools
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +39,10 @@ from kafjax.config_files import load_config
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
+from kafjax.errors import UserError
 from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
+from kafjax.paths import expand
 from kafjax.study.jobs import Job
 from kafjax.study.plan import SCRATCH, Row, Study, Table
 from kafjax.study.runs import (
@@ -94,9 +95,9 @@ class ConfigCommand(NamedTuple):
         try:
             config.update_from_flattened_dict(self.changes)
             check_fields(config)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            text = str(error) if isinstance(error, ValueError) else str(error.args[0])
-            raise ValueError(f"{self.file}: {'; '.join(text.splitlines())}") from None
+        except (AttributeError, KeyError, TypeError, UserError) as error:
+            text = str(error) if isinstance(error, UserError) else str(error.args[0])
+            raise UserError(f"{self.file}: {'; '.join(text.splitlines())}") from None
         return config
 
     def arguments(self) -> list[str]:
@@ -150,7 +151,7 @@ class Experiment(Study):
             if row.model not in counts:
                 try:
                     config = with_classes(self.config(row, self.seeds[0]))
-                except ValueError:
+                except UserError:
                     return {}
                 counts[row.model] = sum(count_parameters(config).values())
         return {row.name: counts[row.model] for row in self.table.rows}
@@ -172,10 +173,10 @@ class Experiment(Study):
         for make in makers:
             try:
                 planned |= {job.name: job for job in make()}
-            except ValueError as error:
+            except UserError as error:
                 faults[str(error)] = None
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
         return list(planned.values())
 
     def check_dataset(self) -> None:
@@ -306,14 +307,14 @@ def make_experiment(
     if num_labeled is None:
         base = name.split("_")[0]
         if base not in table.num_labeled:
-            raise ValueError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
+            raise UserError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
         num_labeled = table.num_labeled[base]
     if folds is None and small:
         folds = _SMALL_FOLDS
     return Experiment(
         table=table,
         dataset=name,
-        root=Path(workdir).expanduser() / name,
+        root=expand(workdir) / name,
         runs=plan_runs(config, num_labeled=num_labeled, folds=folds, seeds=seeds),
         base=config,
         data_dir=data_dir,
@@ -325,7 +326,7 @@ def make_experiment(
 def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
     total = len(table.rows)
     if unknown := [n for n in numbers if not 1 <= n <= total]:
-        raise ValueError(
+        raise UserError(
             f"--rows: found {listed(unknown, ', ')}, expected numbers from 1 to {total}"
         )
     kept = (
@@ -338,7 +339,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """Of '2/8' the first job, from 0, and the step; `ValueError` for other text."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard: found {text!r}, expected 1/N to N/N")
+        raise UserError(f"--shard: found {text!r}, expected 1/N to N/N")
     return int(match[1]) - 1, int(match[2])
 
 
@@ -390,7 +391,7 @@ def _are_complete(config: Any, root: Path, runs: Sequence[RunKey]) -> bool:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(Path(os.path.expanduser(data_dir)).glob(f"{name}/*/dataset_info.json"))
+    return any(expand(data_dir).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
 from kafjax.cores import usable_cores
+from kafjax.errors import UserError
 from kafjax.files import read_text, write_text
 
 _POLL_SECONDS = 0.2
@@ -108,14 +109,14 @@ def find_slots(number: int | None = None) -> list[Slot]:
         [sys.executable, "-c", _QUERY], capture_output=True, text=True, check=False
     )
     if found.returncode:
-        raise ValueError(f"JAX finds no device: {_last_line(found.stderr)}")
+        raise UserError(f"JAX finds no device: {_last_line(found.stderr)}")
     backend, count = found.stdout.split()[-2:]
     cores = usable_cores()
     most = len(cores) if backend == "cpu" else int(count)
     number = most if number is None else number
     if not 1 <= number <= most:
         what = "cores" if backend == "cpu" else f"{backend} devices"
-        raise ValueError(f"slots is {number}, expected 1 to {most}, the {what} there are")
+        raise UserError(f"slots is {number}, expected 1 to {most}, the {what} there are")
     if backend == "cpu":
         # A job on a core of its own is faster than threads of several jobs over all.
         return [Slot(f"core {i}", {}, tuple(cores[i::number])) for i in range(number)]
@@ -289,7 +290,7 @@ class _Scheduler:
             return
         slot = self._free.pop(0)
         self._started += 1
-        log.write(f"$ {job}\n".encode())
+        log.write(f"$ {job}\n".encode(errors="backslashreplace"))
         log.flush()
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
         process = subprocess.Popen(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kafjax.errors import UserError
 from kafjax.workdir.metrics import read_metrics
 from kafjax.workdir.scores import Scores, read_scores
 from kafjax.workdir.workdir import Workdir
@@ -57,7 +58,7 @@ def plan_runs(
       ValueError: the config is not of a segmentation, or there is no such fold or M.
     """
     if config.task != "segment" or "fold" not in config.data:
-        raise ValueError(
+        raise UserError(
             f"config.task is {config.task!r}, expected 'segment', of a config with data.fold as "
             "chd_finetune"
         )
@@ -73,7 +74,7 @@ def plan_runs(
     if too_few := [m for m in num_labeled if m < 1]:
         faults.append(f"num_labeled: found {listed(too_few, ', ')}, expected 1 or more")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
     numbers = itertools.product(sorted(num_labeled), sorted(folds), sorted(seeds))
     return tuple(itertools.starmap(RunKey, numbers))
 
@@ -94,7 +95,7 @@ def find_runs(config: Any, root: Path) -> list[RunKey]:
         if not (match := _NAME.fullmatch(path.name)):
             continue
         run = RunKey(int(match["M"]), int(match["fold"]), int(match["seed"]))
-        with contextlib.suppress(ValueError):  # of another config
+        with contextlib.suppress(UserError):  # of another config
             workdir = Workdir(path)
             workdir.read_config()
             workdir.check_config(run_config(config, run).to_dict())
@@ -134,7 +135,7 @@ def parse_numbers(flag: str, text: str | None) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
-            raise ValueError(f"--{flag}: found {text!r}, expected numbers as in 2,6,10 or 0-4")
+            raise UserError(f"--{flag}: found {text!r}, expected numbers as in 2,6,10 or 0-4")
         numbers.update(found)
     return sorted(numbers)
 

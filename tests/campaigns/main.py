@@ -37,6 +37,7 @@ CAMPAIGNS = {
     "datasets": ("tests.campaigns.datasets", "run"),
     "checkpoints": ("tests.campaigns.checkpoints", "run"),
     "disks": ("tests.campaigns.disks", "run"),
+    "paths": ("tests.campaigns.paths", "run"),
     "hostile": ("tests.campaigns.hostile", "run"),
     "configs": ("tests.campaigns.configs", "run"),
     "degenerate": ("tests.campaigns.degenerate", "run"),
