@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import checksum, sync, sync_tree, write_text
 from kafjax.paths import plain
@@ -105,7 +105,7 @@ def _hash(leaf: np.ndarray) -> str:
 
 def _hashes(tree: PyTree) -> dict[str, str]:
     names, leaves = zip(*_leaves(tree), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # hashing lets other threads run
         return dict(zip(names, threads.map(_hash, leaves), strict=True))
 
 

@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +198,13 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "lock"):
             yield
+
+
+def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A short name for each workdir: as much of the end of its path as tells it from the others."""
+    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
+    for count in range(1, max(map(len, parts), default=1)):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(Path(*p)) for p in parts]
