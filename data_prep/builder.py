@@ -102,7 +102,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WrittenShard:
     """A finished shard, and what made it; kept as JSON beside the unfinished dataset."""
 
     volume_id: str
@@ -137,7 +137,9 @@ def shard_name(dataset: str, volume_id: str) -> str:
     return f"{dataset}-{volume_id}.tfrecord-00000-of-00001"
 
 
-def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: Path) -> Shard:
+def write_shard(
+    plan: Plan, source: Source, sha256: dict[str, str], directory: Path
+) -> WrittenShard:
     """Prepares one volume and writes its shard, which appears only when it is whole.
 
     `sha256` is what the source files had when the dataset was checked. Raises `DatasetError` for
@@ -154,7 +156,7 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
     features = plan.features
     data = (_serialise(features, example) for example in _examples(plan, prepared, keypoints))
     written = _write_records(path, data)
-    return Shard(
+    return WrittenShard(
         volume_id=source.id,
         file=path.name,
         **written,
@@ -169,7 +171,7 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
 
 
 def write_dataset_files(
-    directory: Path, plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]
+    directory: Path, plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]
 ) -> None:
     """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index.
 
@@ -200,7 +202,7 @@ def write_dataset_files(
     write_index(directory)
 
 
-def _metadata(plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]) -> Metadata:
+def _metadata(plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]) -> Metadata:
     volumes = {
         shard.volume_id: {
             "sources": shard.sources,
@@ -327,7 +329,7 @@ def _serialise(features: tfds.features.FeaturesDict, example: dict[str, Any]) ->
 
 
 def _write_records(path: Path, records: Iterator[bytes]) -> dict[str, Any]:
-    """Writes a TFRecord file, whole or not at all; what `Shard` says of its content."""
+    """Writes a TFRecord file, whole or not at all; returns fields of `WrittenShard`."""
     lengths, crcs, digest = [], [], hashlib.sha256()
     with replacing(path) as partial, partial.open("wb") as stream:
         for data in records:

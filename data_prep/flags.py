@@ -1,7 +1,6 @@
 """The flags of `kafjax prepare`."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ from data_prep.builder import Options
 from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
+from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.paths import path_argument
 
@@ -132,7 +132,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        default=_num_cores(),
+        default=len(usable_cores()),
         metavar="N",
         help="processes, 0 for none but this; the result is the same (default: one per core)",
     )
@@ -175,11 +175,6 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="XxYxZ",
         help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
     )
-
-
-def _num_cores() -> int:
-    # Where a job may use only some of the machine's cores, Linux alone can say which.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(text: str) -> tuple[int, ...]:

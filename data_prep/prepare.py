@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep import builder
-from data_prep.builder import Options, Plan, Shard
+from data_prep.builder import Options, Plan, WrittenShard
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
 from data_prep.volumes import Facts, Reader, Source, inspect
-from data_prep.workers import WorkerDied, run_jobs
+from data_prep.workers import WorkerDied, map_in_processes
 from kafjax.data.records import load_index
 from kafjax.errors import UserError
 from kafjax.files import sync, sync_tree, write_text
@@ -208,7 +208,7 @@ def read_through(
     found: dict[str, T] = {}
     faults: list[Fault] = []
     jobs = {source.id: source for source in sources}
-    results = run_jobs(function, jobs, num_workers=num_workers)
+    results = map_in_processes(function, jobs, num_workers=num_workers)
     with (
         contextlib.closing(results),
         tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
@@ -242,7 +242,7 @@ def _common_dtype(dtypes: Iterable[str]) -> str:
 
 def _prepare_volumes(
     plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
-) -> list[Shard]:
+) -> list[WrittenShard]:
     """Makes the shards that are missing or stale; returns all, in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
@@ -250,7 +250,7 @@ def _prepare_volumes(
     jobs = {source.id: source for source in sources if shards[source.id] is None}
     done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
     total = sum(fact.num_slices for fact in facts.values())
-    results = run_jobs(
+    results = map_in_processes(
         functools.partial(_prepare_volume, plan, facts, place), jobs, num_workers=num_workers
     )
     failures: dict[str, Exception] = {}
@@ -270,7 +270,9 @@ def _prepare_volumes(
     return [shard for shard in shards.values() if shard is not None]
 
 
-def _prepare_volume(plan: Plan, facts: dict[str, Facts], place: _Place, source: Source) -> Shard:
+def _prepare_volume(
+    plan: Plan, facts: dict[str, Facts], place: _Place, source: Source
+) -> WrittenShard:
     shard = builder.write_shard(plan, source, facts[source.id].sha256, place.dataset)
     write_text(
         place.note(source.id), json.dumps(dataclasses.asdict(shard), indent=1, sort_keys=True)
@@ -278,10 +280,10 @@ def _prepare_volume(plan: Plan, facts: dict[str, Facts], place: _Place, source: 
     return shard
 
 
-def _finished(plan: Plan, fact: Facts, place: _Place) -> Shard | None:
+def _finished(plan: Plan, fact: Facts, place: _Place) -> WrittenShard | None:
     """The volume's shard if an earlier run finished it and nothing that made it has changed."""
     try:
-        shard = Shard(**json.loads(place.note(fact.id).read_bytes()))
+        shard = WrittenShard(**json.loads(place.note(fact.id).read_bytes()))
         intact = _sha256(place.dataset / shard.file) == shard.sha256
     except (OSError, ValueError, TypeError):
         return None
@@ -306,7 +308,9 @@ def _failure(failures: Mapping[Path, Exception]) -> Exception:
     return PreparationError("\n".join(f"{path}: {error}" for path, error in failures.items()))
 
 
-def _publish(plan: Plan, shards: list[Shard], facts: dict[str, Facts], place: _Place) -> None:
+def _publish(
+    plan: Plan, shards: list[WrittenShard], facts: dict[str, Facts], place: _Place
+) -> None:
     """Completes the folder of shards and moves it to its final place."""
     wanted = {shard.file for shard in shards}
     for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:

@@ -6,7 +6,8 @@
 from typing import Any
 
 from kafjax.errors import UserError
-from kafjax.study.cross_validation import cross_validate, parse_numbers
+from kafjax.study.cross_validation import cross_validate
+from kafjax.study.runs import parse_numbers
 
 
 def _run_from_command_line() -> None:
@@ -33,10 +34,7 @@ def _run_from_command_line() -> None:
         for field, flag in given.items():
             if field in overrides and (flag.value is not None or field == "data.fold"):
                 raise UserError(f"--config.{field} is given; expected --{flag.name} instead")
-            try:
-                numbers[flag.name] = None if flag.value is None else parse_numbers(flag.value)
-            except UserError as error:
-                raise UserError(f"--{flag.name}: {error}") from None
+            numbers[flag.name] = parse_numbers(flag.name, flag.value)
         return cross_validate(config.value, workdir.value, collect=collect.value, **numbers)
 
     run_app(command)

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import checksum, sync, sync_tree, write_text
 from kafjax.paths import plain
@@ -106,7 +107,7 @@ def _hash(leaf: np.ndarray) -> str:
 
 def _hashes(tree: PyTree) -> dict[str, str]:
     names, leaves = zip(*_leaves(tree), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # hashing lets other threads run
         return dict(zip(names, threads.map(_hash, leaves), strict=True))
 
 

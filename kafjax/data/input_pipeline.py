@@ -13,6 +13,7 @@ Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from kafjax.cores import usable_cores
 from kafjax.data.patches import (
     PatchSize,
     choose_keypoints,
@@ -123,13 +125,14 @@ class SliceDataset:
             "version": self.directory.name,
         }
 
+    def volume_of(self, record: int) -> str:
+        """The name of the volume that a record is of."""
+        return next(name for name, records in self.volumes.items() if record in records)
+
     def describe_record(self, record: int) -> str:
         """A record's volume and its slice, counted from 0, for messages."""
-        return next(
-            f"{name} slice {record - records.start}"
-            for name, records in self.volumes.items()
-            if record in records
-        )
+        name = self.volume_of(record)
+        return f"{name} slice {record - self.volumes[name].start}"
 
     def foreground(self, record: int) -> tuple[int, ...]:
         """The classes in a slice's label, the background left out; each label is read once."""
@@ -155,6 +158,11 @@ class SliceDataset:
             spacing=features["spacing"],
             label=features["label"][..., 0].astype(np.int32) if with_label else None,
         )
+
+    def read_volume(self, name: str) -> list[Slice]:
+        """All slices of a volume with their labels, read in threads."""
+        with ThreadPoolExecutor(len(usable_cores())) as threads:  # inflating lets other threads run
+            return list(threads.map(partial(self.read, with_label=True), self.volumes[name]))
 
 
 def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
@@ -220,8 +228,7 @@ def steps_per_epoch(
 
 def neighbour_reach(dataset: SliceDataset, record: int) -> int:
     """Largest distance, in slices, of a slice's neighbour: a fact of its volume's preparation."""
-    volume = next(name for name, records in dataset.volumes.items() if record in records)
-    reach: int = dataset.metadata["volumes"][volume]["reach"]
+    reach: int = dataset.metadata["volumes"][dataset.volume_of(record)]["reach"]
     return reach
 
 

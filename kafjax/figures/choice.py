@@ -6,7 +6,6 @@ what there is.
 
 import itertools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,16 @@ def find_record(dataset: SliceDataset, volume: str, index: int) -> int:
     return records[index]
 
 
+def largest_foreground(dataset: SliceDataset, volume: str) -> int:
+    """The record of a volume's slice with the most labelled pixels, the first of equals."""
+    labels = [one.label for one in dataset.read_volume(volume)]
+    counts = [0 if label is None else int(np.count_nonzero(label)) for label in labels]
+    return dataset.volumes[volume][int(np.argmax(counts))]
+
+
 def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None) -> int:
     """The offset of a slice's neighbour: as given, or else the next slice, or the one before."""
-    records = next(r for r in dataset.volumes.values() if record in r)
+    records = dataset.volumes[dataset.volume_of(record)]
     reach = neighbour_reach(dataset, record)
     near = (1, -1, *range(-reach, reach + 1))
     possible = [o for o in near if o and abs(o) <= reach and record + o in records]
@@ -84,7 +90,7 @@ def make_chosen_pair(
 
     Fields as `kafjax.data.input_pipeline.make_pair`, which makes it.
     """
-    records = next(r for r in dataset.volumes.values() if record in r)
+    records = dataset.volumes[dataset.volume_of(record)]
     reach, index = neighbour_reach(dataset, record), record - records.start
     sample = next(
         number
@@ -111,13 +117,3 @@ def as_pair(sample: Batch) -> Pair:
     """A pretraining sample as it is drawn."""
     keypoints, masks = list(sample["keypoints"]), list(sample["keypoint_mask"])
     return Pair(sample["image"][..., 0], keypoints, masks, sample["correspondence"])
-
-
-def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """A short name for each workdir: as much of the end of its path as tells it from the others."""
-    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
-    for count in range(1, max(map(len, parts), default=1)):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return ["/".join(p) for p in parts]

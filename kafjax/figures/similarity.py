@@ -21,6 +21,7 @@ from kafjax.augment import AugmentConfig
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.data.input_pipeline import Batch, SliceDataset
 from kafjax.data.patches import PatchSize, patch_origin
+from kafjax.drawing.colours import VERMILION
 from kafjax.drawing.figures import FONT_SIZE, make_grid, wrap, write_above, write_beside
 from kafjax.drawing.overlay import grey
 from kafjax.errors import UserError
@@ -29,17 +30,16 @@ from kafjax.figures.choice import (
     check_run_dataset,
     choose_offset,
     make_chosen_pair,
-    name_runs,
 )
 from kafjax.models import build_model
 from kafjax.models.unet import NUM_LEVELS
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import Workdir, name_runs
 
 LEVELS = range(NUM_LEVELS + 1)
 _MULTIPLE = 2**NUM_LEVELS
 _COLUMNS = ("slice", "neighbour", "slice,\naugmented", "neighbour,\naugmented")
 _COLOUR_MAP = "cividis"
-_RED = "#D55E00"  # of Okabe and Ito, that stands out from grey, blue and yellow
+_RED = VERMILION  # stands out from grey, blue and yellow
 _STAR: dict[str, Any] = {"marker": "*", "mfc": _RED, "mec": "white", "mew": 0.5, "ls": ""}
 _RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _RED, "mew": 1.0, "ls": ""}
 _MOST_LEVELS = 3  # that a page's width holds

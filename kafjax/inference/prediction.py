@@ -27,9 +27,10 @@ from data_prep.faults import DatasetError
 from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
+from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import printable
-from kafjax.inference.prediction_files import Job, list_jobs, write_like
+from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
@@ -138,23 +139,23 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
         keypoints = np.pad(found, ((0, places - len(found)), (0, 0)))
         return normalised, keypoints, np.arange(places) < len(found)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # OpenCV lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # OpenCV lets other threads run
         return list(threads.map(view, range(volume.image.shape[2])))
 
 
-def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> None:
-    """Segments a NIfTI file and writes labels, and probabilities if the job has a place for them.
+def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "") -> None:
+    """Segments a NIfTI file and writes labels, and probabilities if the request has a place for it.
 
     Shows progress by slice under `title`. Raises `DatasetError` for a file that cannot be used and
     `OSError` where results cannot be written.
     """
     reader = predictor.reader
-    volume = reader.read(job.source)
-    _note_plane(job.source.image, volume, predictor)
+    volume = reader.read(request.source)
+    _note_plane(request.source.image, volume, predictor)
     rows, columns, num_slices = volume.image.shape
     labels = np.empty((rows, columns, num_slices), np.uint8)
     kept = None
-    if job.probabilities is not None:  # by far the larger
+    if request.probabilities is not None:  # by far the larger
         kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
@@ -167,12 +168,12 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
-    like = open_header(job.source.image)
+    like = open_header(request.source.image)
     plane = reader.plane(like.affine)
     # Labels last: where they are, all is there.
-    if job.probabilities is not None and kept is not None:
-        write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
-    write_like(job.labels, from_slices(labels, like.affine, plane), like)
+    if request.probabilities is not None and kept is not None:
+        write_like(request.probabilities, from_slices(kept, like.affine, plane), like)
+    write_like(request.labels, from_slices(labels, like.affine, plane), like)
 
 
 def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
@@ -215,24 +216,26 @@ def predict_files(
     """
     preparation = _read_preparations(workdirs, data_dir)
     source, target = map(expand, (source, target))
-    jobs, left_out = list_jobs(source, target, preparation, probabilities=probabilities)
-    todo = [job for job in jobs if overwrite or not job.done]
-    if len(todo) < len(jobs):
-        print(f"Skipped {len(jobs) - len(todo)} of {len(jobs)} files: their results are there.")
+    requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
+    todo = [request for request in requests if overwrite or not request.done]
+    if len(todo) < len(requests):
+        print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results are there.")
     faults = [f"  {fault}" for fault in left_out]
     if todo:
         predictor = load_volume_predictor(
             workdirs, step=step, mirror=mirror, data_dir=data_dir, batch_size=batch_size
         )
-        for number, job in enumerate(todo, start=1):
+        for number, request in enumerate(todo, start=1):
             try:
-                predict_file(job, predictor, title=f"{number}/{len(todo)} {job.source.image.name}")
+                predict_file(
+                    request, predictor, title=f"{number}/{len(todo)} {request.source.image.name}"
+                )
             except DatasetError as error:
                 faults += [f"  {fault}" for fault in str(error).splitlines()]
-                faulty = printable(job.source.image)
+                faulty = printable(request.source.image)
                 print(f"{faulty}: could not be predicted, going on", flush=True)
             else:
-                print(f"Wrote {printable(job.labels)}", flush=True)
+                print(f"Wrote {printable(request.labels)}", flush=True)
     if faults:
         raise UserError("\n".join(["these files could not be predicted:", *faults]))
 

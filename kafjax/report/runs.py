@@ -12,7 +12,7 @@ from kafjax.errors import UserError
 from kafjax.files import read_checked
 from kafjax.workdir.metrics import read_metrics
 from kafjax.workdir.scores import SPLITS, read_scores
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import Workdir, name_runs
 
 Fields = dict[str, Any]
 
@@ -60,7 +60,7 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
             faults.append(str(error))
     if faults:
         raise UserError("; ".join(faults))
-    names = _short_names(workdirs)
+    names = name_runs(workdirs)
     return [
         _read_run(name, number, workdir, config)
         for number, (name, workdir, config) in enumerate(zip(names, workdirs, configs, strict=True))
@@ -104,16 +104,6 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
     """Orders M2 before M10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part) if part.isdecimal() else -1, part) for part in parts]
-
-
-def _short_names(workdirs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [workdir.absolute().parts for workdir in workdirs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(workdir) for workdir in workdirs]
 
 
 def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:

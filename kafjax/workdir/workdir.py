@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,37 +69,37 @@ class Workdir:
 
     @property
     def config_file(self) -> Path:
-        """See the module."""
+        """The run's config."""
         return self.path / "config.json"
 
     @property
     def split_file(self) -> Path:
-        """See the module."""
+        """The volumes it trains and validates on."""
         return self.path / "split.json"
 
     @property
     def preparation_file(self) -> Path:
-        """See the module."""
+        """How its dataset was prepared."""
         return self.path / "preparation.json"
 
     @property
     def environment_file(self) -> Path:
-        """See the module."""
+        """What its last start ran on."""
         return self.path / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
-        """See the module."""
+        """Its numbers, a JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """See the module."""
+        """The folder of its scalars and pictures."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """See the module."""
+        """The folder of its states."""
         return self.path / "checkpoints"
 
     def read_config(self, *, task: str | None = None) -> dict[str, Any]:
@@ -198,3 +198,13 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "lock"):
             yield
+
+
+def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A short name for each workdir: as much of the end of its path as tells it from the others."""
+    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
+    for count in range(1, max(map(len, parts), default=1)):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(Path(*p)) for p in parts]
