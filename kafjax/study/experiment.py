@@ -131,9 +131,9 @@ class Experiment(Study):
     def segmentation(self, row: Row, seed: int) -> ConfigCommand:
         """What the row's runs of a seed have in common."""
         if row.pretraining == SCRATCH:
-            return self._command("finetune", "scratch", {"model.name": row.model})
+            return self._command("finetune.py:scratch", {"model.name": row.model})
         start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
-        return self._command("finetune", "", start)
+        return self._command("finetune.py", start)
 
     def pretraining(self, row: Row, seed: int) -> ConfigCommand:
         """The row's pretraining."""
@@ -142,7 +142,7 @@ class Experiment(Study):
             changes["init_from"] = str(self._pretraining_dir(stage, seed))
         weights = zip(PRETRAINING_HEADS, row.weights or (), strict=False)
         changes |= {f"loss.weights.{name}": float(weight) for name, weight in weights}
-        return self._command("pretrain", row.pretraining, changes)
+        return self._command(f"pretrain.py:{row.pretraining}", changes)
 
     def parameters(self) -> dict[str, int]:
         """By row's name; none where the dataset, which knows the number of classes, is missing."""
@@ -252,8 +252,8 @@ class Experiment(Study):
         log = self.root / "logs" / f"{name.replace('/', '_')}.log"
         return Job(name, command, log, is_done, needs, work)
 
-    def _command(self, kind: str, variant: str, changes: Mapping[str, Any]) -> ConfigCommand:
-        file = ":".join(filter(None, (f"configs/{self.dataset}_{kind}.py", variant)))
+    def _command(self, kind: str, changes: Mapping[str, Any]) -> ConfigCommand:
+        file = f"configs/{self.dataset}_{kind}"
         return ConfigCommand(file, {"data.dir": self.data_dir, **changes})
 
     def _prepared(self) -> tuple[str, ...]:
