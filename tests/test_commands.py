@@ -134,7 +134,8 @@ def test_slips_on_the_command_line_name_the_field_and_what_was_expected(
 
 
 def test_none_is_taken_where_the_config_may_be_without() -> None:
-    given = ["--config=phantom_finetune", "--config.data.num_labeled=None", "--config.augment=None"]
+    given = ["--config=phantom_finetune", "--config.model.num_classes=3"]
+    given += [f"--config.{name}=None" for name in ("data.num_labeled", "data.fold", "num_steps")]
     command = [sys.executable, "-m", "kafjax.main", *given, "--describe"]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

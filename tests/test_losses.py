@@ -332,7 +332,7 @@ def test_embeddings_that_are_all_alike_have_one_loss_whatever_the_positives(
     n: int, threshold: float
 ) -> None:
     views = np.ones((2, n, 4)) * np.random.default_rng(0).random((2, n, 1))  # lengths do not matter
-    position = jnp.linspace(0.1, 1, n)
+    position = jnp.asarray(positions(n))
     positives = positive_pairs("pcl", position, position_threshold=threshold)
     found = supervised_contrastive_loss(list(map(jnp.asarray, views)), positives, temperature=0.2)
     np.testing.assert_allclose(found, collapsed_loss(n, 0.2), rtol=1e-5)
