@@ -45,14 +45,7 @@ from kafjax.models import PRETRAINING_HEADS
 from kafjax.paths import expand
 from kafjax.study.jobs import Job
 from kafjax.study.plan import SCRATCH, Row, Study, Table
-from kafjax.study.runs import (
-    RunKey,
-    complete_scores,
-    has_trained,
-    listed,
-    plan_runs,
-    run_config,
-)
+from kafjax.study.runs import RunKey, are_complete, has_trained, listed, plan_runs
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import count_parameters
 from kafjax.training.preflight import with_classes
@@ -228,7 +221,7 @@ class Experiment(Study):
                 *("--seeds", str(seed), "--workdir", str(root)),
             )
             runs = [run for run in self.runs if run.seed == seed and run.fold in folds]
-            is_done = partial(_are_complete, config, root, runs)
+            is_done = partial(are_complete, config, root, runs)
             work = {row.model: self._segmentation_work(config, runs)}
             yield self._job(name, command, is_done, needs, work)
 
@@ -384,10 +377,6 @@ def _earlier(row: Row) -> Row | None:
 
 def _pretraining_name(row: Row, seed: int) -> str:
     return f"pretrain/{row.workdir}_seed{seed}"
-
-
-def _are_complete(config: Any, root: Path, runs: Sequence[RunKey]) -> bool:
-    return all(complete_scores(run_config(config, run), root / run.name) for run in runs)
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
