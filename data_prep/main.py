@@ -1,8 +1,8 @@
 """`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 anything else that stopped the preparation, which the same command then continues. With
-`--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
+fault; 1 anything else that stopped the preparation; rerun the command to resume. With `--check`
+nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from data_prep.readers import READERS
 from data_prep.volumes import Reader
 from kafjax.files import show_any_name
 
-_LONGEST_NAME = 60  # it is a part of file names
+_LONGEST_NAME = 60  # the name is part of file names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _report(error, 2)
     except OSError as error:
-        # A write to a full disk does not name its file.
+        # The error of a full disk does not name its file.
         where = error.filename or arguments.data_dir
         return _report(f"{where}: {error.strerror or error}{kept}", 1)
     except PreparationError as error:
         hint = "run the same command again, with a smaller --num_workers if memory ran out"
         return _report(f"{error}\n{hint}{kept}", 1)
     except KeyboardInterrupt:
-        return _report(f"stopped{'; the same command goes on from here' if kept else ''}", 130)
+        return _report(f"stopped{'; rerun the command to resume' if kept else ''}", 130)
     return 0
 
 
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
-    """Prints what is in the raw folder and findings. Raises `DatasetError` with its faults."""
+    """Prints the survey of the raw folder and its findings. Raises `DatasetError` for faults."""
     survey, faults = survey_dataset(
         reader, raw_dir, num_workers=arguments.num_workers, strict=arguments.strict
     )
@@ -171,7 +171,7 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 
 
 def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
-    """Pretraining on the dataset, by its own config or by the nearest one's."""
+    """The command that pretrains on the dataset, with its own config or the nearest one."""
     config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
     words = ["kafjax", "train", "--config", f"{config}_pretrain"]
     if config == name:

@@ -393,8 +393,8 @@ def test_all_differences_are_listed_and_overwriting_must_be_asked(existing):
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
         "max_keypoints: 64 there, 32 asked for",
         "seed: 0 there, 1 asked for",
-        "ct_1002: its files are gone from the raw folder",
-        "ct_1003: its files are gone from the raw folder",
+        "ct_1002: its files are missing from the raw folder",
+        "ct_1003: its files are missing from the raw folder",
         "ct_1004: its files have changed",
         "ct_1100: its files are new",
     ]
