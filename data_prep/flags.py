@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep import sift
+from data_prep.acdc import PIXEL
 from data_prep.builder import Options
 from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
@@ -30,7 +31,7 @@ Rerun an interrupted command to finish it.
 
 # Flags of one dataset only, with their defaults there.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "acdc": {"cine": False},
+    "acdc": {"cine": False, "pixel_spacing": PIXEL},
     "nnunet": {"channel": None, "intensity": None, "radius": None},
     "phantom": {"num_subjects": 6, "size": (256, 256, 40)},
 }
@@ -137,6 +138,12 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="also the other frames of patient001_4d.nii.gz, without labels",
+    )
+    acdc.add_argument(
+        "--pixel_spacing",
+        type=float,
+        metavar="MM",
+        help=f"edge of the resampled pixels (default: {PIXEL:g}, the paper's)",
     )
     nnunet = parser.add_argument_group("nnunet")
     nnunet.add_argument("--channel", help="number or name in dataset.json (default: 0)")

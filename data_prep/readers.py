@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.acdc import AcdcReader
+from data_prep.acdc import PIXEL, AcdcReader
 from data_prep.chd import ChdReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
@@ -30,6 +30,8 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
             channel_name=metadata["channel_name"],
             intensity=metadata["intensity"],
         )
+    if kind == AcdcReader.kind:
+        return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:
         raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
     return READERS[kind]

@@ -23,6 +23,7 @@ from kafjax.data.input_pipeline import (
     open_dataset,
     steps_per_epoch,
 )
+from kafjax.data.patches import count_places
 from kafjax.data.splits import (
     PAPER_KINDS,
     Split,
@@ -114,8 +115,8 @@ def open_run_dataset(config: Any) -> SliceDataset:
 def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with what only the dataset knows, where the config leaves it out.
 
-    K, the radius of correspondences and, for segmentation, the number of classes; and the network's
-    head, which the task has: `FROM_DATASET`.
+    K, the radius of correspondences, the places for a patch's keypoints (`count_places`) and, for
+    segmentation, the number of classes; and the network's head, which the task has: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -123,8 +124,12 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             if complete.data.get(name) is None:
                 complete.data[name] = dataset.metadata[name]
         complete.model.head = HEADS_OF_TASKS[config.task]
+        if complete.data.get("patch_keypoints") is None:
+            size = tuple(complete.data.patch_size)
+            complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
+    check_fields(complete)  # what goes together with the values that have been filled in
     return complete
 
 
@@ -300,7 +305,8 @@ def _state_bytes(config: Any) -> int:
     """Bytes of what a checkpoint holds."""
     variables = _shapes(config)
     moments = jax.eval_shape(make_optimizer(config.optimizer).init, variables["params"])
-    return _bytes(variables) + _bytes(moments)
+    copies = 2 if config.optimizer.average_decay else 1
+    return copies * _bytes(variables) + _bytes(moments)
 
 
 def _bytes(tree: Any) -> int:
