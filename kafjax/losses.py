@@ -1,7 +1,7 @@
 """Contrastive and segmentation losses.
 
-Embeddings are [b, e], one row per slice; `position` is the slice's place in its volume,
-(index + 1) / number of slices, in (0, 1]. Losses are float32 (or wider) scalars, whatever the
+Embeddings are [b, e], one row per slice; `position` is the slice's position in its volume, (index +
+1) / number of slices, in (0, 1]. Losses are float32 (or wider) scalars, whatever the
 inputs' type.
 """
 
@@ -22,21 +22,21 @@ CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
 
 SEGMENTATION_LOSSES = ("cross_entropy", "dice")
 
-MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
+MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are distinct
 
 
 def positive_pairs(
     method: str, position: jax.Array, *, position_threshold: float = 0.1, num_partitions: int = 4
 ) -> jax.Array:
-    """Says which samples of a batch are positives of each other.
+    """Marks the samples of a batch that are positives of each other.
 
     Args:
-      method: 'simclr', a sample's views only; 'gcl', the same one of `num_partitions` equal parts
-        of the volume (Chaitanya et al. 2020); 'pcl', positions nearer than `position_threshold`
-        (Zeng et al. 2021).
+      method: 'simclr', a sample's views only; 'gcl', slices in the same one of `num_partitions`
+        equal parts of the volume (Chaitanya et al. 2020); 'pcl', positions nearer than
+        `position_threshold` (Zeng et al. 2021).
       position: [b], in (0, 1].
-      position_threshold: of 'pcl', a fraction of the volume.
-      num_partitions: of 'gcl'.
+      position_threshold: for 'pcl', a fraction of the volume.
+      num_partitions: for 'gcl'.
 
     Returns:
       bool [b, b], symmetric, true on the diagonal.
@@ -56,10 +56,10 @@ def positive_pairs(
 
 
 def collapsed_loss(num_samples: int, temperature: float) -> float:
-    """`supervised_contrastive_loss` of two views of embeddings that are all alike.
+    """`supervised_contrastive_loss` of two views whose embeddings are all equal.
 
-    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever the positives
-    and however many: ln(2 B - 1) T / 0.07.
+    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever its positives:
+    ln(2 B - 1) T / 0.07.
 
     Args:
       num_samples: B, of the global batch.
@@ -117,14 +117,14 @@ def local_contrastive_loss(
 ) -> jax.Array:
     """Local contrast over fixed regions, L^R of Chaitanya et al. (NeurIPS 2020, section 3.2).
 
-    A region is 3 x 3 pixels of a map, a vector of 9e numbers, normalised. With s_ij the similarity
-    of the first map's region i and the second's region j, region i's loss is
+    A region is 3 x 3 pixels of a map, as a normalised vector of 9e numbers. With s_ij the
+    similarity of the first map's region i and the second's region j, region i's loss is
     `-log(exp(s_ii / T) / sum_j exp(s_ij / T))`; the mean over regions, over both directions, and
     over samples.
 
     Args:
       first: features [b, h, w, e] of one view of b samples; h and w at least 8.
-      second: of another view, in which every pixel shows the same place.
+      second: features of another view, aligned with the first pixel by pixel.
       temperature: T.
 
     Returns:
@@ -158,7 +158,7 @@ def local_contrastive_loss(
 def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns, each int [13], of the centres of a map's local regions.
 
-    A 3 x 3 grid and the four places between its points.
+    A 3 x 3 grid and the four points between.
     """
     coarse, between = (1 / 6, 1 / 2, 5 / 6), (1 / 3, 2 / 3)
     places = [*itertools.product(coarse, coarse), *itertools.product(between, between)]
@@ -178,13 +178,13 @@ def cross_entropy(
     Args:
       logits: [b, h, w, d].
       label: int [b, h, w], class numbers below d.
-      class_weights: d numbers; the mean is then weighted, each pixel by its class.
+      class_weights: d numbers that weight each pixel by its class in the mean.
       axis_name: the mapped axis over which a batch is spread, if any. With class weights every
-        device gets the loss of the global batch; without, that of its own part, whose mean over
-        devices is the same.
+        device gets the loss of the global batch; without, the loss of its own part, and the mean
+        over devices is the same.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # Integer labels are picked by a gather, whose gradient, a scatter, is slow to compile and run.
+    # Integer labels would need a gather, whose gradient, a scatter, is slow to compile and run.
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     of_pixel = optax.softmax_cross_entropy(logits, of_label)
     if class_weights is None:
@@ -201,17 +201,17 @@ def dice_loss(
     class_weights: Sequence[float] | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """One minus the soft Dice of each class but the background, over the whole batch; their mean.
+    """The mean of one minus the soft Dice of each foreground class over the whole batch.
 
     With p the predicted probabilities and t the label of a class, Dice is
-    `(2 sum(p t) + 2) / (sum p + sum t + 2)` (Milletari et al. 2016). Sums go over all pixels of the
-    global batch, as nnU-Net's: in a slice a class may be absent. It is
+    `(2 sum(p t) + 2) / (sum p + sum t + 2)` (Milletari et al. 2016). Sums cover all pixels of the
+    global batch, as in nnU-Net, because a class may be absent from a slice. It is
     `optax.losses.dice_loss(..., axis=(0, 1, 2), ignore_background=True)` spread over devices.
 
     Args:
       logits: [b, h, w, d].
       label: int [b, h, w], class numbers below d.
-      class_weights: d numbers, of which the background's is not used; the mean is then weighted.
+      class_weights: d numbers that weight the mean; the background's is not used.
       axis_name: the mapped axis over which a batch is spread, if any. Every device then gets the
         loss of the global batch.
     """
@@ -234,5 +234,5 @@ def dice_loss(
 
 
 def _global_sum(sums: Any, axis_name: str | None) -> Any:
-    """Sums over devices too; their gradients come out as the sum of all devices' losses."""
+    """Also sums over devices; gradients are those of the sum of all devices' losses."""
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -1,9 +1,9 @@
-"""Trains as a config file says: `kafjax train --config chd_pretrain`.
+"""Trains by a config file: `kafjax train --config chd_pretrain`.
 
-Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
-is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
-Exit status: 0 complete, 2 for a mistake in the command, config or data or a disk that takes no
-more, 1 for a loss that is not finite, 128 + signal when stopped.
+Any field is set from the command line: `--config.batch_size=16`. A workdir with a checkpoint
+resumes; Ctrl-C and SIGTERM write a checkpoint first. `--check` checks everything that a run needs,
+in seconds. Exit status: 0 complete, 2 for a mistake in the command, config or data or a full disk,
+1 for a loss that is not finite, 128 + signal when stopped.
 """
 
 from pathlib import Path
@@ -22,11 +22,11 @@ from kafjax.training.preflight import look, with_classes
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
-_RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
-_CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Default: runs/<config name>.")
+_RESUME = flags.DEFINE_bool("resume", False, "Refuse to start without a checkpoint.")
+_CHECK = flags.DEFINE_bool("check", False, "Check everything that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if several.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 

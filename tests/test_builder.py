@@ -406,7 +406,7 @@ def test_a_damaged_dataset_is_not_taken_for_done(existing, phantom_dataset):
     raw_dir, data_dir = existing
     shard = next((data_dir / "phantom" / "1.0.0").glob("*ct_1002.tfrecord*"))
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a finished dataset"):
+    with pytest.raises(ValueError, match="not a finished kafjax dataset"):
         prepared(raw_dir, data_dir)
     prepared(raw_dir, data_dir, overwrite=True)
     assert contents(data_dir / "phantom" / "1.0.0") == contents(phantom_dataset)

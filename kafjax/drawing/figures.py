@@ -1,8 +1,8 @@
 """Drawing with matplotlib: pairs of slices with their keypoints, segmentations, and files.
 
 Images are [h, w] or [h, w, 1] of any range, keypoints [k, 2] as (row, col) in pixels of their
-image. Each figure has a canvas of its own: no display, no global state of pyplot, and the same
-input gives the same bytes. Sizes of figures are in inches, `WIDTH` wide as a page of print.
+image. Each figure has its own canvas: no display, no global pyplot state, and the same input gives
+the same bytes. Figure sizes are in inches; `WIDTH` is the width of a printed page.
 """
 
 import math
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
 from kafjax.files import replacing
 
-# Okabe and Ito's palette, whose colours readers with any colour vision tell apart.
+# Okabe and Ito's palette, which is safe for all kinds of colour vision.
 MATCHED_COLOUR = "#56B4E9"
 UNMATCHED_COLOUR = "#E69F00"
 MASKED_COLOUR = "#CC79A7"
@@ -32,7 +32,7 @@ LINE_COLOUR = "#009E73"
 # Sizes in pixels of the picture of a pair.
 GAP = 16
 TEXT_HEIGHT = 24
-_LEAST_HEIGHT = 384  # of the views: smaller images are enlarged by whole factors
+_LEAST_HEIGHT = 384  # of the views; smaller images are enlarged by integer factors
 _DPI = 100
 
 WIDTH = 7.2  # inches, of a figure
@@ -40,7 +40,7 @@ FONT_SIZE = 7  # points
 _LETTER = 0.0085 * FONT_SIZE  # inches, the usual width of one
 _LINE = 0.0165 * FONT_SIZE  # inches from line to line
 _FILE_DPI = 300
-# What would differ from one writing to the next, or from one matplotlib to the next.
+# Metadata that would differ between writes or matplotlib versions.
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -53,8 +53,8 @@ class Pair(NamedTuple):
 
     Attributes:
       images: [2, h, w].
-      keypoints: of each, integer [k, 2].
-      masks: of each, bool [k], which are real.
+      keypoints: integer [k, 2] of each.
+      masks: bool [k] of each, true for real keypoints.
       correspondence: integer [k], index into the second's keypoints or -1.
     """
 
@@ -74,10 +74,10 @@ class SegmentedSlice(NamedTuple):
     """A row of `draw_segmentations`.
 
     Attributes:
-      title: what stands at its left.
+      title: text to the left of the row.
       image: [h, w].
       labels: int [h, w] each, class numbers with 0 the background.
-      notes: what stands below each of the labels.
+      notes: text below each of the labels.
       pixel_aspect: height of a pixel over its width.
     """
 
@@ -102,13 +102,13 @@ def draw_pair(
     """Draws two views side by side with their keypoints and correspondences.
 
     Matched keypoints are blue, unmatched ones orange, correspondences green lines; a caption below
-    counts them. The grey levels of each view run from its 1st to its 99th percentile.
+    counts them. Each view's grey levels span its 1st to 99th percentile.
 
     Args:
       image_1: [h, w] or [h, w, 1], the left view.
       image_2: of the same h x w, the right view.
       keypoints_1: [k, 2], (row, col).
-      mask_1: bool [k], which are real; others are not drawn.
+      mask_1: bool [k], true for real keypoints; others are not drawn.
       keypoints_2: [k', 2].
       mask_2: bool [k'].
       correspondence: integer [k], index into keypoints_2 or -1; not drawn where an end is masked.
@@ -148,16 +148,16 @@ def plot_pair(
     marker_size: float = 3.6,
     line_width: float = 0.7,
 ) -> None:
-    """Plots a pair's views, keypoints and correspondences, as `draw_pair`, into axes.
+    """Plots a pair's views, keypoints and correspondences into axes, as `draw_pair`.
 
     Args:
-      axes: in whose units lengths are given; rows run downwards.
+      axes: lengths are in their units; rows run downwards.
       pair: what to plot.
       second: (row, col) at which the second view begins; the first begins at (0, 0).
       zoom: the side of an image's pixel.
       lines: whether correspondences are plotted.
-      lost: of each view, bool [k], keypoints that become masked later: purple crosses, and their
-        correspondences purple lines.
+      lost: bool [k] of each view, keypoints that become masked later: drawn as purple crosses,
+        their correspondences as purple lines.
       marker_size: of a keypoint, in points.
       line_width: in points.
     """
@@ -191,13 +191,13 @@ def draw_segmentations(
     *,
     footnote: str = "",
 ) -> Figure:
-    """A grid of slices, each in grey and with each of its labels in colour, and a legend.
+    """Draws a grid of slices, in grey and with each label in colour, and a legend.
 
     Args:
       rows: one for each slice.
-      columns: titles of the labels, as many as each row has.
-      classes: names of all classes, the background first; the legend has those that are shown.
-      footnote: stands beside the legend.
+      columns: titles of the labels, one for each label of a row.
+      classes: names of all classes, the background first; the legend has the visible ones.
+      footnote: text next to the legend.
     """
     shown = np.unique(np.concatenate([np.unique(label) for row in rows for label in row.labels]))
     colours = class_colours(len(classes)) / 255
@@ -232,7 +232,7 @@ def make_grid(
     widest: float = 1.7,
     legend: Sequence[Any] = (),
 ) -> np.ndarray:
-    """Axes without ticks for images, Axes [rows, columns] of a new figure, `WIDTH` wide or less.
+    """A new figure, at most `WIDTH` wide, and its Axes [rows, columns] for images, without ticks.
 
     Args:
       num_rows: of the grid.
@@ -242,7 +242,7 @@ def make_grid(
       row_gap: inches between rows.
       top: inches above the grid.
       bottom: inches below it, without the legend.
-      widest: inches that a column has at most.
+      widest: maximum width of a column, inches.
       legend: labelled artists, shown below.
     """
     left, right = 0.3, 0.03
@@ -276,12 +276,12 @@ def write_below(axes: Axes, text: str) -> None:
 
 
 def write_beside(axes: Axes, text: str, *, height: float = 0.5) -> None:
-    """Writes a text at the left of axes, upwards, its middle at a fraction of their height."""
+    """Writes vertical text left of axes, centred at a fraction of their height."""
     _annotate(axes, text, (0, height), (-3, 0), ha="right", va="center", rotation=90)
 
 
 def wrap(text: str, length: float) -> str:
-    """Breaks a name after `_`, `-`, `/` or a space, into lines of so many inches where it can."""
+    """Breaks a name after `_`, `-`, `/` or a space into lines of `length` inches if possible."""
     lines = [""]
     for piece in re.findall(r"[^_\-/ ]*[_\-/ ]?", text):
         if lines[-1] and len(lines[-1] + piece.rstrip()) * _LETTER > length:
@@ -312,7 +312,7 @@ def _add_legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
 
 
 def _legend_columns(handles: Sequence[Any], width: float) -> int:
-    """How many entries of a legend stand beside each other in `width` inches; 1 or more."""
+    """The number of legend entries that fit side by side in `width` inches; 1 or more."""
     widths = [0.42 + _LETTER * len(str(handle.get_label())) for handle in handles]
     if sum(widths) <= width:
         return max(1, len(handles))
@@ -328,7 +328,7 @@ def check_output(path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, PDF or SVG by the extension, whole or not at all.
+    """Writes a figure atomically, as PNG, PDF or SVG by the extension.
 
     The same figure gives the same bytes.
 
@@ -386,6 +386,6 @@ def _plot_points(axes: Axes, places: np.ndarray, colour: str, marker: str, size:
 
 
 def _write(figure: Figure, text: str, *, at: float) -> None:
-    """Writes a centred line; `at` is its middle in pixels from the bottom."""
+    """Writes a centred line; `at` is its vertical centre in pixels from the bottom."""
     middle = at / (figure.get_figheight() * _DPI)
     figure.text(0.5, middle, text, ha="center", va="center", fontsize=9)

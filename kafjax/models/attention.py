@@ -1,8 +1,8 @@
-"""Attention among keypoints. Features are [b, k, 256]; masks [b, k] say which keypoints are real.
+"""Attention among keypoints. Features are [b, k, 256]; masks [b, k] mark the real keypoints.
 
 After Sarlin et al., CVPR 2020, section 3.1, with the numbers of docs/method.md section 4. No padded
-keypoint is attended to or enters a statistic; what comes out at padding is finite and must not be
-used. The features that layers add to stay float32 where layers compute in bfloat16.
+keypoint is attended to or enters a statistic; outputs at padding are finite and must not be used.
+The residual stream stays float32 where layers compute in bfloat16.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from kafjax.models.layers import BatchNorm, Linear, parameter_dtype
 
 KEYPOINT_FEATURES = 256
 POSITION_MLP_FEATURES = (32, 64, 128, 256)
-# Queries that attend at a time: more take memory that grows as the square of the keypoints.
+# Queries per block: without blocks, memory grows with the square of the keypoints.
 QUERY_BLOCK = 256
-# Real keypoints of a batch, all slices together, that have statistics: with those of two or three,
+# Minimum real keypoints for batch statistics, over all slices of a batch: with two or three,
 # gradients through the norms of the positional code alone reach a thousand times the loss's.
 FEWEST_KEYPOINTS = 16
 
@@ -31,16 +31,16 @@ def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any
 def masked_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Scaled dot-product attention that does not see padded keys.
+    """Scaled dot-product attention that ignores padded keys.
 
-    As `jax.nn.dot_product_attention`, whose softmax is float32 even for float64 inputs, too coarse
-    for comparing gradients to the last digit.
+    `jax.nn.dot_product_attention` computes its softmax in float32 even for float64 inputs, which is
+    too coarse for comparing gradients to the last digit.
 
     Args:
       query: [b, k, heads, c].
       key: [b, s, heads, c].
       value: [b, s, heads, c].
-      mask: bool [b, s], which keys are real. Without any, the result is 0.
+      mask: bool [b, s], true for real keys. Without any, the result is 0.
 
     Returns:
       [b, k, heads, c], in the query's type; the softmax is float32 or wider.
@@ -50,7 +50,7 @@ def masked_attention(
     logits = logits / query.shape[-1] ** 0.5
     real = mask[:, None, None, :]
     logits = jnp.where(real, logits, jnp.finfo(wide).min / 2)
-    # Among padding alone the softmax is uniform, and would show what the padding holds.
+    # With padding only, the softmax is uniform and would leak the padding's values.
     weights = jnp.where(real, jax.nn.softmax(logits, axis=-1), 0).astype(value.dtype)
     return jnp.einsum("bhks,bshc->bkhc", weights, value)
 
@@ -58,11 +58,11 @@ def masked_attention(
 def blocked_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, block: int = QUERY_BLOCK
 ) -> jax.Array:
-    """`masked_attention`, at most `block` queries at a time: its memory grows as k, not as k * s.
+    """`masked_attention`, at most `block` queries at a time: memory grows with k, not with k * s.
 
-    The backward pass computes each block's weights again. Arguments and result are those of
-    `masked_attention`. `jax.nn.dot_product_attention` has a fused form on CUDA alone, for half
-    precision, where masks become biases of [k, s] again.
+    The backward pass recomputes each block's weights. Arguments and result are those of
+    `masked_attention`. `jax.nn.dot_product_attention` has a fused form only on CUDA in half
+    precision, where masks become [k, s] biases again.
     """
     b, k, heads, c = query.shape
     if k <= block:
@@ -112,7 +112,7 @@ class PositionalEncoder(nn.Module):
     def __call__(
         self, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int], *, train: bool
     ) -> jax.Array:
-        """Codes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
+        """Encodes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
         wide = parameter_dtype(self.dtype)
         x = normalize_keypoints(keypoints, shape, wide)
         mlp = KeypointMLP(
@@ -124,7 +124,7 @@ class PositionalEncoder(nn.Module):
 class AttentionLayer(nn.Module):
     """One residual layer of multi-head attention and MLP (docs/method.md 4.3).
 
-    Queries come from `x`; keys and values from `source`, which is `x` itself for self-attention.
+    Queries come from `x`, keys and values from `source`, which is `x` for self-attention.
     """
 
     train: bool
@@ -154,7 +154,7 @@ class AttentionLayer(nn.Module):
 
 
 class _SelfAttentionBody(nn.Module):
-    """`AttentionLayer` with the signature that `nn.scan` wants."""
+    """`AttentionLayer` with the signature that `nn.scan` requires."""
 
     train: bool
     num_heads: int
@@ -170,8 +170,8 @@ class _SelfAttentionBody(nn.Module):
 class SelfAttention(nn.Module):
     """A stack of self-attention layers, compiled once: parameters have a leading layer axis.
 
-    The layers' activations are computed again in the backward pass, which costs no measurable time
-    and saves their memory.
+    The backward pass recomputes the layers' activations, which costs no measurable time and saves
+    their memory.
     """
 
     num_layers: int

@@ -3,11 +3,11 @@
 FCN-8s (Long, Shelhamer and Darrell, CVPR 2015) with each VGG block replaced by two convolutions.
 Images are [b, h, w, 1] with h and w divisible by 16.
 
-The appendix leaves open, and we chose: batch norm and leaky ReLU after each convolution, as in the
-UNet, so that the two differ in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers after the
-first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the fifth block
-and its scores; score layers with biases; and fixed bilinear upsampling, where Long et al. learn it
-from a bilinear start in part.
+Our choices where the appendix is silent: batch norm and leaky ReLU after each convolution, as in
+the UNet, so that the two differ only in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers
+after the first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the
+fifth block and its scores; score layers with biases; and fixed bilinear upsampling, part of which
+Long et al. learn from a bilinear start.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class FCNEncoder(Encoder):
 class FCNDecoder(nn.Module):
     """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next.
 
-    `axis_name`, `remat` and `norm` are as other decoders'; it has nothing to use them for.
+    `axis_name`, `remat` and `norm` match other decoders' and have no effect here.
     """
 
     num_classes: int
@@ -47,7 +47,7 @@ class FCNDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes]."""
+        """Returns logits [b, h, w, num_classes]."""
         del train
 
         def score(name: str, x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The keypoint-augmented fusion (KAF) layer: docs/method.md section 4.
 
-Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks
-[b, k] say which are real. Where several real keypoints share a pixel, the last in order fills it.
+Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks [b,
+k] mark the real ones. If several real keypoints share a pixel, the last in order fills it.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def gather_at_keypoints(x: jax.Array, keypoints: jax.Array) -> jax.Array:
 
 
 def last_at_pixel(keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Says which real keypoints are the last, in order, of those at their pixel: bool [b, k]."""
+    """Marks the real keypoints that are the last, in order, at their pixel: bool [b, k]."""
     h, w = shape
     order = jnp.arange(keypoints.shape[1], dtype=jnp.int32)
 
@@ -35,10 +35,10 @@ def last_at_pixel(keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int])
 
 
 def scatter_values(features: jax.Array, winner: jax.Array, mask: jax.Array) -> jax.Array:
-    """What each keypoint adds to the map: its features if it wins its pixel, else 0.
+    """Each keypoint's contribution to the map: its features if it wins its pixel, else 0.
 
-    In the backward pass every real keypoint receives its pixel's gradient, losers included, as the
-    release trains (docs/method.md 4.4).
+    In the backward pass every real keypoint receives its pixel's gradient, including losers, as in
+    the release's training (docs/method.md 4.4).
     """
     loser = features - jax.lax.stop_gradient(features)
     values = jnp.where(winner[..., None], features, loser)
@@ -48,13 +48,13 @@ def scatter_values(features: jax.Array, winner: jax.Array, mask: jax.Array) -> j
 def sparse_conv3x3(
     values: jax.Array, keypoints: jax.Array, kernel: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
-    """3x3 convolution, zero padding, of a map that is zero but at keypoints.
+    """3x3 convolution with zero padding of a map that is zero except at keypoints.
 
-    Nine products a keypoint, added at its neighbours, in place of the dense map: 0.6 GFLOP for
-    512 keypoints, whatever the image's size (77 for the dense form at 512 x 512).
+    Nine products per keypoint, added at its neighbours, replace the dense map: 0.6 GFLOP for 512
+    keypoints at any image size (77 for the dense form at 512 x 512).
 
     Args:
-      values: [b, k, c], what each keypoint adds to its pixel; 0 for padding.
+      values: [b, k, c], contribution of each keypoint to its pixel; 0 for padding.
       keypoints: int [b, k, 2].
       kernel: [3, 3, c, d].
       shape: (h, w) of the map.
@@ -63,8 +63,8 @@ def sparse_conv3x3(
       [b, h, w, d].
     """
     h, w = shape
-    # Pixel p feeds the output at p + 1 - (i, j) through kernel[i, j]; one pixel of border takes
-    # what falls outside.
+    # Pixel p feeds the output at p + 1 - (i, j) through kernel[i, j]; a border of one pixel
+    # collects what falls outside.
     flipped = kernel[::-1, ::-1]
     products = jnp.einsum("bkc,ijcd->bkijd", values, flipped)
     window = jnp.arange(3)
@@ -100,14 +100,14 @@ class KeypointConv(nn.Module):
 
 
 class KAF(nn.Module):
-    """Keypoint-augmented fusion: long-range context among keypoints, brought back to the map.
+    """Keypoint-augmented fusion: scatters long-range context among keypoints into the map.
 
     Attributes:
       num_attention_layers: 2 L of the paper.
       num_heads: of each attention layer.
       axis_name: the mapped axis whose devices share batch statistics.
       dtype: of the computation.
-      norm: of the context's map; keypoints are normalised over the batch whatever it is.
+      norm: of the context map; keypoints are always normalised over the batch.
     """
 
     num_attention_layers: int = 16
@@ -133,7 +133,7 @@ class KAF(nn.Module):
           [b, k, 256], meaningless at padding.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
-        keypoints = keypoints.astype(jnp.int32)  # a pixel's number overflows int16
+        keypoints = keypoints.astype(jnp.int32)  # a pixel's flat index overflows int16
         shape = (x.shape[1], x.shape[2])
         points = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="project")(
             gather_at_keypoints(x, keypoints)

@@ -1,8 +1,9 @@
 """The pretraining networks: an encoder with global heads and the keypoint matcher; and, for local
 contrast, a frozen encoder with the first blocks of a decoder.
 
-The two views of a pair go through the same weights one after the other, so that batch statistics
-are each view's own and running statistics take the first view, then the second (docs/method.md 5).
+The two views of a pair go through the same weights one after the other, so each view has its own
+batch statistics, and running statistics are updated by the first view, then the second
+(docs/method.md 5).
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ PRETRAINING_HEADS = ("cnn", "kaf", "matching")
 
 
 class PretrainingOutput(NamedTuple):
-    """What the losses need. Places of heads that the network has not hold None.
+    """Inputs of the losses. Fields of missing heads are None.
 
     Attributes:
       cnn: the CNN head's embeddings of the two views, each [b, e].
@@ -48,7 +49,7 @@ class CNNHead(nn.Module):
 
 
 class KAFHead(nn.Module):
-    """Embedding of the mean over a slice's real keypoints; of zeros for a slice without any."""
+    """Embedding of the mean over a slice's real keypoints, or of zeros without keypoints."""
 
     embedding: int
     axis_name: str | None = None
@@ -67,7 +68,7 @@ class KAFHead(nn.Module):
 
 
 class Matcher(nn.Module):
-    """Assignment of two slices' keypoints: self and cross attention in turn, then transport."""
+    """Assignment of two slices' keypoints: alternating self and cross attention, then transport."""
 
     num_attention_layers: int = 4
     num_iterations: int = 100
@@ -109,9 +110,9 @@ class PretrainingNetwork(nn.Module):
     """An encoder with the paper's pretraining heads.
 
     Attributes:
-      encoder: gives an `Encoding`; without KAF layers only the CNN head exists.
+      encoder: returns an `Encoding`; without KAF layers only the CNN head exists.
       embedding: e.
-      heads: which of 'cnn', 'kaf' and 'matching' to have; the others cost nothing.
+      heads: any of 'cnn', 'kaf' and 'matching'; the others cost nothing.
     """
 
     encoder: nn.Module
@@ -169,8 +170,8 @@ class LocalContrastNetwork(nn.Module):
     The second stage of Chaitanya et al. (NeurIPS 2020).
 
     Attributes:
-      encoder: gives an `Encoding`, by its running statistics; no gradient reaches it.
-      decoder: gives features [b, h', w', c].
+      encoder: returns an `Encoding`, using its running statistics; no gradient reaches it.
+      decoder: returns features [b, h', w', c].
       embedding: e.
     """
 
@@ -183,7 +184,7 @@ class LocalContrastNetwork(nn.Module):
     def __call__(
         self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Gives features of two views, each [b, h', w', e]; arguments as `PretrainingNetwork`'s."""
+        """Returns features of two views, each [b, h', w', e]; see `PretrainingNetwork`."""
         wide = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_1")
         narrow = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_2")
 

@@ -1,13 +1,14 @@
 """Swin-UNet: a Swin Transformer (Liu et al., ICCV 2021) as the encoder of a UNet.
 
 Token maps are [b, h, w, c]. Images of swin_unet are [b, h, w, 1] with h and w divisible by 16.
-`filters` f gives the embedding 3f and heads of f channels, so that f = 32 with 12 layers is Swin-T
-and with 24 Swin-S; `num_attention_layers` is the number of transformer blocks (`stage_depths`).
+`filters` f sets an embedding of 3f and heads of f channels, so f = 32 with 12 layers is Swin-T and
+with 24 Swin-S; `num_attention_layers` is the number of transformer blocks (`stage_depths`).
 
-As the authors' paper, but: windows are 8 x 8 (7 x 7 in the paper), which divides the tokens of 512
-x 512 pixels at every stage; a map that windows do not divide is padded, and padding is masked where
-they let it take part; a map smaller than a window is one window; no drop path, since networks here
-are deterministic functions of their inputs and runs are short. The decoder is ours: the UNet's.
+Differences from the authors' paper: windows are 8 x 8 (7 x 7 in the paper), which divides the
+tokens of 512 x 512 pixels at every stage; a map that windows do not divide is padded, and padding
+is masked where theirs takes part; a map smaller than a window is one window; no drop path, because
+networks here are deterministic functions of their inputs and runs are short. The decoder is ours:
+the UNet's.
 """
 
 from typing import Any, NamedTuple
@@ -29,10 +30,10 @@ SMALL_STDDEV = 0.02
 def stage_depths(num_blocks: int) -> tuple[int, int, int, int]:
     """Blocks of the four stages: 2, 2, n - 6, 2, as in Swin-T (12) and Swin-S (24).
 
-    Fewer than 8 leave first the first stage without blocks, then the second, then the fourth.
+    With fewer than 8, first the first stage has no blocks, then the second, then the fourth.
 
     Raises:
-      ValueError: not a positive even number; plain and shifted windows take turns.
+      ValueError: not a positive even number; plain and shifted windows alternate.
     """
     if num_blocks < 2 or num_blocks % 2:
         raise ValueError(
@@ -50,9 +51,9 @@ class Tiling(NamedTuple):
     Attributes:
       size: of a window, in tokens.
       number: of windows; they cover the map and less than a window of padding at its end.
-      shift: by how many tokens the map is rolled towards its start before it is cut.
-      groups: [count, size]; tokens of a window see each other if their numbers are alike. The last
-        window holds tokens rolled from the other edge, and padding, each of which is a group.
+      shift: tokens by which the map is rolled towards its start before it is cut.
+      groups: [count, size]; tokens of a window attend to each other if their numbers are equal. The
+        last window holds tokens rolled from the other edge, and padding, each in its own group.
     """
 
     size: int
@@ -62,9 +63,9 @@ class Tiling(NamedTuple):
 
 
 def tile(length: int, window: int, *, shifted: bool) -> Tiling:
-    """Cuts `length` tokens into windows of `window`, or fewer if there are fewer tokens.
+    """Cuts `length` tokens into windows of `window`, or of `length` if it is smaller.
 
-    Shifted windows begin half a window later; a single window has nothing to be shifted against.
+    Shifted windows begin half a window later; a single window is not shifted.
     """
     size = min(window, length)
     number = -(-length // size)
@@ -96,7 +97,7 @@ def join_windows(
 
 
 def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
-    """Says which tokens of a window see which: bool [n, t, t], or None where all see all."""
+    """Marks which tokens of a window attend to which: bool [n, t, t], or None for all to all."""
     if not (rows.groups.any() or columns.groups.any()):
         return None
     groups = 3 * rows.groups[:, None, :, None] + columns.groups[None, :, None, :]
@@ -105,7 +106,7 @@ def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
 
 
 def offset_index(window: int, size: tuple[int, int]) -> np.ndarray:
-    """Where the table of a `window` has the offsets between tokens of a smaller one: [t, t].
+    """Rows, in a `window`'s bias table, of the offsets between a smaller one's tokens: [t, t].
 
     The table's rows are the offsets query - key in (-window, window), column offsets fastest.
     """
@@ -198,7 +199,7 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: windowed attention, then an MLP, each on normalised tokens and added."""
+    """A transformer block: windowed attention, then an MLP, each pre-normalised and residual."""
 
     num_heads: int
     window: int
@@ -219,7 +220,7 @@ class Block(nn.Module):
 
 
 class _BlockPair(nn.Module):
-    """A block of plain and one of shifted windows, with the signature that `nn.scan` wants."""
+    """A block of plain and one of shifted windows, with the signature that `nn.scan` requires."""
 
     num_heads: int
     window: int
@@ -233,7 +234,7 @@ class _BlockPair(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks with plain and shifted windows in turn, compiled once: a leading axis of pairs."""
+    """Blocks with alternating plain and shifted windows, compiled once: a leading axis of pairs."""
 
     num_blocks: int
     num_heads: int
@@ -279,7 +280,7 @@ class SwinTransformer(nn.Module):
       embedding: channels of the first stage's tokens; each later stage has twice as many.
       depths: blocks of each stage, even numbers.
       window: edge of a window, in tokens.
-      remat: keep of each pair of blocks its output alone for the backward pass.
+      remat: store only each block pair's output for the backward pass.
     """
 
     embedding: int = 96
@@ -318,9 +319,9 @@ class SwinEncoder(nn.Module):
     Attributes:
       filters: f; tokens of the first stage have 3f channels.
       num_attention_layers: blocks of all stages together (`stage_depths`).
-      axis_name: taken as by other encoders; there are no batch statistics to share.
+      axis_name: as other encoders'; has no effect, since there are no batch statistics.
       remat: as `SwinTransformer`'s.
-      norm: taken as by other encoders; tokens have layer norm.
+      norm: as other encoders'; has no effect, since tokens have layer norm.
     """
 
     filters: int
@@ -350,9 +351,9 @@ class SwinEncoder(nn.Module):
 class SwinUNetDecoder(nn.Module):
     """The UNet's decoder, one level deeper.
 
-    Tokens know nothing finer than a patch: the two finest levels are convolution blocks of the
-    image, as in SwinUNETR (Hatamizadeh et al. 2022); the others are the stages', normalised. Blocks
-    and norms are the decoder's, since no pretraining loss would reach them.
+    Tokens resolve nothing finer than a patch, so the two finest levels are convolution blocks of
+    the image, as in SwinUNETR (Hatamizadeh et al. 2022); the others are the stages', normalised.
+    Blocks and norms belong to the decoder, because no pretraining loss would reach them.
     """
 
     num_classes: int
@@ -363,7 +364,7 @@ class SwinUNetDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes]."""
+        """Returns logits [b, h, w, num_classes]."""
 
         def block(features: int, name: str, x: jax.Array) -> Any:
             made = ConvBlock(features, self.axis_name, self.dtype, self.norm, name=name)

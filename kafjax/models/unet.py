@@ -1,7 +1,7 @@
 """UNet, UNet (c2) and KAF-UNet: docs/method.md section 5 and the appendix's table 1.
 
-One encoder, whose blocks' output is widened in one of three ways: not at all, by a copy of itself,
-or by a KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
+One encoder, whose blocks' outputs are widened in one of three ways: not at all, by a copy, or by a
+KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ WIDENINGS = ("none", "copy", "kaf")
 
 
 def check_size(image: jax.Array) -> None:
-    """Raises ValueError unless height and width of [b, h, w, 1] survive being halved four times."""
+    """Raises ValueError unless height and width of [b, h, w, 1] can be halved four times."""
     h, w = image.shape[1:3]
     if h % 2**NUM_LEVELS or w % 2**NUM_LEVELS:
         raise ValueError(f"image is {h} x {w} pixels, expected both divisible by {2**NUM_LEVELS}")
 
 
 class Encoding(NamedTuple):
-    """What an encoder gives: features of its levels, finest first.
+    """The output of an encoder: features of its levels, finest first.
 
     Attributes:
       levels: the widened block outputs, [b, h / 2^l, w / 2^l, c_l].
@@ -39,7 +39,7 @@ class Encoding(NamedTuple):
 
 
 def apply_block(block: nn.Module, *inputs: jax.Array, train: bool, remat: bool) -> Any:
-    """Applies a block; with `remat`, the backward pass computes what is inside it again."""
+    """Applies a block; with `remat`, the backward pass recomputes its activations."""
 
     def call(block: Any, *inputs: jax.Array) -> Any:
         return block(*inputs, train=train)
@@ -82,13 +82,13 @@ class WidenedBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four widened blocks, each followed by pooling, and what a backbone puts at their end.
+    """Four widened blocks, each followed by pooling, and the backbone's deepest features.
 
     Attributes:
       filters: f, the channels of the first block.
       widening: 'none', 'copy' or 'kaf'.
-      remat: keep of each block its output alone for the backward pass: less memory, more time on
-        accelerators. XLA's CPU compiler merges what is computed again: nothing is won.
+      remat: store only each block's output for the backward pass: less memory, more time on
+        accelerators. No gain on CPU, where XLA merges the recomputation.
       norm: of maps, one of `kafjax.models.layers.NORMS`.
     """
 
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         return Encoding(tuple(levels), self.deepest(x, train=train), tuple(points))
 
     def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """The encoding's centre, of the fourth block's pooled features."""
+        """The encoding's centre, computed from the fourth block's pooled features."""
         raise NotImplementedError  # each backbone has its own
 
 
@@ -146,8 +146,8 @@ class UNetDecoder(nn.Module):
     Attributes:
       num_classes: d.
       remat: as the encoder's.
-      num_blocks: of the blocks, coarsest first. With fewer than all four there are no logits: the
-        last block's features [b, h / 2^n, w / 2^n, c] are what comes out, n = 4 - num_blocks.
+      num_blocks: number of blocks, coarsest first. With fewer than four, the output is not logits
+        but the last block's features [b, h / 2^n, w / 2^n, c], n = 4 - num_blocks.
       norm: as the encoder's.
     """
 
@@ -160,7 +160,7 @@ class UNetDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes], or features."""
+        """Returns logits [b, h, w, num_classes], or features."""
         x = encoding.center
         for level in reversed(range(NUM_LEVELS - self.num_blocks, NUM_LEVELS)):
             features = x.shape[-1] // 2
