@@ -1,8 +1,8 @@
 """Random mirror and spatial transforms of images, labels and keypoints, on the device.
 
 One sample at a time, static shapes, no host round trip: `jax.vmap` over samples and keys, `jax.jit`
-around all. Images are [h, w, c], positions and keypoints (row, col) in pixels of the same image, a
-pixel's centre at its integer position; a mask marks the real keypoints.
+around all. Positions and keypoints are (row, col) in pixels of the same image, a pixel's centre at
+its integer position; a mask marks the real keypoints.
 
 All transforms map from the output to the input: T(q) is the position in the input at which output
 pixel q is sampled. With c the image's centre, u the elastic displacement, R a rotation and s a
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, Shaped
 
 from kafjax.intensity import (
     IntensityConfig,
@@ -38,8 +39,8 @@ _TOLERANCE = 0.01
 # Bound on the determinant of q + u(q); below it, a pixel at p covers more than four at q.
 _LEAST_DETERMINANT = 0.25
 
-# (image [h, w, c], keypoints [k, 2], mask [k]) of one slice.
-View = tuple[jax.Array, jax.Array, jax.Array]
+# (image, keypoints, mask) of one slice.
+View = tuple[Float[Array, "h w c"], Int[Array, "k 2"], Bool[Array, " k"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ DEFAULT_CONFIG = AugmentConfig()
 class Transform(NamedTuple):
     """A drawn transform T of images of h x w pixels; see the formula in the module's docstring."""
 
-    mirror: jax.Array  # bool [2]: mirror rows, mirror columns
-    matrix: jax.Array  # float32 [2, 2]: s R
-    displacement: jax.Array  # float32 [h, w, 2]: u at the output pixels, (row, col) in pixels
+    mirror: Bool[Array, "2"]  # mirror rows, mirror columns
+    matrix: Float[Array, "2 2"]  # s R
+    displacement: Float[Array, "h w 2"]  # u at the output pixels, (row, col) in pixels
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,7 +79,7 @@ class Transform(NamedTuple):
 
 
 def sample_transform(
-    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+    key: PRNGKeyArray, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
 ) -> Transform:
     """Draws a transform for images of the static `shape` (h, w)."""
     mirror_key, spatial_key, elastic_key, matrix_key = jax.random.split(key, 4)
@@ -92,17 +93,17 @@ def sample_transform(
     )
 
 
-def sampling_coordinates(transform: Transform) -> jax.Array:
-    """T(q) for every output pixel q: float32 [h, w, 2], (row, col) in the input."""
+def sampling_coordinates(transform: Transform) -> Float[Array, "h w 2"]:
+    """T(q) for every output pixel q, (row, col) in the input."""
     centre = _centre(transform.shape)
     offset = _pixel_grid(transform.shape) - centre + transform.displacement
     return centre + _mirror(transform, _multiply(transform.matrix, offset))
 
 
 def elastic_displacement(
-    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
-) -> jax.Array:
-    """Draws a smooth displacement, float32 [h, w, 2] (row, col) in pixels.
+    key: PRNGKeyArray, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+) -> Float[Array, "h w 2"]:
+    """Draws a smooth displacement, (row, col) in pixels.
 
     Noise of U(-1, 1), Gaussian-filtered with sigma ~ U(elastic_sigma), times alpha ~
     U(elastic_alpha): a standard deviation of alpha / (sigma sqrt(12 pi)) per axis. At sigma 14 and
@@ -115,7 +116,9 @@ def elastic_displacement(
     return jnp.moveaxis(uniform(alpha_key, config.elastic_alpha) * smooth, 0, -1)
 
 
-def warp_image(image: jax.Array, coordinates: jax.Array) -> jax.Array:
+def warp_image(
+    image: Float[Array, "h w c"], coordinates: Float[Array, "rows columns 2"]
+) -> Float[Array, "rows columns c"]:
     """Samples an image bilinearly.
 
     As scipy.ndimage.map_coordinates(order=1, mode='constant'): any position outside [0, h - 1] x
@@ -123,19 +126,18 @@ def warp_image(image: jax.Array, coordinates: jax.Array) -> jax.Array:
     end at the same pixel.
 
     Args:
-      image: [h, w, c] float.
-      coordinates: [h', w', 2], (row, col) in `image`.
-
-    Returns:
-      [h', w', c] of the image's dtype.
+      image: to sample.
+      coordinates: (row, col) in `image` of each pixel of the result.
     """
     height, width, _ = image.shape
     inside = _inside(coordinates, (height, width))[..., None]
     return jnp.where(inside, _interpolate(image, coordinates), 0).astype(image.dtype)
 
 
-def warp_label(label: jax.Array, coordinates: jax.Array) -> jax.Array:
-    """Samples a label [h, w, c] of any dtype at the nearest pixel; 0 where `warp_image` has 0."""
+def warp_label(
+    label: Shaped[Array, "h w c"], coordinates: Float[Array, "rows columns 2"]
+) -> Shaped[Array, "rows columns c"]:
+    """Samples a label of any dtype at the nearest pixel; 0 where `warp_image` has 0."""
     height, width, _ = label.shape
     row, col = jnp.moveaxis(_nearest_pixel(coordinates), -1, 0)
     sampled = jnp.asarray(label).at[row, col].get(mode="clip")
@@ -143,17 +145,17 @@ def warp_label(label: jax.Array, coordinates: jax.Array) -> jax.Array:
 
 
 def keypoints_from_index_map(
-    index_map: jax.Array, num_keypoints: int
-) -> tuple[jax.Array, jax.Array]:
+    index_map: Int[Array, "h w"], num_keypoints: int
+) -> tuple[Int[Array, "k 2"], Bool[Array, " k"]]:
     """Reads keypoints from a map of their indices (appendix B).
 
     Args:
-      index_map: integer [h, w], at each pixel a keypoint's index or -1.
+      index_map: at each pixel a keypoint's index or -1.
       num_keypoints: k.
 
     Returns:
-      Keypoints int32 [k, 2], the mean (row, col) of each index's pixels truncated to integers, and
-      mask bool [k]. A missing index is masked and placed at (0, 0).
+      Keypoints, the mean (row, col) of each index's pixels truncated to integers, and their mask.
+      A missing index is masked and placed at (0, 0).
     """
     height, width = index_map.shape
     # Integer sums do not depend on the order of additions. Negative indices are dropped.
@@ -163,7 +165,9 @@ def keypoints_from_index_map(
     return totals[:, :2] // jnp.maximum(count, 1), count[:, 0] > 0
 
 
-def invert_transform(transform: Transform, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def invert_transform(
+    transform: Transform, positions: Real[Array, "k 2"]
+) -> tuple[Float[Array, "k 2"], Bool[Array, " k"]]:
     """Finds the output positions q with T(q) = p.
 
     Mirror, rotation and scale are undone in closed form, which leaves q + u(q) = g, solved by
@@ -173,17 +177,17 @@ def invert_transform(transform: Transform, positions: jax.Array) -> tuple[jax.Ar
 
     Args:
       transform: T.
-      positions: [k, 2] p, (row, col) in the input.
+      positions: p, (row, col) in the input.
 
     Returns:
-      q float32 [k, 2], possibly outside the image, and found bool [k].
+      q, possibly outside the image, and whether it was found.
     """
     centre = _centre(transform.shape)
     goal = centre + _solve(transform.matrix, _mirror(transform, positions - centre))[0]
     displace = functools.partial(_interpolate, transform.displacement)
     slopes = jax.vmap(jax.jacfwd(displace))
 
-    def newton_step(_: int, q: jax.Array) -> jax.Array:
+    def newton_step(_: jax.Array, q: jax.Array) -> jax.Array:
         return q - _solve(jnp.eye(2) + slopes(q), q + displace(q) - goal)[0]
 
     q = jax.lax.fori_loop(0, _NEWTON_STEPS, newton_step, goal - displace(goal))
@@ -194,13 +198,17 @@ def invert_transform(transform: Transform, positions: jax.Array) -> tuple[jax.Ar
 
 
 def transfer_keypoints(
-    keypoints: jax.Array, mask: jax.Array, transform: Transform, *, mode: str = "index_map"
-) -> tuple[jax.Array, jax.Array]:
+    keypoints: Int[Array, "k 2"],
+    mask: Bool[Array, " k"],
+    transform: Transform,
+    *,
+    mode: str = "index_map",
+) -> tuple[Int[Array, "k 2"], Bool[Array, " k"]]:
     """Moves keypoints with the image that a transform warps.
 
     Args:
-      keypoints: integer [k, 2], (row, col) in the input; those outside the image are masked.
-      mask: bool [k].
+      keypoints: (row, col) in the input; those outside the image are masked.
+      mask: true for real keypoints.
       transform: of images of the same h x w.
       mode: 'index_map' warps a map of the keypoints' indices (appendix B, third solution). Of
         several keypoints on one pixel only the last is kept, and where the image shrinks (s > 1)
@@ -209,7 +217,7 @@ def transfer_keypoints(
         the image and those that `invert_transform` masks.
 
     Returns:
-      Keypoints int32 [k, 2] in the output and mask bool [k]; masked ones are at (0, 0).
+      Keypoints, int32, in the output and their mask; masked ones are at (0, 0).
 
     Raises:
       ValueError: an unknown mode.
@@ -231,29 +239,26 @@ def transfer_keypoints(
 
 
 def transfer_correspondence(
-    correspondence: jax.Array, mask_1: jax.Array, mask_2: jax.Array
-) -> jax.Array:
+    correspondence: Int[Array, " k"], mask_1: Bool[Array, " k"], mask_2: Bool[Array, " n"]
+) -> Int[Array, " k"]:
     """Unmatches pairs with a masked end; indices, and so all other pairs, do not change.
 
     Args:
-      correspondence: integer [k], for keypoint i of view 1 its partner in view 2, or -1.
-      mask_1: bool [k] of view 1, after its transform.
-      mask_2: bool [k'] of view 2, after its own.
-
-    Returns:
-      int32 [k].
+      correspondence: for each keypoint of view 1 its partner in view 2, or -1.
+      mask_1: of view 1, after its transform.
+      mask_2: of view 2, after its own.
     """
     kept = (correspondence >= 0) & mask_1 & mask_2[jnp.maximum(correspondence, 0)]
     return jnp.where(kept, correspondence, -1).astype(jnp.int32)
 
 
 def augment_view(
-    key: jax.Array,
-    image: jax.Array,
-    keypoints: jax.Array,
-    mask: jax.Array,
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
+    keypoints: Int[Array, "k 2"],
+    mask: Bool[Array, " k"],
     *,
-    label: jax.Array | None = None,
+    label: Shaped[Array, "h w d"] | None = None,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
     intensity: IntensityConfig | None = None,
@@ -262,10 +267,10 @@ def augment_view(
 
     Args:
       key: PRNG key.
-      image: float [h, w, c], sampled bilinearly.
-      keypoints: integer [k, 2], (row, col).
-      mask: bool [k].
-      label: [h, w, c'], sampled at the nearest pixel.
+      image: sampled bilinearly.
+      keypoints: (row, col).
+      mask: true for real keypoints.
+      label: sampled at the nearest pixel.
       mode: how keypoints are moved, see `transfer_keypoints`.
       config: ranges of the transform.
       intensity: random intensity changes after the transform, if any.
@@ -290,26 +295,26 @@ def augment_view(
 
 
 def augment_pair(
-    key: jax.Array,
+    key: PRNGKeyArray,
     view_1: View,
     view_2: View,
-    correspondence: jax.Array,
+    correspondence: Int[Array, " k"],
     *,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
     intensity: IntensityConfig | None = None,
-) -> tuple[View, View, jax.Array]:
+) -> tuple[View, View, Int[Array, " k"]]:
     """Transforms two neighbouring slices independently, and updates their correspondence.
 
     Args:
       key: PRNG key.
-      view_1: (image [h, w, c], keypoints [k, 2], mask [k]), as for `augment_view`.
+      view_1: (image, keypoints, mask), as for `augment_view`.
       view_2: the same for the neighbour.
-      correspondence: integer [k], index into the neighbour's keypoints or -1.
+      correspondence: index into the neighbour's keypoints or -1.
       mode, config, intensity: as for `augment_view`.
 
     Returns:
-      The two views as `augment_view` returns them, and the correspondence int32 [k].
+      The two views as `augment_view` returns them, and the correspondence.
     """
     key_1, key_2 = jax.random.split(key)
     one = functools.partial(augment_view, mode=mode, config=config, intensity=intensity)

@@ -1,7 +1,7 @@
 """Random changes of a slice's intensities, on the device, and the Gaussian filter.
 
 One sample at a time, static shapes: `jax.vmap` over samples and keys, `jax.jit` around all. Images
-are [h, w, c] float; in a run their unit is their volume's standard deviation, and 0 is its mean.
+are floats; in a run their unit is their volume's standard deviation, and 0 is its mean.
 
 The changes follow nnU-Net (Isensee et al., Nature Methods 2021, supplementary note 4), in its
 order: noise, blur, brightness, contrast, low resolution, gamma. Brightness adds a constant here,
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 
 def check_ranges(config: Any) -> None:
@@ -63,18 +64,12 @@ DEFAULT_INTENSITY = IntensityConfig()
 
 
 def augment_intensity(
-    key: jax.Array, image: jax.Array, *, config: IntensityConfig = DEFAULT_INTENSITY
-) -> jax.Array:
-    """Changes a slice's intensities at random, each change with its own probability.
-
-    Args:
-      key: PRNG key.
-      image: float [h, w, c].
-      config: probabilities and ranges.
-
-    Returns:
-      [h, w, c] of the image's dtype.
-    """
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
+    *,
+    config: IntensityConfig = DEFAULT_INTENSITY,
+) -> Float[Array, "h w c"]:
+    """Changes a slice's intensities at random, each change with its own probability."""
     any_key, *keys = jax.random.split(key, 7)
     changes = (
         (config.noise_probability, functools.partial(_noise, config=config)),
@@ -93,8 +88,10 @@ def augment_intensity(
     return jnp.where(drawn, changed, image).astype(image.dtype)
 
 
-def blur(image: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
-    """Filters a slice [h, w, c] by a Gaussian of `sigma` pixels, normalised at the borders.
+def blur(
+    image: Float[Array, "h w c"], sigma: ScalarLike, *, max_sigma: float
+) -> Float[Array, "h w c"]:
+    """Filters a slice by a Gaussian of `sigma` pixels, normalised at the borders.
 
     `sigma` may be traced, `max_sigma` is its static bound.
     """
@@ -106,13 +103,13 @@ def blur(image: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
     return jnp.moveaxis(smooth / total, 0, -1)
 
 
-def change_contrast(image: jax.Array, scale: jax.Array) -> jax.Array:
+def change_contrast(image: Float[Array, "h w c"], scale: ScalarLike) -> Float[Array, "h w c"]:
     """Multiplies differences from the slice's mean by `scale`, clipped to its original range."""
     mean = jnp.mean(image)
     return jnp.clip(mean + scale * (image - mean), jnp.min(image), jnp.max(image))
 
 
-def change_gamma(image: jax.Array, power: jax.Array) -> jax.Array:
+def change_gamma(image: Float[Array, "h w c"], power: ScalarLike) -> Float[Array, "h w c"]:
     """Raises intensities, scaled from minimum to maximum to [0, 1], to a power.
 
     The slice keeps its mean and standard deviation. A constant slice does not change.
@@ -124,13 +121,13 @@ def change_gamma(image: jax.Array, power: jax.Array) -> jax.Array:
     return jnp.mean(image) + scale * (curved - jnp.mean(curved))
 
 
-def lower_resolution(image: jax.Array, scale: jax.Array) -> jax.Array:
+def lower_resolution(image: Float[Array, "h w c"], scale: ScalarLike) -> Float[Array, "h w c"]:
     """Simulates fewer pixels: nearest-neighbour downsampling, then linear upsampling.
 
     An edge of n pixels becomes max(1, floor(n `scale`)) of the same length, and n again.
 
     Args:
-      image: float [h, w, c].
+      image: to change.
       scale: remaining fraction of an edge's pixels, in (0, 1]; may be traced.
     """
     for axis in (0, 1):
@@ -146,17 +143,17 @@ def lower_resolution(image: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def change_intensity(
-    key: jax.Array,
-    image: jax.Array,
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
     *,
     contrast: tuple[float, float] = (0.8, 1.2),
     brightness: tuple[float, float] = (-0.1, 0.1),
-) -> jax.Array:
+) -> Float[Array, "h w c"]:
     """Scales a slice about its mean by U(contrast), and adds U(brightness) times its range.
 
     Args:
       key: PRNG key.
-      image: float [h, w, c].
+      image: to change.
       contrast: (low, high).
       brightness: (low, high), in units of the slice's range, maximum minus minimum.
     """
@@ -166,8 +163,10 @@ def change_intensity(
     return (changed + uniform(brightness_key, brightness) * extent).astype(image.dtype)
 
 
-def gaussian_filter(images: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
-    """Filters float32 [n, h, w] over h and w as scipy.ndimage.gaussian_filter(mode='constant').
+def gaussian_filter(
+    images: Float[Array, "n h w"], sigma: ScalarLike, *, max_sigma: float
+) -> Float[Array, "n h w"]:
+    """Filters images over h and w as scipy.ndimage.gaussian_filter(mode='constant').
 
     `sigma` is in pixels and may be traced, `max_sigma` is its static bound.
     """
@@ -184,7 +183,7 @@ def _nearest(coarse: jax.Array, count: jax.Array, length: int) -> jax.Array:
     return jnp.floor(centre).astype(jnp.int32)
 
 
-def uniform(key: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+def uniform(key: PRNGKeyArray, bounds: tuple[float, float]) -> Float[Array, ""]:
     """Draws a number between two bounds."""
     return jax.random.uniform(key, minval=bounds[0], maxval=bounds[1])
 
@@ -218,7 +217,7 @@ def _gamma(key: jax.Array, image: jax.Array, *, config: IntensityConfig) -> jax.
     return sign * change_gamma(sign * image, uniform(power_key, config.gamma_power))
 
 
-def _gaussian_matrix(size: int, sigma: jax.Array, max_sigma: float) -> jax.Array:
+def _gaussian_matrix(size: int, sigma: ScalarLike, max_sigma: float) -> jax.Array:
     """Symmetric banded [size, size] matrix whose rows hold the kernel, cut at the borders."""
 
     def kernel(offsets: jax.Array) -> jax.Array:

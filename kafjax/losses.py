@@ -1,8 +1,7 @@
 """Contrastive and segmentation losses.
 
-Embeddings are [b, e], one row per slice; `position` is the slice's position in its volume, (index +
-1) / number of slices, in (0, 1]. Losses are float32 (or wider) scalars, whatever the
-inputs' type.
+`position` is a slice's position in its volume, (index + 1) / number of slices, in (0, 1]. Losses
+are float32 (or wider) scalars, whatever the inputs' type.
 """
 
 import itertools
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Integer, ScalarLike
 
 # The supervised contrastive loss of Khosla et al. is scaled by temperature / base temperature.
 BASE_TEMPERATURE = 0.07
@@ -26,20 +26,24 @@ MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are distinct
 
 
 def positive_pairs(
-    method: str, position: jax.Array, *, position_threshold: float = 0.1, num_partitions: int = 4
-) -> jax.Array:
+    method: str,
+    position: Float[Array, " b"],
+    *,
+    position_threshold: float = 0.1,
+    num_partitions: int = 4,
+) -> Bool[Array, "b b"]:
     """Marks the samples of a batch that are positives of each other.
 
     Args:
       method: 'simclr', a sample's views only; 'gcl', slices in the same one of `num_partitions`
         equal parts of the volume (Chaitanya et al. 2020); 'pcl', positions nearer than
         `position_threshold` (Zeng et al. 2021).
-      position: [b], in (0, 1].
+      position: in (0, 1].
       position_threshold: for 'pcl', a fraction of the volume.
       num_partitions: for 'gcl'.
 
     Returns:
-      bool [b, b], symmetric, true on the diagonal.
+      A symmetric matrix, true on the diagonal.
 
     Raises:
       ValueError: `method` is not one of the three.
@@ -69,12 +73,12 @@ def collapsed_loss(num_samples: int, temperature: float) -> float:
 
 
 def supervised_contrastive_loss(
-    views: Sequence[jax.Array],
-    positives: jax.Array,
+    views: Sequence[Float[Array, "b e"]],
+    positives: Bool[Array, "n n"],
     *,
-    temperature: float = 0.1,
+    temperature: ScalarLike = 0.1,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Supervised contrastive loss over several views of a batch (docs/method.md section 6).
 
     For anchor i with positives P(i) among all other views of all samples,
@@ -82,15 +86,15 @@ def supervised_contrastive_loss(
     s; the mean over anchors that have a positive, times T / 0.07. (Khosla et al. 2020, equation 2.)
 
     Args:
-      views: the same b samples' embeddings in each view, each [b, e]; need not be normalised.
-      positives: bool [n, n] over the samples of the global batch, n = b times the devices. A
-        sample's other views are its positives where the diagonal is true.
+      views: the same samples' embeddings in each view; need not be normalised.
+      positives: over the samples of the global batch, n = b times the devices. A sample's other
+        views are its positives where the diagonal is true.
       temperature: T.
       axis_name: the mapped axis over which the batch is spread, if any. Every device then gets
         the loss of the global batch, negatives of all devices included.
 
     Returns:
-      A scalar; 0 where no anchor has a positive.
+      The loss; 0 if no anchor has a positive.
     """
     dtype = jnp.promote_types(views[0].dtype, jnp.float32)
     stacked = jnp.stack(views).astype(dtype)
@@ -113,8 +117,11 @@ def supervised_contrastive_loss(
 
 
 def local_contrastive_loss(
-    first: jax.Array, second: jax.Array, *, temperature: float = 0.1
-) -> jax.Array:
+    first: Float[Array, "b h w e"],
+    second: Float[Array, "b h w e"],
+    *,
+    temperature: ScalarLike = 0.1,
+) -> Float[Array, ""]:
     """Local contrast over fixed regions, L^R of Chaitanya et al. (NeurIPS 2020, section 3.2).
 
     A region is 3 x 3 pixels of a map, as a normalised vector of 9e numbers. With s_ij the
@@ -123,12 +130,9 @@ def local_contrastive_loss(
     over samples.
 
     Args:
-      first: features [b, h, w, e] of one view of b samples; h and w at least 8.
+      first: features of one view; h and w are at least 8.
       second: features of another view, aligned with the first pixel by pixel.
       temperature: T.
-
-    Returns:
-      A scalar.
 
     Raises:
       ValueError: the maps are too small for 13 distinct regions.
@@ -155,8 +159,8 @@ def local_contrastive_loss(
     return -jnp.mean(jnp.diagonal(forward + backward, axis1=1, axis2=2)) / 2
 
 
-def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns, each int [13], of the centres of a map's local regions.
+def local_regions(height: int, width: int) -> tuple[Int[np.ndarray, "13"], Int[np.ndarray, "13"]]:
+    """Rows and columns of the centres of a map's local regions.
 
     A 3 x 3 grid and the four points between.
     """
@@ -167,17 +171,17 @@ def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_entropy(
-    logits: jax.Array,
-    label: jax.Array,
+    logits: Float[Array, "b h w d"],
+    label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Mean cross-entropy over all pixels.
 
     Args:
-      logits: [b, h, w, d].
-      label: int [b, h, w], class numbers below d.
+      logits: of d classes.
+      label: class numbers below d.
       class_weights: d numbers that weight each pixel by its class in the mean.
       axis_name: the mapped axis over which a batch is spread, if any. With class weights every
         device gets the loss of the global batch; without, the loss of its own part, and the mean
@@ -195,12 +199,12 @@ def cross_entropy(
 
 
 def dice_loss(
-    logits: jax.Array,
-    label: jax.Array,
+    logits: Float[Array, "b h w d"],
+    label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """The mean of one minus the soft Dice of each foreground class over the whole batch.
 
     With p the predicted probabilities and t the label of a class, Dice is
@@ -209,8 +213,8 @@ def dice_loss(
     `optax.losses.dice_loss(..., axis=(0, 1, 2), ignore_background=True)` spread over devices.
 
     Args:
-      logits: [b, h, w, d].
-      label: int [b, h, w], class numbers below d.
+      logits: of d classes.
+      label: class numbers below d.
       class_weights: d numbers that weight the mean; the background's is not used.
       axis_name: the mapped axis over which a batch is spread, if any. Every device then gets the
         loss of the global batch.

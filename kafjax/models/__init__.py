@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
 from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
@@ -74,9 +75,14 @@ class SegmentationNetwork(nn.Module):
     decoder: nn.Module
 
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
-    ) -> jax.Array:
-        """Returns logits [b, h, w, d] for images [b, h, w, 1]."""
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        keypoint_mask: Bool[Array, "b k"],
+        *,
+        train: bool,
+    ) -> Float[Array, "b h w d"]:
+        """Returns logits."""
         encoding = self.encoder(image, keypoints, keypoint_mask, train=train)
         return self.decoder(encoding, train=train)
 

@@ -1,4 +1,4 @@
-"""Attention among keypoints. Features are [b, k, 256]; masks [b, k] mark the real keypoints.
+"""Attention among keypoints; masks mark the real ones.
 
 After Sarlin et al., CVPR 2020, section 3.1, with the numbers of docs/method.md section 4. No padded
 keypoint is attended to or enters a statistic; outputs at padding are finite and must not be used.
@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.layers import BatchNorm, Linear, parameter_dtype
 
@@ -22,28 +23,33 @@ QUERY_BLOCK = 256
 FEWEST_KEYPOINTS = 16
 
 
-def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Maps (row, col) pixels of an image of `shape` (h, w) to about [-0.7, 0.7]: [b, k, 2]."""
+def normalize_keypoints(
+    keypoints: Int[Array, "b k 2"], shape: tuple[int, int], dtype: Any
+) -> Float[Array, "b k 2"]:
+    """Maps (row, col) pixels of an image of `shape` (h, w) to about [-0.7, 0.7]."""
     center = jnp.asarray(shape, dtype) / 2
     return (keypoints.astype(dtype) - center) / (0.7 * max(shape))
 
 
 def masked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
+    query: Float[Array, "b k heads c"],
+    key: Float[Array, "b s heads c"],
+    value: Float[Array, "b s heads c"],
+    mask: Bool[Array, "b s"],
+) -> Float[Array, "b k heads c"]:
     """Scaled dot-product attention that ignores padded keys.
 
     `jax.nn.dot_product_attention` computes its softmax in float32 even for float64 inputs, which is
     too coarse for comparing gradients to the last digit.
 
     Args:
-      query: [b, k, heads, c].
-      key: [b, s, heads, c].
-      value: [b, s, heads, c].
-      mask: bool [b, s], true for real keys. Without any, the result is 0.
+      query: of k keypoints.
+      key: of s keypoints.
+      value: of s keypoints.
+      mask: true for real keys. Without any, the result is 0.
 
     Returns:
-      [b, k, heads, c], in the query's type; the softmax is float32 or wider.
+      The messages in the query's type; the softmax is float32 or wider.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bkhc,bshc->bhks", query, key, preferred_element_type=wide)
@@ -56,8 +62,13 @@ def masked_attention(
 
 
 def blocked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, block: int = QUERY_BLOCK
-) -> jax.Array:
+    query: Float[Array, "b k heads c"],
+    key: Float[Array, "b s heads c"],
+    value: Float[Array, "b s heads c"],
+    mask: Bool[Array, "b s"],
+    *,
+    block: int = QUERY_BLOCK,
+) -> Float[Array, "b k heads c"]:
     """`masked_attention`, at most `block` queries at a time: memory grows with k, not with k * s.
 
     The backward pass recomputes each block's weights. Arguments and result are those of
@@ -88,8 +99,10 @@ class KeypointMLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, c] to [b, k, features]."""
+    def __call__(
+        self, x: Float[Array, "b k c"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b k {self.features}"]:
+        """Applies the MLP to each keypoint."""
         for i, features in enumerate(self.hidden, start=1):
             x = Linear(features, dtype=self.dtype, name=f"linear_{i}")(x)
             norm = BatchNorm(
@@ -110,9 +123,14 @@ class PositionalEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int], *, train: bool
-    ) -> jax.Array:
-        """Encodes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
+        self,
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        shape: tuple[int, int],
+        *,
+        train: bool,
+    ) -> Float[Array, "b k 256"]:
+        """Encodes keypoints in pixels of an image of `shape` (h, w)."""
         wide = parameter_dtype(self.dtype)
         x = normalize_keypoints(keypoints, shape, wide)
         mlp = KeypointMLP(
@@ -134,9 +152,13 @@ class AttentionLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, source: jax.Array, source_mask: jax.Array
-    ) -> jax.Array:
-        """Updates x [b, k, c] by a message from source [b, s, c]."""
+        self,
+        x: Float[Array, "b k c"],
+        mask: Bool[Array, "b k"],
+        source: Float[Array, "b s c"],
+        source_mask: Bool[Array, "b s"],
+    ) -> Float[Array, "b k c"]:
+        """Updates x by a message from the source."""
         features = x.shape[-1]
         heads = (self.num_heads, features // self.num_heads)
 
@@ -180,8 +202,10 @@ class SelfAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, c] to [b, k, c]."""
+    def __call__(
+        self, x: Float[Array, "b k c"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b k c"]:
+        """Updates each keypoint's features."""
         stack = nn.scan(
             nn.remat(_SelfAttentionBody, prevent_cse=False),
             variable_axes={"params": 0, "batch_stats": 0},

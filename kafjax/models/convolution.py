@@ -1,4 +1,4 @@
-"""The 3x3 convolution of feature maps [b, h, w, c], in forms that suit CPUs.
+"""The 3x3 convolution of feature maps, in forms that suit CPUs.
 
 XLA's gradient of the kernel is a convolution whose window is the whole map. Accelerators have
 routines for it; on CPU it reaches a fifth of the forward convolution's speed and takes two thirds
@@ -8,6 +8,7 @@ except for small maps or large batches, where it gains nothing.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Numbers in a block of rows with its shifted copies, which must fit a core's cache.
@@ -15,20 +16,14 @@ _BLOCK_SIZE = 2**19
 
 
 @jax.custom_vjp
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Cross-correlation with zero padding that keeps the size.
-
-    Args:
-      x: [b, h, w, c].
-      kernel: [3, 3, c, d], of the type of x.
-
-    Returns:
-      [b, h, w, d].
-    """
+def conv3x3(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b h w d"]:
+    """Cross-correlation with zero padding that keeps the size; x and kernel have the same type."""
     return native_conv3x3(x, kernel)
 
 
-def native_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def native_conv3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
+) -> Float[Array, "b h w d"]:
     """As `conv3x3`, with XLA's own gradients."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
@@ -60,14 +55,18 @@ def _products_are_faster(shape: tuple[int, ...]) -> bool:
     return h * w >= 16 * 16 and b < 16 and c > 1
 
 
-def native_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """XLA's gradient of the kernel [3, 3, c, d]; x [b, h, w, c], gradient [b, h, w, d]."""
+def native_kernel_gradient(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h w d"]
+) -> Float[Array, "3 3 c d"]:
+    """XLA's gradient of the kernel."""
     shape = (3, 3, x.shape[-1], gradient.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, x.dtype)
     return jax.linear_transpose(lambda kernel: native_conv3x3(x, kernel), kernel)(gradient)[0]
 
 
-def kernel_gradient_by_products(x: jax.Array, gradient: jax.Array) -> jax.Array:
+def kernel_gradient_by_products(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h w d"]
+) -> Float[Array, "3 3 c d"]:
     """The same gradient by matrix products.
 
     Entry (i, j) is the sum over pixels of x shifted by j - 1 columns times the gradient shifted by

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kafjax.models.layers import Conv, ConvBlock, max_pool
 from kafjax.models.unet import Encoder, Encoding, apply_block
@@ -26,8 +27,10 @@ class FCNEncoder(Encoder):
     The centre is at 1/32 of the image's size, rounded up where 32 does not divide it.
     """
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h / 16, w / 16, c] to [b, h / 32, w / 32, 16 f]."""
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b (rows+1)//2 (columns+1)//2 {16*self.filters}"]:
+        """Maps the pooled features at 1/16 of the image's size to 1/32."""
         block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, self.norm, name="level_4")
         x = apply_block(block, x, train=train, remat=self.remat)
         return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
@@ -46,8 +49,10 @@ class FCNDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Returns logits [b, h, w, num_classes]."""
+    def __call__(
+        self, encoding: Encoding, *, train: bool
+    ) -> Float[Array, "b h w {self.num_classes}"]:
+        """Returns logits."""
         del train
 
         def score(name: str, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Building blocks of all networks. Images are [b, h, w, c], keypoint sets [b, k, c].
+"""Building blocks of all networks.
 
 Every module takes `dtype`, the type of its computation; parameters, running statistics and sums
 over batches are at least float32. Convolutions start He-normal with zero biases, linear maps
@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kafjax.models.convolution import conv3x3
 
@@ -51,14 +52,14 @@ def linear_uniform(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Linear(nn.Module):
-    """Linear map of the last axis: [..., c] -> [..., features]."""
+    """Linear map of the last axis."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to [..., features]."""
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... {self.features}"]:
+        """Applies the map."""
         init = linear_uniform(x.shape[-1])
         return nn.Dense(
             self.features,
@@ -77,7 +78,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """Convolution, 1x1 or 3x3, that keeps the size: [b, h, w, c] -> [b, h, w, features]."""
+    """Convolution, 1x1 or 3x3, that keeps the size."""
 
     features: int
     kernel_size: int = 3
@@ -85,8 +86,8 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h, w, features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w {self.features}"]:
+        """Applies the convolution."""
         return nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
@@ -100,7 +101,7 @@ class Conv(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Transposed convolution 2x2 of stride 2: [b, h, w, c] -> [b, 2h, 2w, features].
+    """Transposed convolution 2x2 of stride 2.
 
     Since stride and kernel size are equal, outputs do not overlap: the output at (2r + i, 2c + j)
     is the input at (r, c) times kernel[i, j]. One matrix product for each i gives whole rows.
@@ -110,8 +111,8 @@ class UpConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, 2h, 2w, features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w {self.features}"]:
+        """Applies the transposed convolution."""
         b, h, w, c = x.shape
         param_dtype = parameter_dtype(self.dtype)
         # The release's fan-in of a transposed convolution counts its outputs: 4 x features.
@@ -153,8 +154,10 @@ class BatchNorm(nn.Module):
     fewest: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises x [..., c] by channel; `mask` [...] marks the real entries."""
+    def __call__(
+        self, x: Float[Array, "*b c"], *, train: bool, mask: Bool[Array, "*b"] | None = None
+    ) -> Float[Array, "*b c"]:
+        """Normalises x by channel; `mask` marks the real entries."""
         dtype = parameter_dtype(self.dtype)
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, dtype)
@@ -199,7 +202,7 @@ class BatchNorm(nn.Module):
 
 
 class SampleNorm(nn.Module):
-    """Normalises each sample of maps [b, h, w, c] separately, in training and inference alike.
+    """Normalises each sample of feature maps separately, in training and inference alike.
 
     Attributes:
       group_size: channels that share mean and variance: 1 is instance norm (Ulyanov et al. 2016),
@@ -214,8 +217,8 @@ class SampleNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x [b, h, w, c]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises x."""
         dtype = parameter_dtype(self.dtype)
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,), dtype)
@@ -242,9 +245,15 @@ _GROUP_SIZE = 16  # channels; the best of Wu and He's table 3
 
 
 def normalize(
-    x: jax.Array, norm: str, *, train: bool, axis_name: str | None, dtype: Any, name: str
-) -> jax.Array:
-    """Normalises maps [b, h, w, c] by one of `NORMS`, inside a compact module, under `name`."""
+    x: Float[Array, "b h w c"],
+    norm: str,
+    *,
+    train: bool,
+    axis_name: str | None,
+    dtype: Any,
+    name: str,
+) -> Float[Array, "b h w c"]:
+    """Normalises feature maps by one of `NORMS`, inside a compact module, under `name`."""
     if norm == "batch":
         return BatchNorm(axis_name, dtype=dtype, name=name)(x, train=train)
     size = 1 if norm == "instance" else _GROUP_SIZE
@@ -260,8 +269,10 @@ class ConvBlock(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h, w, features]."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool
+    ) -> Float[Array, "b h w {self.features}"]:
+        """Applies the block."""
         common = {"train": train, "axis_name": self.axis_name, "dtype": self.dtype}
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv_{i}")(x)
@@ -270,8 +281,8 @@ class ConvBlock(nn.Module):
         return x
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max pooling: [b, h, w, c] -> [b, h/2, w/2, c]; the first of equals gets the gradient.
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
+    """2x2 max pooling; the first of equals gets the gradient.
 
     Equals `nn.max_pool`, whose gradient is slow on CPU.
     """

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.assignment import log_optimal_transport
 from kafjax.models.attention import KEYPOINT_FEATURES, AttentionLayer, PositionalEncoder
@@ -23,14 +24,14 @@ class PretrainingOutput(NamedTuple):
     """Inputs of the losses. Fields of missing heads are None.
 
     Attributes:
-      cnn: the CNN head's embeddings of the two views, each [b, e].
-      kaf: the KAF head's embeddings of the two views, each [b, e].
+      cnn: the CNN head's embeddings of the two views.
+      kaf: the KAF head's embeddings of the two views.
       log_assignment: [b, k + 1, k + 1], of the first view's keypoints to the second's.
     """
 
-    cnn: tuple[jax.Array, jax.Array] | None
-    kaf: tuple[jax.Array, jax.Array] | None
-    log_assignment: jax.Array | None
+    cnn: tuple[Float[Array, "b e"], Float[Array, "b e"]] | None
+    kaf: tuple[Float[Array, "b e"], Float[Array, "b e"]] | None
+    log_assignment: Float[Array, "b rows columns"] | None
 
 
 class CNNHead(nn.Module):
@@ -40,8 +41,8 @@ class CNNHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, center: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, e]."""
+    def __call__(self, center: Float[Array, "b h w c"]) -> Float[Array, "b {self.embedding}"]:
+        """Embeds feature maps."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = jnp.mean(center, axis=(1, 2), dtype=wide).astype(self.dtype)
         x = nn.relu(Linear(x.shape[-1] // 2, dtype=self.dtype, name="linear_1")(x))
@@ -56,8 +57,10 @@ class KAFHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, points: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, 256] to [b, e]."""
+    def __call__(
+        self, points: Float[Array, "b k 256"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b {self.embedding}"]:
+        """Embeds keypoints' features."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         total = jnp.sum(points.astype(wide), axis=1, where=mask[..., None])
         mean = total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
@@ -78,18 +81,14 @@ class Matcher(nn.Module):
     @nn.compact
     def __call__(
         self,
-        points: tuple[jax.Array, jax.Array],
-        keypoints: tuple[jax.Array, jax.Array],
-        mask: tuple[jax.Array, jax.Array],
+        points: tuple[Float[Array, "b k 256"], Float[Array, "b k 256"]],
+        keypoints: tuple[Int[Array, "b k 2"], Int[Array, "b k 2"]],
+        mask: tuple[Bool[Array, "b k"], Bool[Array, "b k"]],
         shape: tuple[int, int],
         *,
         train: bool,
-    ) -> jax.Array:
-        """Matches features [b, k, 256] of two slices of `shape` (h, w).
-
-        Returns:
-          The log assignment [b, k + 1, k + 1] (`kafjax.assignment`).
-        """
+    ) -> Float[Array, "b k+1 k+1"]:
+        """Matches keypoints of two slices of `shape` (h, w); returns the log assignment."""
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
         position = PositionalEncoder(**common, name="position")
         a, b = (points[i] + position(keypoints[i], mask[i], shape, train=train) for i in range(2))
@@ -125,14 +124,19 @@ class PretrainingNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b 2 h w 1"],
+        keypoints: Int[Array, "b 2 k 2"],
+        keypoint_mask: Bool[Array, "b 2 k"],
+        *,
+        train: bool,
     ) -> PretrainingOutput:
         """Embeds and matches pairs of slices.
 
         Args:
-          image: [b, 2, h, w, 1].
-          keypoints: int [b, 2, k, 2], in pixels of the image.
-          keypoint_mask: bool [b, 2, k].
+          image: the two slices of each pair.
+          keypoints: (row, col) in pixels of the image.
+          keypoint_mask: true for real keypoints.
           train: normalise by the batch's statistics and update the running ones.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
@@ -182,9 +186,14 @@ class LocalContrastNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns features of two views, each [b, h', w', e]; see `PretrainingNetwork`."""
+        self,
+        image: Float[Array, "b 2 h w 1"],
+        keypoints: Int[Array, "b 2 k 2"],
+        keypoint_mask: Bool[Array, "b 2 k"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b rows columns e"], Float[Array, "b rows columns e"]]:
+        """Returns feature maps of the two views; see `PretrainingNetwork`."""
         wide = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_1")
         narrow = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_2")
 

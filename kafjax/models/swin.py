@@ -1,6 +1,6 @@
 """Swin-UNet: a Swin Transformer (Liu et al., ICCV 2021) as the encoder of a UNet.
 
-Token maps are [b, h, w, c]. Images of swin_unet are [b, h, w, 1] with h and w divisible by 16.
+Images of swin_unet are [b, h, w, 1] with h and w divisible by 16.
 `filters` f sets an embedding of 3f and heads of f channels, so f = 32 with 12 layers is Swin-T and
 with 24 Swin-S; `num_attention_layers` is the number of transformer blocks (`stage_depths`).
 
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kafjax.models.layers import ConvBlock, Linear, UpConv, max_pool, parameter_dtype
 from kafjax.models.unet import Encoding, UNetDecoder, apply_block, check_size
@@ -52,14 +53,14 @@ class Tiling(NamedTuple):
       size: of a window, in tokens.
       number: of windows; they cover the map and less than a window of padding at its end.
       shift: tokens by which the map is rolled towards its start before it is cut.
-      groups: [count, size]; tokens of a window attend to each other if their numbers are equal. The
-        last window holds tokens rolled from the other edge, and padding, each in its own group.
+      groups: number of each token; tokens of a window attend to each other if theirs are equal.
+        The last window holds tokens rolled from the other edge, and padding, each in its own group.
     """
 
     size: int
     number: int
     shift: int
-    groups: np.ndarray
+    groups: Int[np.ndarray, "n size"]
 
 
 def tile(length: int, window: int, *, shifted: bool) -> Tiling:
@@ -75,8 +76,10 @@ def tile(length: int, window: int, *, shifted: bool) -> Tiling:
     return Tiling(size, number, shift, groups.reshape(number, size))
 
 
-def cut_windows(x: jax.Array, rows: Tiling, columns: Tiling) -> jax.Array:
-    """Cuts a map [b, h, w, c] into windows [b, n, t, c] of t tokens each, row by row."""
+def cut_windows(
+    x: Shaped[Array, "b h w c"], rows: Tiling, columns: Tiling
+) -> Shaped[Array, "b n t c"]:
+    """Cuts a map into n windows of t tokens each, row by row."""
     b, h, w, c = x.shape
     padding = (rows.number * rows.size - h, columns.number * columns.size - w)
     x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
@@ -86,9 +89,9 @@ def cut_windows(x: jax.Array, rows: Tiling, columns: Tiling) -> jax.Array:
 
 
 def join_windows(
-    windows: jax.Array, rows: Tiling, columns: Tiling, shape: tuple[int, int]
-) -> jax.Array:
-    """Undoes `cut_windows`: [b, n, t, c] to a map of `shape`, [b, h, w, c]."""
+    windows: Shaped[Array, "b n t c"], rows: Tiling, columns: Tiling, shape: tuple[int, int]
+) -> Shaped[Array, "b h w c"]:
+    """Undoes `cut_windows`, to a map of `shape` (h, w)."""
     b, c = windows.shape[0], windows.shape[-1]
     x = windows.reshape(b, rows.number, columns.number, rows.size, columns.size, c)
     x = x.swapaxes(2, 3).reshape(b, rows.number * rows.size, columns.number * columns.size, c)
@@ -96,8 +99,8 @@ def join_windows(
     return x[:, : shape[0], : shape[1]]
 
 
-def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
-    """Marks which tokens of a window attend to which: bool [n, t, t], or None for all to all."""
+def visible_tokens(rows: Tiling, columns: Tiling) -> Bool[Array, "n t t"] | None:
+    """Marks which tokens of each window attend to which; None for all to all."""
     if not (rows.groups.any() or columns.groups.any()):
         return None
     groups = 3 * rows.groups[:, None, :, None] + columns.groups[None, :, None, :]
@@ -105,8 +108,8 @@ def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
     return flat[:, :, None] == flat[:, None, :]
 
 
-def offset_index(window: int, size: tuple[int, int]) -> np.ndarray:
-    """Rows, in a `window`'s bias table, of the offsets between a smaller one's tokens: [t, t].
+def offset_index(window: int, size: tuple[int, int]) -> Int[np.ndarray, "t t"]:
+    """Rows, in a `window`'s bias table, of the offsets between a smaller one's tokens.
 
     The table's rows are the offsets query - key in (-window, window), column offsets fastest.
     """
@@ -123,8 +126,8 @@ class SmallLinear(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to [..., features]."""
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... {self.features}"]:
+        """Applies the map."""
         return nn.Dense(
             self.features,
             use_bias=self.use_bias,
@@ -141,8 +144,8 @@ class LayerNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to the same shape."""
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        """Normalises x."""
         return nn.LayerNorm(
             epsilon=1e-5,
             dtype=self.dtype,
@@ -167,8 +170,8 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape: the paper's equation 4 in each window."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies the paper's equation 4 in each window."""
         _, h, w, c = x.shape
         rows, columns = (tile(length, self.window, shifted=self.shifted) for length in (h, w))
         windows = cut_windows(x, rows, columns)
@@ -207,8 +210,8 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape: half of the paper's equation 3."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies half of the paper's equation 3."""
         attention = WindowAttention(
             self.num_heads, self.window, self.shifted, self.dtype, name="attention"
         )
@@ -243,8 +246,8 @@ class Stage(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies the blocks."""
         if not self.num_blocks:
             return x
         pairs = nn.scan(
@@ -262,8 +265,8 @@ class PatchMerging(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h / 2, w / 2, 2c], halves rounded up."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
+        """Merges tokens."""
         b, h, w, c = x.shape
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
         x = x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c)
@@ -290,8 +293,8 @@ class SwinTransformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Maps [b, h, w, c] to the stages' tokens, [b, h / 4, w / 4, e] to [b, h / 32, w / 32, 8e].
+    def __call__(self, image: Float[Array, "b h w c"]) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Returns the stages' tokens, from [b, h / 4, w / 4, e] to [b, h / 32, w / 32, 8e].
 
         h and w are divisible by 4; later halves are rounded up.
         """
@@ -334,9 +337,14 @@ class SwinEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
     ) -> Encoding:
-        """Encodes images [b, h, w, 1]."""
+        """Encodes images."""
         del keypoints, mask, train
         check_size(image)
         depths = stage_depths(self.num_attention_layers)
@@ -363,8 +371,10 @@ class SwinUNetDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Returns logits [b, h, w, num_classes]."""
+    def __call__(
+        self, encoding: Encoding, *, train: bool
+    ) -> Float[Array, "b h w {self.num_classes}"]:
+        """Returns logits."""
 
         def block(features: int, name: str, x: jax.Array) -> Any:
             made = ConvBlock(features, self.axis_name, self.dtype, self.norm, name=name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.kaf import KAF
 from kafjax.models.layers import Conv, ConvBlock, UpConv, max_pool
@@ -17,8 +18,8 @@ NUM_LEVELS = 4
 WIDENINGS = ("none", "copy", "kaf")
 
 
-def check_size(image: jax.Array) -> None:
-    """Raises ValueError unless height and width of [b, h, w, 1] can be halved four times."""
+def check_size(image: Float[Array, "b h w 1"]) -> None:
+    """Raises ValueError unless height and width can be halved four times."""
     h, w = image.shape[1:3]
     if h % 2**NUM_LEVELS or w % 2**NUM_LEVELS:
         raise ValueError(f"image is {h} x {w} pixels, expected both divisible by {2**NUM_LEVELS}")
@@ -30,12 +31,12 @@ class Encoding(NamedTuple):
     Attributes:
       levels: the widened block outputs, [b, h / 2^l, w / 2^l, c_l].
       center: the deepest features, [b, h / 16, w / 16, c].
-      points: the keypoints' features at each level with a KAF layer, each [b, k, 256].
+      points: the keypoints' features at each level with a KAF layer.
     """
 
-    levels: tuple[jax.Array, ...]
-    center: jax.Array
-    points: tuple[jax.Array, ...]
+    levels: tuple[Float[Array, "b _ _ _"], ...]
+    center: Float[Array, "b _ _ c"]
+    points: tuple[Float[Array, "b k 256"], ...]
 
 
 def apply_block(block: nn.Module, *inputs: jax.Array, train: bool, remat: bool) -> Any:
@@ -68,9 +69,14 @@ class WidenedBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps [b, h, w, c'] to the widened features and the keypoints' features, if any."""
+        self,
+        x: Float[Array, "b h w _"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k 256"] | None]:
+        """Returns the widened features and the keypoints' features, if any."""
         common = {"axis_name": self.axis_name, "dtype": self.dtype, "norm": self.norm}
         x = ConvBlock(self.features, **common, name="block")(x, train=train)
         if self.widening == "copy":
@@ -102,9 +108,14 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
     ) -> Encoding:
-        """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        """Encodes images with keypoints in their pixels."""
         check_size(image)
         x, levels, points = image.astype(self.dtype), [], []
         for level in range(NUM_LEVELS):
@@ -124,7 +135,9 @@ class Encoder(nn.Module):
             x = max_pool(x)
         return Encoding(tuple(levels), self.deepest(x, train=train), tuple(points))
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b _ _ d"]:
         """The encoding's centre, computed from the fourth block's pooled features."""
         raise NotImplementedError  # each backbone has its own
 
@@ -132,8 +145,10 @@ class Encoder(nn.Module):
 class UNetEncoder(Encoder):
     """The UNet's encoder: its centre is two convolutions without normalisation."""
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h / 16, w / 16, c] to the same size."""
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b rows columns d"]:
+        """Applies two convolutions, which keep the size of the pooled features."""
         features = self.filters * 16 * (1 if self.widening == "none" else 2)
         for i in (1, 2):
             x = nn.relu(Conv(features, dtype=self.dtype, name=f"center_{i}")(x))
@@ -159,8 +174,8 @@ class UNetDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Returns logits [b, h, w, num_classes], or features."""
+    def __call__(self, encoding: Encoding, *, train: bool) -> Float[Array, "b h w d"]:
+        """Returns logits, or features."""
         x = encoding.center
         for level in reversed(range(NUM_LEVELS - self.num_blocks, NUM_LEVELS)):
             features = x.shape[-1] // 2
