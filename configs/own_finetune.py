@@ -15,8 +15,10 @@ from kafjax.configs import chd_finetune, own_pretrain
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
+    pretraining = own_pretrain.get_config()
     for field in ("name", "patch_size"):
-        config.data[field] = own_pretrain.get_config().data[field]
+        config.data[field] = pretraining.data[field]
+    config.model.norm = pretraining.model.norm
     # Rotations as patients turn, not any angle: an organ's position identifies it.
     config.augment.transform.update(
         {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
@@ -32,5 +34,4 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
             "average_decay": 0.999,
         }
     )
-    config.model.norm = "instance"
     return config

@@ -1,7 +1,6 @@
 """The flags of `kafjax prepare`."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,9 @@ from data_prep.builder import Options
 from data_prep.intensity import Intensity
 from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
+from kafjax.cores import usable_cores
+from kafjax.errors import UserError
+from kafjax.paths import path_argument
 
 _EPILOG = """\
 layouts:
@@ -64,7 +66,7 @@ def refuse_stray(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and not arguments.check:
         stray.append("--json is for --check")
     if stray:
-        raise ValueError("\n".join(stray))
+        raise UserError("\n".join(stray))
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +74,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
     add(
         "--raw_dir",
-        type=_path,
+        type=path_argument,
         metavar="RAW",
         help="folder of raw files (phantom: DATA/raw/phantom)",
     )
     add(
         "--data_dir",
-        type=_path,
+        type=path_argument,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
@@ -98,7 +100,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="treat notes as errors: equal images, other planes, unused entries",
     )
-    add("--json", type=_path, metavar="FILE", help="with --check: also write the findings to FILE")
+    add(
+        "--json",
+        type=path_argument,
+        metavar="FILE",
+        help="with --check: also write the findings to FILE",
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +132,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        default=_num_cores(),
+        default=len(usable_cores()),
         metavar="N",
         help="worker processes; 0: this process only; same result (default: one per core)",
     )
@@ -168,16 +175,6 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="XxYxZ",
         help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
     )
-
-
-def _path(text: str) -> Path:
-    """Expands `~` in a path, which the shell does not do after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def _num_cores() -> int:
-    # A job may use only some of the machine's cores; only Linux reports which.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from data_prep.faults import Fault
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, slice_plane
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume
+from kafjax.errors import UserError
 
 DEFAULT_RADIUS = 20
 _FILE = "dataset.json"
@@ -197,7 +198,7 @@ def open_nnunet(
     CT, else to `zscore`. Raises `ValueError` for a radius below 1.
     """
     if radius is not None and radius < 1:
-        raise ValueError(f"radius is {radius}; expected 1 px or more")
+        raise UserError(f"radius is {radius}; expected 1 px or more")
     if not raw_dir.is_dir():
         remedy = f"give the folder that holds {_FILE} and imagesTr"
         return NnunetReader((), faults=(Fault(raw_dir, "is not a folder", remedy),))

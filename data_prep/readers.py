@@ -7,6 +7,7 @@ from data_prep.acdc import PIXEL, AcdcReader
 from data_prep.chd import ChdReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
+from kafjax.errors import UserError
 from kafjax.registry import Registry
 
 # Datasets with fixed rules; nnU-Net's rules are in the folder's own description.
@@ -33,5 +34,5 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
     if kind == AcdcReader.kind:
         return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:
-        raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
+        raise UserError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
     return READERS[kind]

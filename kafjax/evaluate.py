@@ -11,14 +11,14 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
 
-    workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.", required=True)
+    workdir = define_path("workdir", None, "Workdir of a segmentation run.", required=True)
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = flags.DEFINE_string("data_dir", None, "Default: the run's data directory.")
+    data_dir = define_path("data_dir", None, "Default: the run's data directory.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
 
     record_split = flags.DEFINE_bool(

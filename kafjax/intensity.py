@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from kafjax.errors import UserError
+
 
 def check_ranges(config: Any) -> None:
     """Raises ValueError that lists every out-of-range field of a dataclass of ranges.
@@ -34,7 +36,7 @@ def check_ranges(config: Any) -> None:
         elif name.endswith(("_sigma", "_scale", "_power")) and value[0] <= 0:
             faults.append(f"{name} is {value}, expected above 0")
     if faults:
-        raise ValueError(f"{type(config).__name__}: " + "; ".join(faults))
+        raise UserError(f"{type(config).__name__}: " + "; ".join(faults))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,15 @@ import io
 import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.data.input_pipeline import SliceDataset, check_facts, open_dataset
 from kafjax.data.splits import equal_images_across
+from kafjax.errors import UserError
 from kafjax.files import write_checked, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
@@ -70,7 +70,7 @@ def evaluate(predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ..
     metrics, seconds = {}, {}
     for name in tqdm.tqdm(volumes, unit="volume", disable=None):
         begin = time.perf_counter()
-        slices = _read_volume(dataset, name)
+        slices = dataset.read_volume(name)
         views = [(s.image, s.keypoints, s.mask) for s in slices]
         found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
         labels = [s.label.astype(np.uint8) for s in slices if s.label is not None]
@@ -115,7 +115,7 @@ def evaluate_run(
       ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
     folder = Workdir(workdir)
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
@@ -126,7 +126,7 @@ def evaluate_run(
     recorded = open_split(folder, dataset)
     volumes = getattr(recorded.names, split)
     if not volumes:
-        raise ValueError(f"{workdir}: the run has no {split} volume; expected --split train")
+        raise UserError(f"{workdir}: the run has no {split} volume; expected --split train")
     counts, metrics, seconds = evaluate(predictor, dataset, volumes)
     found, how = folder.select_step(step)
     selected, usual = folder.select_step()
@@ -238,14 +238,6 @@ def format_table(results: Results) -> str:
     lines.append(f"{'mean':<{width}}  {_text(pooled['mean'], 4):>11}")
     lines.append(f"{'chance':<{width}}  {_text(results['chance'], 4):>11}")
     return "\n".join(lines)
-
-
-def _read_volume(dataset: SliceDataset, name: str) -> list[Slice]:
-    def read(record: int) -> Slice:
-        return dataset.read(record, with_label=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # inflating lets other threads run
-        return list(threads.map(read, dataset.volumes[name]))
 
 
 def _mean_and_std(values: list[float]) -> dict[str, float | None]:

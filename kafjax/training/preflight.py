@@ -32,6 +32,7 @@ from kafjax.data.splits import (
     split_by_names,
     split_volumes,
 )
+from kafjax.errors import UserError
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
@@ -66,7 +67,7 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
     def find(name: str, see: Callable[[], str]) -> None:
         try:
             findings.append(Finding(name, see()))
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (UserError, OSError, FloatingPointError) as error:
             findings.append(Finding(name, str(error), wrong=True))
 
     find("config", lambda: _see_config(config))
@@ -97,7 +98,7 @@ def open_run_dataset(config: Any) -> SliceDataset:
     try:
         dataset = open_dataset(config.data.dir, config.data.name)
     except OSError as error:  # a name that is too long, a folder without permission
-        raise ValueError(
+        raise UserError(
             f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
             f"{config.data.name!r} that can be read: {error}"
         ) from error
@@ -105,7 +106,7 @@ def open_run_dataset(config: Any) -> SliceDataset:
     check_facts(dataset, {name: value for name, value in given.items() if value is not None})
     num_classes = config.model.get("num_classes")
     if num_classes not in (None, len(dataset.classes)):
-        raise ValueError(
+        raise UserError(
             f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
             f"{dataset.directory} has {', '.join(dataset.classes)}"
         )
@@ -144,7 +145,7 @@ def with_classes(config: Any) -> Any:
     try:
         return complete_config(config, open_run_dataset(config))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
         ) from None
 
@@ -193,7 +194,7 @@ def check_devices(config: Any) -> str:
     devices, parts = jax.device_count(), config.num_microbatches
     if config.batch_size % (devices * parts):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size}, "
             f"expected a multiple of the {devices} devices{times}"
         )
@@ -256,7 +257,7 @@ def _see_memory(config: Any, dataset: SliceDataset) -> str:
     needed, there = estimate_memory(config, dataset), device_memory()
     text = f"about {_gib(needed)} on each device by estimate, which has {_gib(there)}"
     if needed > there:
-        raise ValueError(
+        raise UserError(
             f"{text}; expected less: a smaller config.batch_size or more config.num_microbatches"
         )
     return text
@@ -280,14 +281,14 @@ def _see_workdir(config: Any, workdir: Path) -> str:
 def _see_disk(config: Any, workdir: Path) -> str:
     there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there}: cannot be written to; expected a folder for the run")
+        raise UserError(f"{there}: cannot be written to; expected a folder for the run")
     keep = config.checkpoint
     # One more is being written before another is removed.
     copies = max(1, keep.keep_newest + keep.keep_best + 1 - len(saved_steps(workdir)))
     needed, free = copies * _state_bytes(config), shutil.disk_usage(there).free
     text = f"{copies} checkpoints to come of {_gib(_state_bytes(config))}, and {_gib(free)} free"
     if needed > free:
-        raise ValueError(f"{there}: {text}; expected room for all of them")
+        raise UserError(f"{there}: {text}; expected room for all of them")
     return text
 
 
