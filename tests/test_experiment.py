@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -385,6 +386,34 @@ def test_mistakes_are_one_line_and_status_2() -> None:
     line = "folds: found 5, 6, 7, 8, 9, expected 0 to 4: config.data.num_folds is 5"
     assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
     assert not Path("nowhere").exists()
+
+
+def test_the_command_collects_and_says_how_to_repeat_it(tmp_path: Path) -> None:
+    arguments = (
+        "--table",
+        "table3",
+        "--dataset",
+        "chd",
+        "--rows",
+        "1",
+        "--folds",
+        "0,1",
+        "--collect",
+    )
+    places = ("--workdir", str(tmp_path / "runs [1]"), "--data_dir", str(tmp_path / "data"))
+    done = subprocess.run(
+        [sys.executable, "-m", "kafjax.experiment", *arguments, *places],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = re.findall("    (kafjax experiment .*)", done.stdout)
+    assert shlex.split(command) == [
+        *("kafjax", "experiment", "--table=table3", "--dataset=chd", "--rows=1", "--folds=0,1"),
+        *(f"--workdir={places[1]}", f"--data_dir={places[3]}"),
+    ]
+    assert (tmp_path / "runs [1]" / "chd" / "table3.md").read_text() + "\n" == done.stdout
 
 
 @pytest.mark.slow
