@@ -337,7 +337,9 @@ def test_what_cannot_be_written_is_told_and_can_be_saved_again(tmp_path, monkeyp
             patch.setattr(checkpointer._manager, "wait_until_finished", refuse)
             patch.setattr(checkpointer._manager, "check_for_errors", refuse)
             for call in (checkpointer.wait, checkpointer.check):
-                with pytest.raises(SaveError, match=f"{tmp_path}: .* before it are kept.*no space"):
+                with pytest.raises(
+                    SaveError, match=f"{tmp_path}: .* earlier ones are kept.*no space"
+                ):
                     call()
         checkpointer.check()
         assert checkpointer.save(2, make_state(2), metrics={}, data={})

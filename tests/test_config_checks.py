@@ -109,7 +109,7 @@ def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) 
         (
             {"model__name": "unet", "loss__weights__matching": 0.0},
             "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
-            "--config chd_pretrain:pcl has it",
+            "--config chd_pretrain:pcl",
         ),
         (
             {f"loss__weights__{name}": 0.0 for name in ("cnn", "kaf", "matching")},

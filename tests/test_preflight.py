@@ -26,7 +26,7 @@ def test_a_sound_run_passes_and_nothing_is_written(phantom_dataset: Path, tmp_pa
     text = "\n".join(map(str, findings))
     assert "4 volumes, 4 shards" in text
     assert "6 steps an epoch, 120 in all" in text
-    assert f"{workdir}: begins anew" in text
+    assert f"{workdir}: starts from scratch" in text
     assert not workdir.exists()
 
 
