@@ -46,8 +46,8 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     # Fraction of each batch guaranteed to show a class other than the background.
     config.data.foreground_share = 0.0
 
-    # With the background. Default: the dataset's; a different value is an error.
-    config.model.num_classes = config_dict.placeholder(int)
+    # CHD's, with the background, checked against the dataset. None: the dataset's number.
+    config.model.num_classes = 8
     for field in ("embedding", "num_matcher_layers", "num_sinkhorn_iterations"):
         del config.model[field]
     config.loss = {

@@ -16,6 +16,7 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
     pretraining = own_pretrain.get_config()
+    config.model.num_classes = None
     for field in ("name", "patch_size"):
         config.data[field] = pretraining.data[field]
     config.model.norm = pretraining.model.norm

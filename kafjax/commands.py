@@ -32,9 +32,9 @@ _PATH = re.compile(r"flag (--\w+)=(.*): (?=\2: )")
 def define_path(name: str, default: str | None, help_string: str, **options: Any) -> Any:
     """Defines a flag whose value is a path, a text, with `~` expanded; returns its holder."""
     flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
-    return flags.DEFINE(
-        _Parser(lambda text: str(expand(text))), name, default, help_string, **options
-    )
+    parser = _Parser(lambda text: str(expand(text)))
+    serializer: Any = flags.ArgumentSerializer()  # for commands that print how to repeat them
+    return flags.DEFINE(parser, name, default, help_string, serializer=serializer, **options)
 
 
 def define_paths(name: str, default: str | None, help_string: str, **options: Any) -> Any:

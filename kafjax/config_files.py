@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import kafjax.configs
 from kafjax.errors import UserError
-from kafjax.paths import expand
 
 CONFIGS = "configs"
 TABLES = "configs/tables"
@@ -84,7 +83,8 @@ def load_table(text: str) -> Any:
 def define_config(help_string: str) -> Any:
     """Defines the required flags `--config` and `--config.FIELD`; returns the flag's holder."""
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
+    from ml_collections.config_flags import config_flags as config_flags_module
     from ml_collections.config_flags import tuple_parser
 
     class NoneParser(flags.ArgumentParser):
@@ -106,6 +106,7 @@ def define_config(help_string: str) -> Any:
         (float, flags.FloatParser(), "a number, or None"),
         (bool, flags.BooleanParser(), "True or False, or None"),
         (str, flags.ArgumentParser(), "a text, or None"),
+        (ConfigDict, config_flags_module._ConfigDictParser(), "fields as {'name': 1}, or None"),
         (type(None), NoneParser(), "None"),
         (tuple, tuple_parser.TupleParser(), "values in brackets, as '(1, 2)', or None"),
     ):
@@ -194,7 +195,7 @@ def _shipped_dir(folder: str) -> Path:
 
 
 def _locate(label: str, folder: str) -> Path | None:
-    path = expand(label)
+    path = Path(os.path.expanduser(label))
     if os.path.isfile(path):
         return path
     asked = PurePath(label)

@@ -121,7 +121,7 @@ def supervised_contrastive_loss(
     anchor_loss = -jnp.sum(log_probability, axis=1, where=positives) / jnp.maximum(num_positives, 1)
     num_anchors = jnp.sum(num_positives > 0)
     scale = temperature / BASE_TEMPERATURE
-    return scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1)
+    return jnp.asarray(scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1))
 
 
 def local_contrastive_loss(

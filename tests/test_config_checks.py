@@ -108,7 +108,7 @@ def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) 
         ),
         (
             {"model__name": "unet", "loss__weights__matching": 0.0},
-            "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
+            "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as in "
             "--config chd_pretrain:pcl",
         ),
         (

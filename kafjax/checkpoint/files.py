@@ -8,10 +8,12 @@ Reading involves no other process. Leaf names are paths, such as `params/head/ke
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,8 +127,15 @@ def describe_state(
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps in a folder of checkpoints, good or damaged, in order; empty without the folder."""
-    return sorted(ocp.utils.checkpoint_steps(plain(directory))) if directory.is_dir() else []
+    """The steps in a folder of checkpoints, good or damaged, in order; empty without the folder.
+
+    Raises `OSError` for anything else of that name, to avoid an accidental restart.
+    """
+    if not os.path.lexists(directory):
+        return []
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(directory))
+    return sorted(ocp.utils.checkpoint_steps(plain(directory)))
 
 
 def newest_good(

@@ -1,4 +1,4 @@
-"""Drawing with matplotlib: pairs of slices with their keypoints, segmentations, and files.
+"""Drawing with matplotlib: pairs of slices with their keypoints, grids of slices, and files.
 
 Images are [h, w] or [h, w, 1] of any range, keypoints [k, 2] as (row, col) in pixels of their
 image. Each figure has its own canvas: no display, no global pyplot state, and the same input gives
@@ -18,11 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
 from kafjax.drawing import colours
-from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.drawing.overlay import grey
 from kafjax.errors import UserError
 from kafjax.files import replacing
 
@@ -35,10 +34,9 @@ _DPI = 100
 WIDTH = 7.2  # inches, of a figure
 FONT_SIZE = 7  # points
 _LETTER = 0.0085 * FONT_SIZE  # inches, the usual width of one
-_LINE = 0.0165 * FONT_SIZE  # inches from line to line
+LINE = 0.0165 * FONT_SIZE  # inches from line to line
 _FILE_DPI = 300
-_OPACITY = 0.65  # of classes over a slice
-# Metadata that would differ between writes or matplotlib versions.
+# What would differ from one writing to the next, or from one matplotlib to the next.
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -66,37 +64,6 @@ class Pair(NamedTuple):
         index = np.flatnonzero((self.correspondence >= 0) & self.masks[0])
         matches = np.stack([index, self.correspondence[index]], axis=1)
         return matches[self.masks[1][matches[:, 1]]]
-
-
-class SegmentedSlice(NamedTuple):
-    """A slice, its reference and what runs predict; class numbers have 0 for the background.
-
-    Attributes:
-      title: volume and slice.
-      image: [h, w].
-      reference: int [h, w].
-      predictions: int [h, w] each.
-      dice: of each prediction; NaN where neither it nor the reference has a class.
-      marks: what stands after each Dice; nothing by default.
-      pixel_aspect: height of a pixel over its width.
-    """
-
-    title: str
-    image: np.ndarray
-    reference: np.ndarray
-    predictions: Sequence[np.ndarray]
-    dice: Sequence[float]
-    marks: Sequence[str] | None = None
-    pixel_aspect: float = 1.0
-
-    def panels(self) -> list[tuple[np.ndarray, str]]:
-        """Image, reference and predictions: pictures uint8 [h, w, 3], and the notes below them."""
-        marks = self.marks or [""] * len(self.dice)
-        texts = ["-" if math.isnan(dice) else f"{dice:.3f}" for dice in self.dice]
-        notes = [f"Dice {text}{mark}" for text, mark in zip(texts, marks, strict=True)]
-        labels = (self.reference, *self.predictions)
-        drawn = [draw_labels(self.image, label, opacity=_OPACITY) for label in labels]
-        return list(zip([grey(self.image), *drawn], ["", "", *notes], strict=True))
 
 
 def draw_pair(
@@ -195,42 +162,6 @@ def plot_pair(
             _plot_points(axes, places[chosen], colour, marker, marker_size)
 
 
-def draw_segmentations(
-    rows: Sequence[SegmentedSlice],
-    columns: Sequence[str],
-    classes: Sequence[str],
-    *,
-    footnote: str = "",
-) -> Figure:
-    """A grid of slices, each in grey and with reference and predictions in colour, and a legend.
-
-    Args:
-      rows: one for each slice.
-      columns: titles of the predictions, as many as each row has.
-      classes: names of all classes, the background first; the legend has the visible ones.
-      footnote: text next to the legend.
-    """
-    labels = [label for row in rows for label in (row.reference, *row.predictions)]
-    shown = np.unique(np.concatenate([np.unique(label) for label in labels]))
-    fills = class_colours(len(classes)) / 255
-    patches = [Patch(fc=fills[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
-    patches += [Patch(fc="none", ec="none", label=footnote)] if footnote else []
-    heights = [row.image.shape[0] * row.pixel_aspect / row.image.shape[1] for row in rows]
-    shape = len(rows), 2 + len(columns)
-    titles = [wrap(title, WIDTH / shape[1] - 0.2) for title in ("image", "reference", *columns)]
-    top = 0.06 + _LINE * max(title.count("\n") + 1 for title in titles)
-    grid = make_grid(*shape, max(heights), row_gap=0.17, top=top, bottom=0.2, legend=patches)
-    for panel, title in zip(grid[0], titles, strict=True):
-        write_above(panel, title)
-    for row, axes in zip(rows, grid, strict=True):
-        write_beside(axes[0], row.title)
-        for panel, (picture, note) in zip(axes, row.panels(), strict=True):
-            panel.imshow(picture, interpolation="nearest", aspect=row.pixel_aspect)
-            write_below(panel, note)
-    figure: Figure = grid[0, 0].figure
-    return figure
-
-
 def make_grid(
     num_rows: int,
     num_columns: int,
@@ -261,7 +192,7 @@ def make_grid(
     side = min(widest, (WIDTH - left - right - sum(gaps)) / num_columns)
     width = left + right + num_columns * side + sum(gaps)
     columns = _legend_columns(legend, width)
-    bottom += 1.4 * _LINE * math.ceil(len(legend) / columns)
+    bottom += 1.4 * LINE * math.ceil(len(legend) / columns)
     height = top + bottom + num_rows * side * aspect + (num_rows - 1) * row_gap
     figure = Figure(figsize=(width, height))
     axes = np.empty((num_rows, num_columns), object)

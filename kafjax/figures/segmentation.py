@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
 from kafjax.data.splits import Split
-from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
+from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
 from kafjax.inference.predictor import Predictor, load_predictor
