@@ -142,7 +142,7 @@ def split_volumes(
       fold: number of the fold, from 0.
       num_labeled: M, the number of the fold's training subjects to use; all if None.
       num_folds: 5 in the paper.
-      subject: of each volume, see `group_subjects`; by default told by their names.
+      subject: of each volume, see `group_subjects`; by default from their names.
 
     Returns:
       The split. Training volumes come subject by subject in the order of the choice.
@@ -179,7 +179,7 @@ def split_by_names(
       train: names to train on; by default all others.
       validation: names to validate on; may be empty.
       num_labeled: M, the number of training subjects, chosen as in `split_volumes`; all if None.
-      subject: of each volume, see `group_subjects`; by default told by their names.
+      subject: of each volume, see `group_subjects`; by default from their names.
 
     Raises:
       ValueError: a name is unknown or on both sides, directly or by its subject, or no volume or

@@ -91,7 +91,7 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
     find("devices", lambda: check_devices(config))
     find("workdir", lambda: _see_workdir(config, Path(workdir)))
     if config.task == "segment" and completed.model.get("num_classes") is None:
-        return findings  # without the dataset the network is not known
+        return findings  # without the dataset the network is unknown
     find("disk", lambda: _see_disk(completed, Path(workdir)))
     if "init_from" in config and not saved_steps(workdir):
         find("init_from", lambda: _see_start(completed))
