@@ -1,4 +1,4 @@
-"""The checks of a config's fields: every config passes, every mistake is told by name."""
+"""The checks of a config's fields: every config passes, every mistake is reported by name."""
 
 import importlib
 from typing import Any

@@ -14,7 +14,7 @@ SKIPPED = {Path(__file__), ROOT / "docs" / "configuration.md"}
 
 # What not to write, and a plain way to say it.
 PHRASES = {
-    r"\bgo(es|ing)? on (?!disk)": "continue, resume",
+    r"\bgo(es|ing)? on\b(?! disk)": "continue, resume",
     r"\b(begins?|begun|began|made|writes?|written) anew\b": "start from scratch, rebuild, rewrite",
     r"\bafresh\b": "from scratch",
     r"\btells?\b(?! .*apart)": "report, record, identify",
@@ -30,19 +30,22 @@ PHRASES = {
     r"\bwithout a word\b": "silently",
     r"\bpassed over\b": "skipped",
     r"\bvouch|\bbelie(f|ved?)\b": "verify, accept",
-    r"(^|\"\"\"|# )(Of|Whose) ": "a verb or a noun first",
+    r"^\"\"\"(Of|Whose) ": "a verb or a noun first",
 }
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a page; of a Python file the comments, and the strings of two words or more."""
+    """Lines of a page, or a Python file's comments and strings; docstrings with their quotes."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         yield from enumerate(text.splitlines(), start=1)
         return
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            yield node.lineno, " ".join(node.value.split())
+            quotes = '"""' if node in docstrings else ""
+            yield node.lineno, quotes + " ".join(node.value.split())
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
@@ -63,8 +66,8 @@ def test_the_prose_is_plain_english() -> None:
 
 def test_a_phrase_is_found_in_docstrings_comments_and_messages(tmp_path: Path) -> None:
     path = tmp_path / "example.py"
-    path.write_text('"""It goes on\nfrom here."""\nx = 1  # beside it\nprint(f"told of {x}")\n')
-    found = [(line, text) for line, text in prose(path)]
-    assert found == [(1, "It goes on from here."), (4, "told of "), (3, "# beside it")]
-    for _, text in found:
+    path.write_text('"""Of what\ngoes on."""\nx = 1  # beside it\nprint(f"was told of {x}")\n')
+    found = dict(prose(path))
+    assert found == {1: '"""Of what goes on.', 3: "# beside it", 4: "was told of"}
+    for text in found.values():
         assert any(re.search(phrase, text) for phrase in PHRASES), text

@@ -82,7 +82,7 @@ def test_a_kill_at_any_moment_loses_no_more_than_an_interval(
         lost.append(step - max(saved_steps(tmp_path), default=0))
 
     monkeypatch.setattr(train_module.MetricWriter, "write", look)
-    for num_steps in (7, 14):  # afresh and resumed
+    for num_steps in (7, 14):  # from scratch and resumed
         train(
             tiny_config(phantom_dataset, num_steps=num_steps, **{"every.checkpoint": 3}), tmp_path
         )

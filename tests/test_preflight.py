@@ -1,4 +1,4 @@
-"""The look at what a run needs: sound runs pass, and all that is wrong is found at once."""
+"""The check of a run's needs: sound runs pass, and all faults are reported at once."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tests import runs
 
 
 def tiny_config(dataset: Path, **overrides: Any) -> Any:
-    """Of the plain UNet, which is traced in a third of the time."""
+    """A config of the plain UNet, which is traced in a third of the time."""
     return runs.tiny_config(dataset, **{**runs.PLAIN, **overrides})
 
 

@@ -1,4 +1,4 @@
-"""What a workdir tells of its dataset's preparation, and runs that do not go together."""
+"""A workdir's record of its dataset's preparation, and runs that do not match."""
 
 import json
 from pathlib import Path

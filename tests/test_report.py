@@ -1,4 +1,4 @@
-"""The report's page: what it tells of workdirs, well-formed and escaped, loading nothing."""
+"""The report's page: its content, well-formed and escaped, loading nothing."""
 
 import base64
 import json
