@@ -4,9 +4,9 @@
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
 pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also has
-the seconds that each volume took, and what they were measured on. Every pixel of every slice counts
-once. Where slices are larger than the patch, which the paper crops, they are predicted in tiles
-(`kafjax.inference.predictor`); where they are smaller, the padding does not count.
+the seconds per volume and the machine that they were measured on. Every pixel of every slice counts
+once. Slices larger than the patch, which the paper crops, are predicted in tiles
+(`kafjax.inference.predictor`); for smaller ones, padding does not count.
 """
 
 import csv
@@ -44,12 +44,13 @@ Results = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` finds.
+    """The results of `evaluate`.
 
     Attributes:
       counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
       metrics: for each volume and foreground class, by name, its `ClassMetrics`.
-      seconds: for each volume, of reading, prediction and comparison; the first compiles as well.
+      seconds: for each volume, of reading, prediction and comparison; the first includes
+        compilation.
     """
 
     counts: np.ndarray
@@ -62,8 +63,8 @@ def evaluate(predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ..
 
     Args:
       predictor: of the run.
-      dataset: where the volumes are.
-      volumes: names of labelled volumes, in the order in which they are predicted.
+      dataset: contains the volumes.
+      volumes: names of labelled volumes, in the order of prediction.
     """
     classes = dataset.classes
     counts = np.zeros((len(classes), 3), np.int64)
@@ -100,19 +101,19 @@ def evaluate_run(
 
     Args:
       workdir: of a segmentation run.
-      split: 'validation' or 'train', the volumes that the run has recorded.
-      step: the checkpoint, a number, 'best' by validation or 'last'; by default what the run's
-        config says. Scores of another one than that have files of their own.
-      data_dir: where the dataset is, if not where the run had it.
+      split: 'validation' or 'train' volumes recorded by the run.
+      step: the checkpoint, a number, 'best' by validation or 'last'; by default the run's config's
+        choice. Scores of another step get separate files.
+      data_dir: folder of the dataset, if it has moved since the run.
       batch_size: of prediction; changes the results only by rounding.
       record_split: for runs of kafjax 0.1, which recorded no split: record the one that the config
-        gives for the dataset as it is now.
+        gives for the current dataset.
 
     Returns:
-      What `evaluation.json` holds.
+      The content of `evaluation.json`.
 
     Raises:
-      ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
+      ValueError: workdir, dataset, split or checkpoint are missing or do not match.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
@@ -137,7 +138,7 @@ def evaluate_run(
         "checkpoint": how,
         "split": split,
         "run": describe_run(folder, config),
-        # Training and validation volumes that are one scan: the paper's folds of ACDC have such.
+        # Training and validation volumes that are the same scan, as in the paper's folds of ACDC.
         "equal_images": equal_images_across(
             recorded.names, dataset.metadata.get("equal_images", ())
         ),
@@ -151,7 +152,7 @@ def evaluate_run(
     print(f"checkpoint: {how}, step {predictor.step}\n")
     print(format_table(results))
     for trained, validated in results["equal_images"]:
-        print(f"\n{validated}, validated on, has the image of {trained}, trained on.")
+        print(f"\nValidation volume {validated} has the same image as training volume {trained}.")
     if later := describe_later(recorded, dataset):
         print(f"\n{later}")
     return results
@@ -162,12 +163,12 @@ def summarize(
 ) -> Results:
     """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
 
-    `chance` is the mean Dice to expect of drawing each pixel's class with the labels' frequencies,
-    which is, for a class, its frequency.
+    `chance` is the expected mean Dice of drawing each pixel's class with the labels' frequencies;
+    for one class it is its frequency.
 
     Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
-    those where neither labels nor prediction have the class, `missed` those where one has it.
-    Numbers that there are not are None.
+    those where neither labels nor prediction have the class, `missed` those where only one does.
+    Missing numbers are None.
     """
     dice = pooled_dice(counts)
     by_class = {}
@@ -203,7 +204,7 @@ def _chance(counts: np.ndarray) -> float:
 
 
 def write_results(results: Results, stem: Path) -> None:
-    """Writes STEM.json and STEM.csv, whole or not at all."""
+    """Writes STEM.json and STEM.csv, each atomically."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["volume", "class", *_METRICS, "empty", "missed"])

@@ -1,4 +1,4 @@
-"""Signals that stop a run, and runs of two processes of which one is killed."""
+"""Signals that stop a run, and runs of two processes where one is killed."""
 
 import contextlib
 import signal
