@@ -1,4 +1,4 @@
-"""The kinds of datasets that can be prepared; another one is one more subclass of `Reader`."""
+"""The kinds of datasets that can be prepared; add one by subclassing `Reader`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from data_prep.volumes import Reader
 from kafjax.errors import UserError
 from kafjax.registry import Registry
 
-# Those whose rules are the same for every folder; nnU-Net's are in the folder's own description.
+# Datasets with fixed rules; nnU-Net's rules are in the folder's own description.
 READERS: Registry[Reader] = Registry(
     {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
 )
@@ -18,7 +18,7 @@ KINDS = (*READERS, NnunetReader.kind)
 
 
 def reader_of(metadata: Mapping[str, Any]) -> Reader:
-    """The reader that prepared a dataset, by its metadata: for more volumes to be treated alike.
+    """The reader that prepared a dataset, from its metadata, to treat further volumes alike.
 
     Raises `ValueError` for an unknown kind of dataset.
     """

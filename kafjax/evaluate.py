@@ -1,6 +1,6 @@
 """Evaluates a segmentation run: `kafjax evaluate --workdir RUN`.
 
-`kafjax.inference.evaluation` describes what it computes and writes.
+`kafjax.inference.evaluation` documents the scores and the output.
 """
 
 from kafjax.inference.evaluation import evaluate_run
@@ -18,11 +18,11 @@ def _run_from_command_line() -> None:
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path("data_dir", None, "Default: where the run had its dataset.")
+    data_dir = define_path("data_dir", None, "Default: the run's data directory.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
 
     record_split = flags.DEFINE_bool(
-        "record_split", False, "For runs of kafjax 0.1: record the split of the dataset as it is."
+        "record_split", False, "For runs of kafjax 0.1: record the dataset's current split."
     )
 
     def command() -> None:

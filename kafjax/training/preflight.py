@@ -74,22 +74,27 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
     if findings[0].wrong:
         return findings
     dataset: SliceDataset | None = None
+    completed = config
 
     def see_dataset() -> str:
-        nonlocal dataset
-        dataset = open_run_dataset(config)
+        nonlocal completed, dataset
+        opened = open_run_dataset(config)
+        completed = complete_config(config, opened)
+        dataset = opened
         return _see_dataset(dataset)
 
     find("dataset", see_dataset)
     if dataset is not None:
-        opened, completed = dataset, complete_config(config, dataset)
+        opened: SliceDataset = dataset
         find("volumes", lambda: _see_volumes(completed, Workdir(workdir), opened))
         find("memory", lambda: _see_memory(completed, opened))
     find("devices", lambda: check_devices(config))
     find("workdir", lambda: _see_workdir(config, Path(workdir)))
-    find("disk", lambda: _see_disk(config, Path(workdir)))
+    if config.task == "segment" and completed.model.get("num_classes") is None:
+        return findings  # without the dataset the network is not known
+    find("disk", lambda: _see_disk(completed, Path(workdir)))
     if "init_from" in config and not saved_steps(workdir):
-        find("init_from", lambda: _see_start(config))
+        find("init_from", lambda: _see_start(completed))
     return findings
 
 
@@ -144,7 +149,7 @@ def with_classes(config: Any) -> Any:
         return config
     try:
         return complete_config(config, open_run_dataset(config))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
         ) from None
