@@ -17,6 +17,4 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.data.update({"name": "own", "patch_size": (256, 256)})
-    # The same as in fine-tuning, which takes the encoder.
-    config.model.norm = "instance"
     return config
