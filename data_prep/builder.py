@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from data_prep import sift
 from data_prep.faults import DatasetError, Fault
 from data_prep.findings import equal_images, planes
+from data_prep.subjects import subjects_of
 from data_prep.volumes import Facts, Prepared, Reader, Source
 from kafjax.data.records import masked_crc32c, records_digest, write_index
 
@@ -159,11 +160,15 @@ def write_shard(plan: Plan, source: Source, sha256: dict[str, str], directory: P
 
 
 def write_dataset_files(
-    directory: Path, plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]
+    directory: Path,
+    plan: Plan,
+    shards: list[Shard],
+    sources: list[Source],
+    facts: Mapping[str, Facts],
 ) -> None:
     """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index.
 
-    `facts` of the volumes, by id, give what is recorded of the dataset as a whole.
+    `sources` and `facts` are of the same volumes, the latter by id.
     """
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=plan.name, filetype_suffix="tfrecord"
@@ -185,12 +190,16 @@ def write_dataset_files(
         check_data=False,
         description="Slices of medical volumes with SIFT keypoints and their correspondences.",
         disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(_metadata(plan, shards, facts)),
+        metadata=tfds.core.MetadataDict(_metadata(plan, shards, sources, facts)),
     )
     write_index(directory)
 
 
-def _metadata(plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]) -> Metadata:
+def _metadata(
+    plan: Plan, shards: list[Shard], sources: list[Source], facts: Mapping[str, Facts]
+) -> Metadata:
+    tests = {source.id for source in sources if source.test}
+    subjects = subjects_of(sources)
     volumes = {
         shard.volume_id: {
             "sources": shard.sources,
@@ -201,6 +210,7 @@ def _metadata(plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]) -> Me
             "reach": shard.reach,
             "plane": facts[shard.volume_id].plane,
             **({} if shard.case is None else {"case": shard.case}),
+            **({"test": True} if shard.volume_id in tests else {}),
         }
         for shard in shards
     }
@@ -209,6 +219,7 @@ def _metadata(plan: Plan, shards: list[Shard], facts: Mapping[str, Facts]) -> Me
         **plan.parameters,
         "planes": planes(facts.values()),
         "equal_images": equal_images(facts.values()),
+        **({"subjects": subjects} if subjects else {}),
         "volumes": volumes,
     }
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from data_prep import builder
 from data_prep.builder import Options, Plan, Shard
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
+from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, inspect
 from data_prep.workers import run_jobs
 from kafjax.data.records import load_index
@@ -78,18 +79,21 @@ def prepare_dataset(
     num_workers: int,
     overwrite: bool = False,
     strict: bool = False,
+    subjects: Mapping[str, str] | None = None,
 ) -> Summary:
     """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, or finds that it is done.
 
     The same sources and options give the same bytes for any `num_workers` (0: in this process) and
-    after any interruption. With `strict` findings are faults. Raises `DatasetError` with every
+    after any interruption. With `strict` findings are faults. `subjects` is a table by the volumes'
+    names (`data_prep.subjects`). Raises `DatasetError` with every
     fault and finding of the raw files where one of them stops; `ValueError` if another dataset is
     in the place and `overwrite` is false, or another process is at work on it; `PreparationError`
     if workers died; `OSError` where the disk does not take it.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
-    faults = sort_faults([*faults, *_long_names(name, sources)], strict=strict)
+    sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
+    faults = sort_faults([*faults, *unknown, *_long_names(name, sources)], strict=strict)
     stopped = any(fault.stops for fault in faults)
     if not stopped and place.final.exists() and any(place.final.iterdir()):
         differences = _differences(place.final, reader, sources, options)
@@ -111,7 +115,7 @@ def prepare_dataset(
     with _lock(place.preparing):
         plan = _plan(name, reader, options, facts)
         shards = _prepare_volumes(plan, sources, facts, place, num_workers)
-        _publish(plan, shards, facts, place)
+        _publish(plan, shards, sources, facts, place)
     return Summary(
         directory=place.final,
         already_prepared=False,
@@ -137,12 +141,20 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
         **reader.facts,
         **dataclasses.asdict(options),
     }
+    if (subjects := subjects_of(sources)) or "subjects" in found:
+        asked["subjects"] = subjects or None
     differences = [
         f"{key}: {found.get(key)} there, {value} asked for"
         for key, value in asked.items()
         if found.get(key) != value
     ]
-    there = {id: volume["sources"] for id, volume in found.get("volumes", {}).items()}
+    volumes = found.get("volumes", {})
+    differences += [
+        f"{source.id}: {'is' if source.test else 'is not'} in the test set now"
+        for source in sources
+        if source.id in volumes and volumes[source.id].get("test", False) != source.test
+    ]
+    there = {id: volume["sources"] for id, volume in volumes.items()}
     sha256 = functools.cache(_sha256)  # a cine's frames share their file
     here = {source.id: {p.name: sha256(p) for p in source.files} for source in sources}
     return differences + [
@@ -297,12 +309,18 @@ def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) 
         raise error
 
 
-def _publish(plan: Plan, shards: list[Shard], facts: dict[str, Facts], place: _Place) -> None:
+def _publish(
+    plan: Plan,
+    shards: list[Shard],
+    sources: list[Source],
+    facts: dict[str, Facts],
+    place: _Place,
+) -> None:
     """Completes the folder of shards and moves it to its final place."""
     wanted = {shard.file for shard in shards}
     for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:
         leftover.unlink()
-    builder.write_dataset_files(place.dataset, plan, shards, facts)
+    builder.write_dataset_files(place.dataset, plan, shards, sources, facts)
     for path in place.dataset.iterdir():
         _sync(path)
     _sync(place.dataset)

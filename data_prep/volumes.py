@@ -30,6 +30,8 @@ class Source:
     label: Path | None = None
     frame: int | None = None  # of a 4-d image, from 0
     case: str | None = None  # the volume's own name, where `id` cannot be that
+    subject: str | None = None  # whom it shows, where the user says so
+    test: bool = False  # of the test set, which no run trains on unless it is asked to
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -116,6 +118,10 @@ class Reader(abc.ABC):
             )
         return raw.astype(np.uint8)
 
+    def raw_labels(self, classes: np.ndarray) -> np.ndarray:
+        """Classes, uint8, to the numbers that label files have for them."""
+        return classes
+
     def read(self, source: Source) -> Volume:
         """Reads and checks one volume. Raises `DatasetError` with all its faults."""
         files, faults = _read_all(source)
@@ -134,7 +140,7 @@ class Reader(abc.ABC):
         return _volume(source, image, classes, self.plane(image.affine), sha256)
 
     def _classes(self, path: Path, label: Nifti) -> tuple[np.ndarray | None, list[Fault]]:
-        found = _label_problem(label.array)
+        found = label_problem(label.array)
         if not found:
             try:
                 return self.map_labels(label.array), []
@@ -215,8 +221,8 @@ def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) ->
     return []
 
 
-def _label_problem(values: np.ndarray) -> str:
-    """What makes values unfit as labels, or nothing."""
+def label_problem(values: np.ndarray) -> str:
+    """What makes values unfit as labels; empty if nothing does."""
     if values.dtype.kind == "f" and not (values == np.rint(values)).all():
         return "labels that are not whole numbers"
     if values.min() < 0:

@@ -25,7 +25,7 @@ from data_prep.entries import (
 )
 from data_prep.faults import DatasetError, Fault
 from data_prep.nifti import open_header, read_nifti
-from data_prep.nnunet import split_name
+from data_prep.folder import split_name
 from data_prep.volumes import Source
 from kafjax.workdir.preparation import Preparation
 

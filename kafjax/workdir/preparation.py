@@ -20,7 +20,7 @@ Preparation = dict[str, Any]
 # Of all kinds of datasets; `data_prep.readers.reader_of` knows what else a kind has.
 _NEEDED = ("kind", "classes", "max_keypoints", "keypoint_selection", "seed")
 # What may differ between datasets whose volumes are prepared alike.
-_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images")
+_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images", "subjects")
 
 
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
