@@ -43,13 +43,19 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     config.data.splits_file = config_dict.placeholder(str)
     # M, labelled volumes to train on; all of the fold's if not given.
     config.data.num_labeled = config_dict.placeholder(int)
+    # Of a batch, slices that surely show another class than the background.
+    config.data.foreground_share = 0.0
 
     # With the background; the dataset has it: given here, it is checked against that.
     config.model.num_classes = config_dict.placeholder(int)
     for field in ("embedding", "num_matcher_layers", "num_sinkhorn_iterations"):
         del config.model[field]
-    del config.loss  # cross-entropy has nothing to set
-    config.augment = None  # CHD's slices are cropped at random, and nothing else
+    config.loss = {
+        "weights": {"cross_entropy": 1.0, "dice": 0.0},
+        "class_weights": config_dict.placeholder(tuple),
+    }
+    # CHD's slices are cropped at random, and nothing else.
+    config.augment.transform.update({"mirror_probability": 0.0, "spatial_probability": 0.0})
 
     del config.optimizer.momentum
     config.optimizer.update(

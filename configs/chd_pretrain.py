@@ -71,6 +71,8 @@ def _kaf() -> ml_collections.ConfigDict:
                 # Places for keypoints and the radius of correspondences, px. The dataset has them:
                 # given here, they are checked against it.
                 "max_keypoints": config_dict.placeholder(int),
+                # Places for the keypoints of a patch; by default its share of the slice's.
+                "patch_keypoints": config_dict.placeholder(int),
                 "radius": config_dict.placeholder(int),
                 "num_threads": 16,
             },
@@ -81,6 +83,7 @@ def _kaf() -> ml_collections.ConfigDict:
                 "embedding": 512,
                 "num_matcher_layers": 4,
                 "num_sinkhorn_iterations": 100,
+                "norm": "batch",
                 "dtype": "float32",
                 # Blocks are computed again in the backward pass: on accelerators, less memory.
                 "remat": False,
@@ -97,6 +100,21 @@ def _kaf() -> ml_collections.ConfigDict:
                     "magnify_scale": (0.7, 1.0),
                     "shrink_scale": (1.0, 1.3),
                 },
+                "intensity": {
+                    "probability": 0.0,  # the paper changes no intensities
+                    "noise_probability": 0.15,
+                    "noise_deviation": (0.0, 0.3),
+                    "blur_probability": 0.2,
+                    "blur_sigma": (0.5, 1.0),
+                    "brightness_probability": 0.15,
+                    "brightness_shift": (-0.3, 0.3),
+                    "contrast_probability": 0.15,
+                    "contrast_scale": (0.75, 1.25),
+                    "resolution_probability": 0.25,
+                    "resolution_scale": (0.5, 1.0),
+                    "gamma_probability": 0.3,
+                    "gamma_power": (0.7, 1.5),
+                },
             },
             "loss": {
                 "method": "pcl",  # or gcl, simclr: which slices are positives
@@ -110,6 +128,10 @@ def _kaf() -> ml_collections.ConfigDict:
                 "weight_decay": 1e-5,
                 "learning_rate": 0.002,
                 "final_learning_rate": 0.0,
+                # Share of the steps over which the rate rises to its start.
+                "warmup": 0.0,
+                # Share of the averaged weights that a step keeps; with 0 there are none.
+                "average_decay": 0.0,
             },
             # In steps; picture 0 draws none.
             "every": {"log": 20, "checkpoint": 200, "picture": 500},

@@ -23,7 +23,8 @@ from data_prep.resampling import resample_image, resample_label, resampled_affin
 from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume
 from kafjax.files import read_text
 
-PIXEL = 1.25  # mm, edge of the resampled pixels
+PIXEL = 1.25  # mm, edge of the paper's resampled pixels
+_RADIUS = 37.5  # mm, within which keypoints correspond: the paper's 30 pixels
 _FOLDER = re.compile(r"patient(\d+)")
 _FILE = re.compile(r"patient(\d+)_(?:4d|frame(\d+)(_gt)?)\.nii(?:\.gz)?")
 _CINE = 0  # where a frame's number would be
@@ -42,19 +43,27 @@ class AcdcReader(Reader):
     """Folders `patient001`, ... in RAW, or in `training` and `testing` there.
 
     With `cine` the frames of the 4-d files are volumes without labels, beside the labelled ones.
+    `pixel_spacing` is in mm; the paper's is 1.25. `radius` follows from it: 37.5 mm.
     """
 
     cine: bool = False
+    pixel_spacing: float = PIXEL
+    radius: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a spacing that is no size of pixels."""
+        if not 0.1 <= self.pixel_spacing <= 10:
+            raise ValueError(f"pixel_spacing is {self.pixel_spacing:g}; expected 0.1 to 10 mm")
+        object.__setattr__(self, "radius", round(_RADIUS / self.pixel_spacing))
 
     kind = "acdc"
     classes = ("background", "right_ventricle", "myocardium", "left_ventricle")
-    radius = 30
     one_plane = False  # short axes lie between the planes
 
     @property
     def facts(self) -> dict[str, Any]:
         """The grid."""
-        return {"pixel_spacing": PIXEL}
+        return {"pixel_spacing": self.pixel_spacing}
 
     def plane(self, affine: np.ndarray) -> Plane:
         """Across the coarsest axis: short-axis slices are oblique, and their files vary."""
@@ -65,8 +74,8 @@ class AcdcReader(Reader):
         return max(1, min(18 * num_slices // 100, 2))
 
     def prepare(self, volume: Volume) -> Prepared:
-        """Resamples slices to 1.25 mm; the image as float32 with its own mean and deviation."""
-        return with_moments(resample(volume))
+        """Resamples slices; the image as float32 with its own mean and deviation."""
+        return with_moments(resample(volume, self.pixel_spacing))
 
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
         """The frames of all patients, by number of patient and frame."""
@@ -100,13 +109,13 @@ class AcdcReader(Reader):
         return [source for source in sources if not broken & {*source.files}], faults
 
 
-def resample(volume: Volume) -> Volume:
-    """The volume on a grid of 1.25 mm in plane (`data_prep.resampling`), float32.
+def resample(volume: Volume, pixel: float) -> Volume:
+    """The volume on a grid of `pixel` mm in plane (`data_prep.resampling`), float32.
 
     Raises `DatasetError` for a spacing that leaves no slice, or one of absurd size.
     """
     rows, columns, _ = volume.image.shape
-    size = size_at((rows, columns), volume.spacing[:2], PIXEL)
+    size = size_at((rows, columns), volume.spacing[:2], pixel)
     if not 1 <= min(size) <= max(size) <= MAX_EDGE:
         found = f"pixels of {volume.spacing[0]:g} x {volume.spacing[1]:g} mm"
         fault = Fault(Path(next(iter(volume.sha256))), found, "correct the header's spacing")

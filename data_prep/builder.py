@@ -83,8 +83,16 @@ class Plan:
             "image_dtype": self.dtype,
             **self.reader.facts,
             **dataclasses.asdict(self.options),
+            **self._order,
             "libraries": library_versions(),
         }
+
+    @property
+    def _order(self) -> Metadata:
+        """Marks keypoints in order of strength; datasets of before that order have no mark."""
+        return (
+            {"keypoint_order": "strength"} if self.options.keypoint_selection == "strongest" else {}
+        )
 
     @property
     def features(self) -> tfds.features.FeaturesDict:

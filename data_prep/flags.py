@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep import sift
+from data_prep.acdc import PIXEL
 from data_prep.builder import Options
-from data_prep.intensity import Intensity
 from data_prep.folder import DEFAULT_RADIUS
+from data_prep.intensity import Intensity
 from data_prep.readers import KINDS
 
 _EPILOG = """\
@@ -35,6 +36,7 @@ A command that was stopped is finished by running it again.
 _OWN = ("folder", "nnunet")
 _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "cine": (("acdc",), False),
+    "pixel_spacing": (("acdc",), PIXEL),
     "labels": (("folder",), None),
     "classes": (("folder",), None),
     "channel": (("nnunet",), None),
@@ -95,7 +97,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         "--subjects",
         type=_path,
         metavar="FILE",
-        help="CSV or TSV table with columns volume and subject, where a subject has several volumes",
+        help="CSV or TSV with columns volume and subject, where a subject has several volumes",
     )
     add(
         "--name",
@@ -152,6 +154,12 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="also the other frames of patient001_4d.nii.gz, without labels",
+    )
+    acdc.add_argument(
+        "--pixel_spacing",
+        type=float,
+        metavar="MM",
+        help=f"edge of the resampled pixels (default: {PIXEL:g}, the paper's)",
     )
     folder = parser.add_argument_group("folder")
     folder.add_argument("--labels", type=_path, metavar="DIR", help="folder of the scans' labels")

@@ -147,7 +147,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             radius=arguments.radius,
         )
     if arguments.dataset == AcdcReader.kind:
-        return AcdcReader(cine=bool(arguments.cine))
+        return AcdcReader(cine=bool(arguments.cine), pixel_spacing=arguments.pixel_spacing)
     kind = "chd" if arguments.dataset == "phantom" else arguments.dataset  # phantoms are like CHD
     return READERS[kind]
 

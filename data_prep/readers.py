@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.acdc import AcdcReader
+from data_prep.acdc import PIXEL, AcdcReader
 from data_prep.chd import ChdReader
 from data_prep.folder import FolderReader
 from data_prep.nnunet import NnunetReader
@@ -30,6 +30,8 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
             return FolderReader(**own, label_values=tuple(metadata["label_values"]))
         channel = {name: metadata[name] for name in ("channel", "channel_name")}
         return NnunetReader(**own, **channel)
+    if kind == AcdcReader.kind:
+        return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:
         raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
     return READERS[kind]

@@ -46,8 +46,9 @@ def find_keypoints(
     """OpenCV's SIFT, with its defaults, on a slice [h, w] of any numeric type.
 
     Positions are rounded; of several keypoints on one pixel the one with the strongest response
-    stays. Of more than `max_keypoints` either a random choice (drawn from `rng`) or the strongest
-    stay, in OpenCV's order. A slice may have none.
+    stays. Of more than `max_keypoints` a random choice (drawn from `rng`) stays, in OpenCV's order,
+    which is by position and says nothing of strength; or the strongest, from weak to strong, so
+    that patches of the slice can keep their strongest too. A slice may have none.
     """
     found, descriptors = cv2.SIFT.create().detectAndCompute(scale_to_uint8(image), None)
     if not found:
@@ -82,10 +83,10 @@ def _choose(
     selection: Selection,
     rng: np.random.Generator | None,
 ) -> np.ndarray:
+    if selection == "strongest":
+        return indices[np.argsort(-responses[indices], kind="stable")[:max_keypoints]][::-1]
     if len(indices) <= max_keypoints:
         return indices
-    if selection == "strongest":
-        return np.sort(indices[np.argsort(-responses[indices], kind="stable")[:max_keypoints]])
     if selection != "random" or rng is None:
         raise ValueError(
             f"selection is {selection!r} with rng {rng}; expected one of {SELECTIONS}"

@@ -19,7 +19,7 @@ from kafjax.configs import chd_pretrain
 from kafjax.training.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
-DATASETS = ("chd", "acdc", "phantom")
+DATASETS = ("chd", "acdc", "phantom", "own")
 TASKS = ("pretrain", "finetune")
 _COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others change
 
@@ -34,7 +34,9 @@ kafjax train --config chd_pretrain --config.batch_size=16
 ```
 
 `<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
-on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. They are the files
+on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. `own_pretrain` and
+`own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
+that any other config can switch on. They are the files
 of `configs/`, which is installed as `kafjax.configs`: `--config configs/chd_pretrain.py` finds the
 shipped file where the current folder has none. A name after a colon chooses the method of
 pretraining, as in `chd_pretrain:simclr` ([methods](#methods)), or fine-tuning from fresh variables,
@@ -75,10 +77,10 @@ _SECTIONS = {
     "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
     "augment": (
         "Augmentation",
-        "`augment` is none in fine-tuning on CHD and phantoms: slices are cropped at random, and "
-        "nothing else.",
+        "Fine-tuning on CHD and phantoms crops slices at random, and changes nothing else: all "
+        "probabilities are 0. `augment` may also be none there, as it was in older runs.",
     ),
-    "loss": ("Loss", "Of pretraining; fine-tuning has cross-entropy and nothing to set."),
+    "loss": ("Loss", "A loss whose weight is 0 costs nothing."),
     "optimizer": ("Optimiser", ""),
     "every": ("How often", "In steps, where nothing else is said."),
     "checkpoint": ("Checkpoints", ""),
@@ -94,19 +96,26 @@ _MEANINGS = {
     "data.dir": "Where prepared datasets are: the `--data_dir` of the preparation.",
     "data.patch_size": "What of a slice the network sees, in pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
-    "data.fold": "Which of the folds is kept for validation, from 0.",
+    "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
+    "data.validation": "Names of volumes or subjects to validate on, in place of folds.",
+    "data.splits_file": "nnU-Net's `splits_final.json`, whose fold `data.fold` is taken.",
     "data.num_folds": "How many folds the labelled subjects are cut into.",
-    "data.max_keypoints": "K of the preparation: the places for a slice's keypoints; checked.",
-    "data.radius": "Of the preparation, pixels within which keypoints correspond; checked.",
+    "data.max_keypoints": "K, the places for a slice's keypoints. The dataset has it: "
+    "checked where it is given.",
+    "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
+    "its share of a slice's K, or K where patches hold slices whole.",
+    "data.radius": "Pixels within which keypoints correspond. The dataset has it: checked "
+    "where it is given.",
     "model.name": "The network (5).",
-    "model.num_classes": "Of the dataset, with the background; checked.",
-    "model.head": "What follows the encoder; the task decides it.",
+    "model.num_classes": "With the background. The dataset has it: checked where it is given.",
     "model.filters": "f, the channels of the first level.",
     "model.num_attention_layers": "Of each KAF layer; of the whole encoder of `swin_unet`.",
     "model.embedding": "Size of the embeddings that are contrasted.",
     "model.num_matcher_layers": "Attention layers of the matcher, self and cross in turn.",
     "model.num_sinkhorn_iterations": "Of the optimal transport (6).",
     "model.num_decoder_blocks": "Blocks of the decoder that local contrast trains, coarsest first.",
+    "model.norm": "Of feature maps: over the batch, or each slice by itself (instance, group). "
+    "Keypoints' features are normalised over the batch.",
     "model.dtype": "Of the computation; parameters and sums stay at least float32.",
     "augment.keypoints": "How keypoints follow the warped image (3).",
     "augment.transform.mirror_probability": "Of each axis.",
@@ -117,6 +126,23 @@ _MEANINGS = {
     "augment.transform.magnify_probability": "Of magnifying; else the slice is shrunk.",
     "augment.transform.magnify_scale": "Scale of the sampling grid: below 1 magnifies.",
     "augment.transform.shrink_scale": "The same, above 1.",
+    "augment.intensity.probability": "Of changing a slice's intensities at all; 0 in the paper.",
+    "augment.intensity.noise_probability": "Of Gaussian noise, in slices that change.",
+    "augment.intensity.noise_deviation": "Its standard deviation, in that of the volume.",
+    "augment.intensity.blur_probability": "Of a Gaussian blur.",
+    "augment.intensity.blur_sigma": "Its width, pixels.",
+    "augment.intensity.brightness_probability": "Of a shift of all intensities.",
+    "augment.intensity.brightness_shift": "What is added, in standard deviations of the volume.",
+    "augment.intensity.contrast_probability": "Of another contrast.",
+    "augment.intensity.contrast_scale": "Factor about the slice's mean.",
+    "augment.intensity.resolution_probability": "Of fewer pixels, interpolated.",
+    "augment.intensity.resolution_scale": "Share of an edge's pixels that is left.",
+    "augment.intensity.gamma_probability": "Of a power of the intensities, or of their negative.",
+    "augment.intensity.gamma_power": "The power, of intensities between the slice's extremes.",
+    "loss.weights.cross_entropy": "Of the mean over pixels.",
+    "loss.class_weights": "A number for each class with the background; all weigh the same if not "
+    "given.",
+    "loss.weights.dice": "Of 1 - soft Dice over the whole batch, the background left out.",
     "loss.method": "Which slices are each other's positives (6).",
     "loss.position_threshold": "t of `pcl`: slices closer than this are positives.",
     "loss.temperature": "T of the contrastive losses.",
@@ -131,6 +157,8 @@ _MEANINGS = {
     "every.log": "A line of metrics.",
     "every.checkpoint": "A checkpoint, beside those of validation, signals and the end.",
     "every.picture": "Pictures in TensorBoard.",
+    "checkpoint.select": "Checkpoint that evaluation and prediction take: the best by "
+    "validation, or the last.",
     "checkpoint.keep_newest": "How many.",
     "checkpoint.keep_best": "How many, by loss or (fine-tuning) validation Dice.",
 }

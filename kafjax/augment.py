@@ -21,6 +21,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kafjax.intensity import (
+    IntensityConfig,
+    augment_intensity,
+    check_ranges,
+    gaussian_filter,
+    uniform,
+)
+
 KEYPOINT_MODES = ("index_map", "analytic")
 
 # At the steepest u of the default ranges 4 steps left 2 of 240,000 keypoints unsolved, 6 none.
@@ -49,17 +57,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that lists every field out of its range."""
-        faults = []
-        for name, value in dataclasses.asdict(self).items():
-            if name.endswith("_probability"):
-                if not 0 <= value <= 1:
-                    faults.append(f"{name} is {value}, expected 0 to 1")
-            elif value[0] > value[1]:
-                faults.append(f"{name} is {value}, expected (low, high) with low <= high")
-            elif name.endswith(("_sigma", "_scale")) and value[0] <= 0:
-                faults.append(f"{name} is {value}, expected above 0")
-        if faults:
-            raise ValueError("AugmentConfig: " + "; ".join(faults))
+        check_ranges(self)
 
 
 DEFAULT_CONFIG = AugmentConfig()
@@ -112,21 +110,9 @@ def elastic_displacement(
     """
     noise_key, sigma_key, alpha_key = jax.random.split(key, 3)
     noise = jax.random.uniform(noise_key, (2, *shape), minval=-1.0, maxval=1.0)
-    sigma = _uniform(sigma_key, config.elastic_sigma)
+    sigma = uniform(sigma_key, config.elastic_sigma)
     smooth = gaussian_filter(noise, sigma, max_sigma=config.elastic_sigma[1])
-    return jnp.moveaxis(_uniform(alpha_key, config.elastic_alpha) * smooth, 0, -1)
-
-
-def gaussian_filter(images: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
-    """Filters float32 [n, h, w] over h and w as scipy.ndimage.gaussian_filter(mode='constant').
-
-    `sigma` is in pixels and may be traced, `max_sigma` is its static bound.
-    """
-    _, height, width = images.shape
-    # Products with banded matrices: fast everywhere, and the kernel's radius may be traced.
-    down = _gaussian_matrix(height, sigma, max_sigma)
-    across = _gaussian_matrix(width, sigma, max_sigma)
-    return jnp.einsum("ij,njk,kl->nil", down, images, across, precision="highest")
+    return jnp.moveaxis(uniform(alpha_key, config.elastic_alpha) * smooth, 0, -1)
 
 
 def warp_image(image: jax.Array, coordinates: jax.Array) -> jax.Array:
@@ -261,27 +247,6 @@ def transfer_correspondence(
     return jnp.where(kept, correspondence, -1).astype(jnp.int32)
 
 
-def change_intensity(
-    key: jax.Array,
-    image: jax.Array,
-    *,
-    contrast: tuple[float, float] = (0.8, 1.2),
-    brightness: tuple[float, float] = (-0.1, 0.1),
-) -> jax.Array:
-    """Scales a slice about its mean by U(contrast), and adds U(brightness) times its range.
-
-    Args:
-      key: PRNG key.
-      image: float [h, w, c].
-      contrast: (low, high).
-      brightness: (low, high), of the difference of the slice's maximum and minimum.
-    """
-    contrast_key, brightness_key = jax.random.split(key)
-    mean, extent = jnp.mean(image), jnp.max(image) - jnp.min(image)
-    changed = mean + (image - mean) * _uniform(contrast_key, contrast)
-    return (changed + _uniform(brightness_key, brightness) * extent).astype(image.dtype)
-
-
 def augment_view(
     key: jax.Array,
     image: jax.Array,
@@ -291,6 +256,7 @@ def augment_view(
     label: jax.Array | None = None,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
+    intensity: IntensityConfig | None = None,
 ) -> tuple[jax.Array, ...]:
     """Transforms one slice with its keypoints and, where given, its label, by one drawn transform.
 
@@ -302,6 +268,7 @@ def augment_view(
       label: [h, w, c'], sampled at the nearest pixel.
       mode: how keypoints follow, see `transfer_keypoints`.
       config: ranges of the transform.
+      intensity: how intensities change after the transform, if at all.
 
     Returns:
       (image, keypoints, mask) and, where given, the label: shaped as given, 0 outside; keypoints
@@ -314,7 +281,11 @@ def augment_view(
     transform = sample_transform(key, (height, width), config=config)
     coordinates = sampling_coordinates(transform)
     moved = transfer_keypoints(keypoints, mask, transform, mode=mode)
-    view = warp_image(image, coordinates), *moved
+    warped = warp_image(image, coordinates)
+    if intensity is not None:
+        # A number that `sample_transform` splits off no key of its own for.
+        warped = augment_intensity(jax.random.fold_in(key, 100), warped, config=intensity)
+    view = warped, *moved
     return view if label is None else (*view, warp_label(label, coordinates))
 
 
@@ -326,6 +297,7 @@ def augment_pair(
     *,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
+    intensity: IntensityConfig | None = None,
 ) -> tuple[View, View, jax.Array]:
     """Transforms two neighbouring slices, each by its own transform, and their correspondence.
 
@@ -334,43 +306,28 @@ def augment_pair(
       view_1: (image [h, w, c], keypoints [k, 2], mask [k]), as for `augment_view`.
       view_2: the same of the neighbour.
       correspondence: integer [k], index into the neighbour's keypoints or -1.
-      mode, config: as for `augment_view`.
+      mode, config, intensity: as for `augment_view`.
 
     Returns:
       The two views as `augment_view` gives them, and the correspondence int32 [k].
     """
     key_1, key_2 = jax.random.split(key)
-    image_1, keypoints_1, mask_1 = augment_view(key_1, *view_1, mode=mode, config=config)
-    image_2, keypoints_2, mask_2 = augment_view(key_2, *view_2, mode=mode, config=config)
+    one = functools.partial(augment_view, mode=mode, config=config, intensity=intensity)
+    image_1, keypoints_1, mask_1 = one(key_1, *view_1)
+    image_2, keypoints_2, mask_2 = one(key_2, *view_2)
     correspondence = transfer_correspondence(correspondence, mask_1, mask_2)
     return (image_1, keypoints_1, mask_1), (image_2, keypoints_2, mask_2), correspondence
-
-
-def _uniform(key: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    return jax.random.uniform(key, minval=bounds[0], maxval=bounds[1])
 
 
 def _scaled_rotation(key: jax.Array, config: AugmentConfig) -> jax.Array:
     """Draws s R, float32 [2, 2]."""
     angle_key, choice_key, magnify_key, shrink_key = jax.random.split(key, 4)
-    angle = _uniform(angle_key, config.rotation)
-    magnified = _uniform(magnify_key, config.magnify_scale)
-    shrunk = _uniform(shrink_key, config.shrink_scale)
+    angle = uniform(angle_key, config.rotation)
+    magnified = uniform(magnify_key, config.magnify_scale)
+    shrunk = uniform(shrink_key, config.shrink_scale)
     magnify = jax.random.bernoulli(choice_key, config.magnify_probability)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.where(magnify, magnified, shrunk) * jnp.array([[cos, -sin], [sin, cos]])
-
-
-def _gaussian_matrix(size: int, sigma: jax.Array, max_sigma: float) -> jax.Array:
-    """Symmetric banded [size, size] matrix whose rows hold the kernel, cut at the borders."""
-
-    def kernel(offsets: jax.Array) -> jax.Array:
-        within = jnp.abs(offsets) <= jnp.floor(4 * sigma + 0.5)  # scipy's radius
-        return jnp.where(within, jnp.exp(-0.5 * (offsets / sigma) ** 2), 0.0)
-
-    radius = math.floor(4 * max_sigma + 0.5)
-    total = kernel(jnp.arange(-radius, radius + 1)).sum()
-    return kernel(jnp.arange(size)[:, None] - jnp.arange(size)) / total
 
 
 def _pixel_grid(shape: tuple[int, int]) -> jax.Array:

@@ -6,7 +6,9 @@ inputs' type.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ import optax
 BASE_TEMPERATURE = 0.07
 
 CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
+
+SEGMENTATION_LOSSES = ("cross_entropy", "dice")
 
 MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
 
@@ -49,6 +53,19 @@ def positive_pairs(
     if method == "pcl":
         return jnp.abs(position[:, None] - position[None, :]) < position_threshold
     raise ValueError(f"contrastive method is {method!r}, expected one of {CONTRASTIVE_METHODS}")
+
+
+def collapsed_loss(num_samples: int, temperature: float) -> float:
+    """`supervised_contrastive_loss` of two views of embeddings that are all alike.
+
+    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever the positives
+    and however many: ln(2 B - 1) T / 0.07.
+
+    Args:
+      num_samples: B, of the global batch.
+      temperature: T.
+    """
+    return math.log(2 * num_samples - 1) * temperature / BASE_TEMPERATURE
 
 
 def supervised_contrastive_loss(
@@ -149,14 +166,73 @@ def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(rows, 1, height - 2), np.clip(cols, 1, width - 2)
 
 
-def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array,
+    label: jax.Array,
+    *,
+    class_weights: Sequence[float] | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
     """Mean cross-entropy over all pixels.
 
     Args:
       logits: [b, h, w, d].
       label: int [b, h, w], class numbers below d.
+      class_weights: d numbers; the mean is then weighted, each pixel by its class.
+      axis_name: the mapped axis over which a batch is spread, if any. With class weights every
+        device gets the loss of the global batch; without, that of its own part, whose mean over
+        devices is the same.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # Integer labels are picked by a gather, whose gradient, a scatter, is slow to compile and run.
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
-    return jnp.mean(optax.softmax_cross_entropy(logits, of_label))
+    of_pixel = optax.softmax_cross_entropy(logits, of_label)
+    if class_weights is None:
+        return jnp.mean(of_pixel)
+    weights = of_label @ jnp.asarray(class_weights, logits.dtype)
+    total, weight = _global_sum((jnp.sum(weights * of_pixel), jnp.sum(weights)), axis_name)
+    return total / jnp.maximum(weight, jnp.finfo(logits.dtype).tiny)
+
+
+def dice_loss(
+    logits: jax.Array,
+    label: jax.Array,
+    *,
+    class_weights: Sequence[float] | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """One minus the soft Dice of each class but the background, over the whole batch; their mean.
+
+    With p the predicted probabilities and t the label of a class, Dice is
+    `(2 sum(p t) + 2) / (sum p + sum t + 2)` (Milletari et al. 2016). Sums go over all pixels of the
+    global batch, as nnU-Net's: in a slice a class may be absent. It is
+    `optax.losses.dice_loss(..., axis=(0, 1, 2), ignore_background=True)` spread over devices.
+
+    Args:
+      logits: [b, h, w, d].
+      label: int [b, h, w], class numbers below d.
+      class_weights: d numbers, of which the background's is not used; the mean is then weighted.
+      axis_name: the mapped axis over which a batch is spread, if any. Every device then gets the
+        loss of the global batch.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)[..., 1:]
+    probabilities = jax.nn.softmax(logits)[..., 1:]
+    pixels = (0, 1, 2)
+    common, both = _global_sum(
+        (
+            jnp.sum(probabilities * of_label, axis=pixels),
+            jnp.sum(probabilities + of_label, axis=pixels),
+        ),
+        axis_name,
+    )
+    loss = 1 - (2 * common + 2) / (both + 2)
+    if class_weights is None:
+        return jnp.mean(loss)
+    weights = jnp.asarray(class_weights, loss.dtype)[1:]
+    return jnp.sum(weights * loss) / jnp.sum(weights)
+
+
+def _global_sum(sums: Any, axis_name: str | None) -> Any:
+    """Sums over devices too; their gradients come out as the sum of all devices' losses."""
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -12,6 +12,7 @@ from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.faults import DatasetError
 from data_prep.prepare import prepare_dataset
+from data_prep.readers import reader_of
 from data_prep.volumes import inspect
 from kafjax.data.records import RecordReader, load_decoder
 from kafjax.data.splits import subject_of
@@ -35,11 +36,11 @@ def found_faults(raw_dir, reader=ACDC):
     return {fault.path.name: fault.found for fault in reader.find(raw_dir)[1]}
 
 
-def oracle(path, order):
-    """A file [x, y, z] on a grid of about 1.25 mm as [row, col, slice], and the pixels' edges."""
+def oracle(path, order, pixel):
+    """A file [x, y, z] on a grid of about `pixel` mm as [row, col, slice], and its edges."""
     values = np.asarray(nib.load(path).dataobj).astype(np.float64)
     size = [
-        int(np.floor(n * mm / 1.25 + 0.5)) for n, mm in zip(values.shape, SPACING, strict=False)
+        int(np.floor(n * mm / pixel + 0.5)) for n, mm in zip(values.shape, SPACING, strict=False)
     ]
     grid = np.meshgrid(
         *[
@@ -75,13 +76,14 @@ def test_the_two_labelled_frames_are_volumes(raw_dir):
     assert sources[1].label.name == "patient001_frame04_gt.nii.gz"
 
 
-@pytest.mark.parametrize("index", [0, 3])
-def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index):
-    source = ACDC.find(raw_dir)[0][index]
-    prepared = ACDC.prepare(ACDC.read(source))
+@pytest.mark.parametrize(("index", "pixel"), [(0, 1.25), (3, 1.25), (3, 2.7)])
+def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index, pixel):
+    reader = AcdcReader(pixel_spacing=pixel)
+    source = reader.find(raw_dir)[0][index]
+    prepared = reader.prepare(reader.read(source))
     volume = prepared.volume
-    image, (column_mm, row_mm) = oracle(source.image, 3)
-    label, _ = oracle(source.label, 1)
+    image, (column_mm, row_mm) = oracle(source.image, 3, pixel)
+    label, _ = oracle(source.label, 1, pixel)
     assert (volume.image.dtype, volume.label.dtype) == (np.float32, np.uint8)
     np.testing.assert_allclose(volume.image, image, rtol=1e-4, atol=0.05)
     assert (volume.label == label).mean() > 0.999
@@ -91,6 +93,13 @@ def test_volumes_equal_scipys_on_the_new_grid(raw_dir, index):
     np.testing.assert_allclose(
         (prepared.mean, prepared.std), (image.mean(), image.std()), rtol=1e-4
     )
+
+
+def test_the_radius_is_the_same_in_millimetres_on_every_grid():
+    assert [AcdcReader(pixel_spacing=mm).radius for mm in (1.25, 2.5, 2)] == [30, 15, 19]
+    metadata = {"kind": "acdc", "pixel_spacing": 2.5}
+    assert reader_of(metadata) == AcdcReader(pixel_spacing=2.5)
+    assert reader_of({"kind": "acdc"}) == ACDC
 
 
 def test_reach_is_eighteen_percent_and_at_most_two():

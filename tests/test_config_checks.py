@@ -94,6 +94,19 @@ def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) 
             "with low <= high",
         ),
         (
+            {"augment__intensity__gamma_power": (0.0, 1.0)},
+            "config.augment.intensity: IntensityConfig: gamma_power is (0.0, 1.0), expected above "
+            "0",
+        ),
+        (
+            {"model__norm": "layer"},
+            "config.model.norm is 'layer', expected one of batch, instance, group",
+        ),
+        (
+            {"optimizer__average_decay": 1.0},
+            "config.optimizer.average_decay is 1.0, expected a number from 0 to 0.99999",
+        ),
+        (
             {"model__name": "unet", "loss__weights__matching": 0.0},
             "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
             "--config chd_pretrain:pcl has it",
@@ -134,6 +147,42 @@ def test_all_mistakes_are_told_at_once() -> None:
         "config.every.log",
         "config.seed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"loss__class_weights": (1.0, 2.0)},
+            "config.loss.class_weights is (1.0, 2.0), expected as many numbers as "
+            "config.model.num_classes",
+        ),
+        (
+            {"loss__class_weights": (1.0, *[0.0] * 7)},
+            f"config.loss.class_weights is {(1.0, *[0.0] * 7)}, expected a number from 0 on for "
+            "each class, one of them not the background's above 0, or none",
+        ),
+        (
+            {"loss__weights__cross_entropy": 0.0},
+            "config.loss.weights.cross_entropy is 0.0, expected above 0, or the weight of another "
+            "loss",
+        ),
+        (
+            {"data__foreground_share": 1.5},
+            "config.data.foreground_share is 1.5, expected a number from 0 to 1",
+        ),
+    ],
+)
+def test_mistakes_of_fine_tuning(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_fields(changed(phantom_finetune.get_config(), model__num_classes=8, **fields))
+    assert str(error.value) == line
+
+
+def test_fine_tuning_may_have_class_weights() -> None:
+    check_fields(
+        changed(phantom_finetune.get_config(), loss__class_weights=tuple(map(float, range(8))))
+    )
 
 
 def test_sgd_needs_its_momentum_and_adam_may_keep_one() -> None:

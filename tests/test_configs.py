@@ -44,6 +44,8 @@ def test_chd_pretraining_is_the_papers_run() -> None:
         "weight_decay": 1e-5,
         "learning_rate": 0.002,
         "final_learning_rate": 0.0,
+        "warmup": 0.0,
+        "average_decay": 0.0,
     }
 
 

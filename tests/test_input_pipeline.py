@@ -71,6 +71,23 @@ class CoordinateDataset:
             label=(image % 8).astype(np.int32) if with_label else None,
         )
 
+    def foreground(self, record):
+        label = self.read(record, with_label=True).label
+        return tuple(np.unique(label[label > 0]).tolist())
+
+
+class SparseDataset(CoordinateDataset):
+    """Class 3 at the pixel (2, 25) of every third slice, and class 1 in half of its image."""
+
+    def read(self, record, *, with_label=False):
+        whole = super().read(record, with_label=with_label)
+        if with_label:
+            whole.label[:] = 0
+            if record % 3 == 0:
+                whole.label[10:] = 1
+                whole.label[2, 25] = 3
+        return whole
+
 
 def offset_row(reach, offset):
     return [*range(-reach, 0), *range(1, reach + 1)].index(offset)
@@ -285,6 +302,65 @@ def test_pairs_move_keypoints_with_pixels_and_keep_correspondences(patch_size):
     assert (masked > 0) == (min(np.subtract(patch_size, dataset.size)) < 0)
 
 
+def pixels_at(image, keypoints, mask):
+    return image[tuple(keypoints[mask].T)][:, 0].tolist()
+
+
+@pytest.mark.parametrize("places", [5, 16, 99])
+def test_keypoints_outside_the_patch_take_no_places(places):
+    dataset = CoordinateDataset((5, 25))
+    full = 0
+    for sample in range(30):
+        at = {"sample": sample, "record": sample, "patch_size": (12, 16), "seed": 1}
+        sparse, pair = (make_pair(dataset, **at, patch_keypoints=p) for p in (None, places))
+        p = min(places, 16)
+        assert pair["keypoints"].shape == (2, p, 2)
+        assert pair["correspondence"].shape == (p,)
+        np.testing.assert_array_equal(pair["image"], sparse["image"])
+        np.testing.assert_array_equal(pair["record"], sparse["record"])
+        matched = []
+        for one in (sparse, pair):
+            first, second = (one["image"][v][tuple(one["keypoints"][v].T)][:, 0] for v in range(2))
+            linked = np.flatnonzero(one["correspondence"] >= 0)
+            ends = one["correspondence"][linked]
+            assert one["keypoint_mask"][0, linked].all()
+            assert one["keypoint_mask"][1, ends].all()
+            matched.append(Counter(zip(first[linked], second[ends], strict=True)))
+        for view in range(2):
+            count = int(pair["keypoint_mask"][view].sum())
+            inside = int(sparse["keypoint_mask"][view].sum())
+            assert count == min(inside, p)
+            assert pair["keypoint_mask"][view, :count].all()  # real ones come first
+            views = [
+                (one["image"][view], one["keypoints"][view], one["keypoint_mask"][view])
+                for one in (sparse, pair)
+            ]
+            kept, there = (Counter(pixels_at(*v)) for v in views[::-1])
+            assert kept <= there
+            full += inside > p
+        if full == 0:
+            assert matched[0] == matched[1]
+        assert matched[1] <= matched[0]
+    assert (full > 0) == (places == 5)
+
+
+def test_patches_that_hold_slices_whole_keep_every_place():
+    dataset = CoordinateDataset()
+    for make in (make_pair, make_labelled):
+        at = {"sample": 3, "record": 4, "patch_size": (24, 32), "seed": 1}
+        assert_same([make(dataset, **at, patch_keypoints=16)], [make(dataset, **at)])
+
+
+def test_labelled_slices_keep_the_strongest_keypoints_where_their_order_tells():
+    dataset = CoordinateDataset(k=16)
+    dataset.metadata["keypoint_order"] = "strength"
+    for record in range(12):
+        at = {"sample": 0, "record": record, "patch_size": (20, 30), "seed": None}
+        found = make_labelled(dataset, **at, patch_keypoints=4)
+        source = dataset.read(record)
+        np.testing.assert_array_equal(found["keypoints"], source.keypoints[source.mask][-4:])
+
+
 def test_a_slice_alone_in_its_volume_is_its_own_neighbour():
     dataset = CoordinateDataset((1,))
     pair = make_pair(dataset, 0, 0, patch_size=(20, 30), seed=0)
@@ -455,3 +531,69 @@ def test_closing_ends_the_threads():
     assert not any(reader.is_alive() for reader in readers)
     with pytest.raises(ValueError, match="closed"):
         next(batches)
+
+
+def test_the_last_places_of_a_batch_show_foreground_and_the_others_are_as_before():
+    dataset = SparseDataset((5, 7))
+    plain = take(segmentation_batches(dataset, options(patch_size=(8, 9))), 30)
+    found = take(
+        segmentation_batches(dataset, options(patch_size=(8, 9), foreground_share=0.5)), 30
+    )
+    assert_same(
+        [{field: x[:2] for field, x in batch.items()} for batch in found],
+        [{field: x[:2] for field, x in batch.items()} for batch in plain],
+    )
+    shown = np.concatenate([batch["label"][2:] for batch in found])
+    assert (shown > 0).any(axis=(1, 2)).all()
+    # Classes are drawn alike: some half of the slices were cut around the one pixel of class 3.
+    assert 0.3 < np.mean((shown == 3).any(axis=(1, 2))) < 0.8
+    records = np.concatenate([batch["record"][2:] for batch in found])
+    assert set(records.tolist()) == {0, 3, 6, 9}
+    own = np.concatenate([batch["record"][2:] for batch in plain])
+    np.testing.assert_array_equal(records[own % 3 == 0], own[own % 3 == 0])
+    for batch in found:
+        for image, record in zip(batch["image"], batch["record"], strict=True):
+            index = record if record < 5 else record - 5
+            assert image.max() // 10_000 == index
+
+
+def test_foreground_is_the_same_in_resumed_and_divided_runs():
+    dataset = SparseDataset((5, 7))
+    common = {"patch_size": (8, 9), "foreground_share": 0.3}
+    whole = take(segmentation_batches(dataset, options(**common)), 6)
+    assert_same(take(segmentation_batches(dataset, options(**common), start_step=4), 2), whole[4:])
+    parts = [
+        take(segmentation_batches(dataset, options(**common, process_index=i, process_count=2)), 6)
+        for i in range(2)
+    ]
+    joined = [
+        {field: np.concatenate([a[field], b[field]]) for field in a}
+        for a, b in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.0, []), (0.01, [3]), (0.33, [3]), (0.5, [2, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_a_share_of_a_batch_is_kept_for_foreground(share, kept):
+    needs = options(foreground_share=share).needs_foreground
+    assert [place for place in range(4) if needs(8 + place)] == kept
+
+
+def test_slices_stay_where_no_label_has_foreground():
+    dataset = SparseDataset((1, 1))
+    names = list(dataset.volumes)[1:]
+    found = take(
+        segmentation_batches(dataset, options(batch_size=1, foreground_share=1.0), volumes=names), 2
+    )
+    assert [batch["record"].tolist() for batch in found] == [[1], [1]]
+
+
+def test_the_classes_of_a_prepared_label_are_read_once(phantom_dataset, monkeypatch):
+    dataset = open_phantom(phantom_dataset)
+    label = dataset.read(5, with_label=True).label
+    expected = tuple(sorted(set(label.ravel().tolist()) - {0}))
+    assert dataset.foreground(5) == expected != ()
+    monkeypatch.setattr(dataset, "read", None)
+    assert dataset.foreground(5) == expected

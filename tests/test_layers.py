@@ -10,7 +10,15 @@ import pytest
 from scipy import stats
 from scipy.signal import correlate2d
 
-from kafjax.models.layers import BatchNorm, Conv, ConvBlock, Linear, UpConv, max_pool
+from kafjax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvBlock,
+    Linear,
+    SampleNorm,
+    UpConv,
+    max_pool,
+)
 from tests.devices import run_on_four_devices
 
 
@@ -257,3 +265,20 @@ def test_batch_norm_starts_as_the_identity() -> None:
         ("batch_stats", "var", 1),
     ):
         np.testing.assert_array_equal(variables[collection][name], np.full(3, value))
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(1, 6), (2, 3), (6, 1), (16, 3), (9, 2)])
+def test_sample_norm_is_flaxs_group_norm(group_size: int, groups: int) -> None:
+    x = 3 * draw(3, 4, 5, 6) + 2
+    variables = {"params": {"scale": draw(6, seed=1), "bias": draw(6, seed=2)}}
+    reference = nn.GroupNorm(num_groups=groups, epsilon=1e-5, use_fast_variance=False)
+    found = jax.jit(SampleNorm(group_size).apply)(variables, x)
+    np.testing.assert_allclose(found, reference.apply(variables, x), atol=2e-5)
+    alone = SampleNorm(group_size).apply(variables, x[1:2])
+    np.testing.assert_allclose(found[1:2], alone, atol=1e-6)
+
+
+def test_sample_norm_of_a_constant_map_is_its_bias() -> None:
+    variables = {"params": {"scale": np.ones(2, np.float32), "bias": np.float32([3, 4])}}
+    found = SampleNorm(1).apply(variables, np.full((1, 4, 4, 2), 7, np.float32))
+    np.testing.assert_allclose(found, np.broadcast_to(np.float32([3, 4]), (1, 4, 4, 2)))

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import log_softmax
 
 from kafjax.losses import (
+    collapsed_loss,
     cross_entropy,
+    dice_loss,
     local_contrastive_loss,
     local_regions,
     positive_pairs,
@@ -195,3 +198,98 @@ def test_local_regions_are_13_places_inside(size: tuple[int, int]) -> None:
 def test_local_contrast_of_small_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="7 x 9 pixels, expected at least 8"):
         local_contrastive_loss(jnp.zeros((1, 7, 9, 2)), jnp.zeros((1, 7, 9, 2)))
+
+
+def random_labels(seed: int = 2, d: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [4, 6, 5, d], and labels of which the third class is in one slice only."""
+    rng = np.random.default_rng(seed)
+    label = rng.choice([0, 1, 3], (4, 6, 5), p=[0.7, 0.2, 0.1])
+    label[1, :2] = 2
+    return 2 * rng.standard_normal((4, 6, 5, d)), label
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.0, 5.0)])
+def test_dice_loss_is_optaxs_over_the_batch(weights: tuple[float, ...] | None) -> None:
+    logits, label = random_labels()
+    of_class = optax.losses.dice_loss(
+        jnp.asarray(logits),
+        jax.nn.one_hot(label, 4),
+        axis=(0, 1, 2),
+        ignore_background=True,
+        reduction="none",
+    )
+    expected = np.average(of_class, weights=None if weights is None else weights[1:])
+    found = jax.jit(lambda x, y: dice_loss(x, y, class_weights=weights))(logits, label)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    rounded = dice_loss(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(label))
+    assert rounded.dtype == jnp.float32
+
+
+def test_dice_loss_of_a_perfect_prediction_is_near_0_and_of_an_absent_class_too() -> None:
+    label = random_labels()[1] % 2
+    sure = 60 * np.eye(3)[label]
+    assert float(dice_loss(sure, label)) < 1e-6
+    assert float(dice_loss(-sure, label)) > 0.4
+
+
+def test_weighted_cross_entropy_is_the_weighted_mean_over_pixels() -> None:
+    logits, label = random_labels()
+    weights = np.array([0.5, 2.0, 1.0, 0.0])
+    picked = np.take_along_axis(log_softmax(logits, axis=-1), label[..., None], axis=-1)[..., 0]
+    expected = -np.average(picked, weights=weights[label])
+    found = cross_entropy(jnp.asarray(logits), jnp.asarray(label), class_weights=tuple(weights))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    equal = cross_entropy(jnp.asarray(logits), jnp.asarray(label), class_weights=(3.0,) * 4)
+    np.testing.assert_allclose(equal, cross_entropy(logits, label), rtol=1e-6)
+
+
+SEGMENTATION_ON_FOUR_DEVICES = """
+    import functools
+    import jax, jax.numpy as jnp, numpy as np
+    from kafjax.losses import cross_entropy, dice_loss
+    from tests.test_losses import random_labels
+
+    logits, label = random_labels()
+    x, label = jnp.asarray(logits, jnp.float32), jnp.asarray(label)
+    w = jnp.eye(4) + 0.1
+    weights = (0.5, 2.0, 1.0, 3.0)
+
+    for function, options in (
+        (cross_entropy, {}),
+        (cross_entropy, {"class_weights": weights}),
+        (dice_loss, {}),
+        (dice_loss, {"class_weights": weights}),
+    ):
+        def loss(w, x, label, axis_name=None):
+            return function(x @ w, label, axis_name=axis_name, **options)
+
+        def step(w, x, label):
+            pair = jax.value_and_grad(loss)(w, x, label, "batch")
+            return jax.lax.pmean(pair, "batch")
+
+        value, gradient = jax.value_and_grad(loss)(w, x, label)
+        values, gradients = jax.pmap(step, axis_name="batch", in_axes=(None, 0, 0))(
+            w, x[:, None], label[:, None]
+        )
+        np.testing.assert_allclose(values, np.full(4, value), rtol=1e-6)
+        for of_device in gradients:
+            np.testing.assert_allclose(of_device, gradient, rtol=1e-4, atol=1e-7)
+    print("equal")
+"""
+
+
+def test_segmentation_losses_of_four_devices_are_those_of_one() -> None:
+    assert run_on_four_devices(SEGMENTATION_ON_FOUR_DEVICES) == "equal\n"
+
+
+@pytest.mark.parametrize("n", [2, 8, 16])
+@pytest.mark.parametrize("threshold", [0.01, 0.35, 2.0])
+def test_embeddings_that_are_all_alike_have_one_loss_whatever_the_positives(
+    n: int, threshold: float
+) -> None:
+    views = np.ones((2, n, 4)) * np.random.default_rng(0).random((2, n, 1))  # lengths do not matter
+    position = jnp.linspace(0.1, 1, n)
+    positives = positive_pairs("pcl", position, position_threshold=threshold)
+    found = supervised_contrastive_loss(list(map(jnp.asarray, views)), positives, temperature=0.2)
+    np.testing.assert_allclose(found, collapsed_loss(n, 0.2), rtol=1e-5)
+    assert collapsed_loss(16, 0.1) == pytest.approx(4.906, abs=5e-4)

@@ -118,6 +118,7 @@ def test_the_difference_to_the_releases_count_is_its_dead_weights(golden: str, n
         ("name", "resnet", "'resnet'.*unet_c2.*kaf_fcn"),
         ("head", "detection", "'detection'.*segmentation, pretraining"),
         ("dtype", "float16", "'float16'.*float32, bfloat16"),
+        ("norm", "layer", "'layer'.*batch, instance, group"),
         ("dtype", "float64", "JAX_ENABLE_X64"),
     ],
 )
@@ -238,3 +239,31 @@ def test_parts_that_networks_share_start_alike() -> None:
         segmentation["params"]["encoder"],
         pretraining["params"]["encoder"],
     )
+
+
+@pytest.mark.parametrize("norm", ["instance", "group"])
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_of_a_sample_have_the_same_parameters_and_no_statistics(name: str, norm: str) -> None:
+    plain, other = (
+        shapes_of(model_config(name, **fields), (32, 32)) for fields in ({}, {"norm": norm})
+    )
+    shapes = [jax.tree.map(lambda x: x.shape, x[1]["params"]) for x in (plain, other)]
+    assert shapes[0] == shapes[1]
+    assert plain[0].shape == other[0].shape
+    left = flax.traverse_util.flatten_dict(other[1].get("batch_stats", {}), sep="/")
+    # Those of keypoint sets, which have hundreds of entries in any batch.
+    assert all("/position/" in path or "/attention/" in path for path in left)
+    assert bool(left) == name.startswith("kaf")
+
+
+def test_logits_by_instance_norm_do_not_depend_on_the_rest_of_the_batch() -> None:
+    model = build_model(model_config("unet", norm="instance"))
+    images = np.random.default_rng(0).standard_normal((3, 32, 32, 1)).astype(np.float32)
+    points, mask = np.zeros((3, 1, 2), np.int32), np.zeros((3, 1), bool)
+    variables = init_variables(model, 0, images, points, mask)
+    assert variables["batch_stats"] == {}
+    apply = jax.jit(model.apply, static_argnames="train")
+    together = apply(variables, images, points, mask, train=True)
+    alone = apply(variables, images[:1], points[:1], mask[:1], train=False)
+    np.testing.assert_allclose(together[:1], alone, atol=1e-4)
+    assert np.abs(np.asarray(alone)).max() > 0.01

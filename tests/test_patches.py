@@ -5,7 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kafjax.data.patches import blend_tiles, cut_patch, cut_view, patch_origin, tile_origins
+from kafjax.data.patches import (
+    blend_tiles,
+    choose_keypoints,
+    count_places,
+    cut_patch,
+    cut_view,
+    follow_correspondence,
+    keypoints_inside,
+    patch_origin,
+    patch_origin_around,
+    tile_origins,
+)
 
 
 @pytest.mark.parametrize("size", [(9, 14), (10, 13), (5, 6), (12, 4), (7, 8)])
@@ -82,3 +93,79 @@ def test_keypoints_are_cut_with_their_patch():
     assert view["keypoints"].tolist() == [[0, 0], [0, 0], [0, 0], [4, 7]]
     row, col = view["keypoints"][3]
     assert view["image"][row, col, 0] == image[6, 11, 0]
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (4, 13), (8, 2), (3, 7)])
+@pytest.mark.parametrize("patch_size", [(4, 5), (9, 14), (12, 6)])
+def test_patches_around_a_pixel_are_all_those_that_show_it(pixel, patch_size):
+    size = (9, 14)
+    rng = np.random.default_rng(0)
+    found = {
+        tuple(patch_origin_around(np.array(pixel), size, patch_size, rng).tolist())
+        for _ in range(600)
+    }
+    ranges = [
+        [o for o in range(n - p + 1) if o <= x < o + p] if p < n else [int((n - p) / 2)]
+        for n, p, x in zip(size, patch_size, pixel, strict=True)
+    ]
+    assert found == {(r, c) for r in ranges[0] for c in ranges[1]}
+
+
+def test_chosen_keypoints_take_the_places_of_a_patch():
+    image = np.arange(200.0).reshape(10, 20, 1)
+    keypoints, mask = np.array([[2, 3], [9, 19], [4, 9], [6, 11]]), np.array([1, 1, 1, 1], bool)
+    origin = np.array([2, 4])
+    assert keypoints_inside(keypoints, mask, origin, (6, 8)).tolist() == [False, False, True, True]
+    view = cut_view(image, keypoints, mask, origin, (6, 8), chosen=np.array([2, 3, -1]))
+    assert view["keypoint_mask"].tolist() == [True, True, False]
+    assert view["keypoints"].tolist() == [[2, 5], [4, 7], [0, 0]]
+
+
+def test_all_keypoints_of_a_patch_stay_where_there_are_places():
+    inside = np.array([0, 1, 0, 1, 1], bool)
+    assert choose_keypoints(inside, 5, np.random.default_rng(0)).tolist() == [1, 3, 4, -1, -1]
+    assert choose_keypoints(inside, 3, None, strongest=True).tolist() == [1, 3, 4]
+    assert choose_keypoints(np.zeros(5, bool), 2, None).tolist() == [-1, -1]
+
+
+def test_too_many_keypoints_are_drawn_alike_or_the_strongest_stay():
+    inside = np.array([1, 0, 1, 1, 0, 1], bool)
+    assert choose_keypoints(inside, 2, None, strongest=True).tolist() == [3, 5]
+    rng = np.random.default_rng(0)
+    drawn = Counter(tuple(choose_keypoints(inside, 2, rng).tolist()) for _ in range(3000))
+    assert sorted(drawn) == [(0, 2), (0, 3), (0, 5), (2, 3), (2, 5), (3, 5)]
+    assert all(abs(count - 500) < 100 for count in drawn.values())
+    again = [choose_keypoints(inside, 2, None).tolist() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("places", [4, 9, 12])
+def test_correspondences_follow_the_chosen_keypoints(places):
+    rng = np.random.default_rng(places)
+    for _ in range(20):
+        correspondence = np.full(12, -1)
+        ends = rng.permutation(12)[:8]
+        correspondence[ends] = rng.permutation(12)[:8]
+        first, second = (choose_keypoints(rng.random(12) < 0.8, places, rng) for _ in range(2))
+        found = follow_correspondence(correspondence, first, second)
+        assert found.shape == (places,)
+        expected = {  # as pairs of the slices' keypoints
+            (i, j) for i, j in enumerate(correspondence) if j >= 0 and i in first and j in second
+        }
+        assert {(first[p], second[q]) for p, q in enumerate(found) if q >= 0} == expected
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "places"),
+    [
+        ((32, 32), 96),  # 1.5 * 500 * (20 / 16 + 10 / 4) / 30 = 93.75
+        ((128, 128), 500),
+    ],
+)
+def test_places_follow_from_a_patchs_share_of_the_slices(patch_size, places):
+    volumes = {
+        "ct_1001": {"size": [128, 128], "num_slices": 20},
+        "ct_1002": {"size": [64, 64], "num_slices": 10},
+    }
+    metadata = {"max_keypoints": 500, "volumes": volumes}
+    assert count_places(metadata, patch_size) == places

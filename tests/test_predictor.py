@@ -75,6 +75,27 @@ def test_keypoints_go_with_their_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tiles) > len(real)  # tiles overlap
 
 
+def test_tiles_have_no_more_places_than_their_keypoints_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "_PLACES_STEP", 4)
+    shapes = []
+
+    def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
+        shapes.append(batch["keypoint_mask"].shape[1])
+        return pixelwise(batch)
+
+    monkeypatch.setattr(inference, "make_predict", lambda task, variables: predict)
+    image, keypoints, mask = np.zeros((16, 40, 1), np.float32), np.zeros((30, 2), int), np.ones(30)
+    keypoints[:, 1] = np.arange(30)  # 16 in the first tile, 14 in the second, 6 in the last
+    predictor = Predictor(tiny_config(), {}, batch_size=1)
+    list(predictor.probabilities([(image, keypoints, mask.astype(bool))]))
+    assert set(shapes) == {16}
+    whole = image[:, :16], np.minimum(keypoints, 15), mask.astype(bool)
+    list(predictor.probabilities([whole]))
+    assert shapes[-1] == 30
+
+
 def test_probabilities_are_the_networks_softmax() -> None:
     config = tiny_config()
     variables = Segmentation(config).init()

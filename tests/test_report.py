@@ -168,6 +168,15 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
     assert "fine: pair, step 2" not in text
 
 
+def test_a_run_on_the_plateau_is_named_on_the_page(tmp_path: Path) -> None:
+    workdir = write_run(tmp_path / "pre", phantom_pretrain.get_config())
+    row = {"step": 200, "loss": 9.0, "loss_cnn": 4.906}
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    page = make(tmp_path, [workdir])
+    assert any("all embeddings are alike: loss_cnn (200 steps)" in text for text in page.texts)
+
+
 def test_page_is_whole_accessible_and_loads_nothing(tmp_path: Path, runs: list[Path]) -> None:
     found = make(tmp_path, runs)
     first = (tmp_path / "report.html").read_bytes()

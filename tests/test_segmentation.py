@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from kafjax import losses
 from kafjax.configs import chd_pretrain, phantom_finetune
 from kafjax.models import build_model
 from kafjax.tasks.segmentation import Segmentation
@@ -101,6 +102,28 @@ def test_batch_spread_over_devices_has_the_loss_and_dice_of_the_whole(task, vari
     _, expected = jax.jit(task.loss)(variables["params"], variables["batch_stats"], batch)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_total_loss_is_the_weighted_sum_of_cross_entropy_and_dice(variables) -> None:
+    weights = (1.0, 2.0, 4.0)
+    both = tiny_task(
+        **{
+            "loss.weights.dice": 0.5,
+            "loss.class_weights": weights,
+            "loss.weights.cross_entropy": 2.0,
+        }
+    )
+    batch = random_batch()
+    total, (metrics, _) = jax.jit(both.loss)(variables["params"], variables["batch_stats"], batch)
+    expected = 2 * metrics["loss_cross_entropy"] + 0.5 * metrics["loss_dice"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    inputs = (batch[field] for field in ("image", "keypoints", "keypoint_mask"))
+    logits, _ = build_model(both._config.model).apply(
+        variables, *inputs, train=True, mutable=["batch_stats"]
+    )
+    for name, loss in (("cross_entropy", losses.cross_entropy), ("dice", losses.dice_loss)):
+        found = loss(logits, batch["label"], class_weights=weights)
+        np.testing.assert_allclose(metrics[f"loss_{name}"], found, rtol=1e-4)
 
 
 def test_labels_and_keypoints_move_with_their_slice() -> None:

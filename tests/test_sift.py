@@ -139,6 +139,10 @@ def test_strongest_selection_keeps_the_strongest():
     weakest_kept = min(response[tuple(p)] for p in kept.positions.tolist())
     assert len(kept) == 30
     assert kept.num_found == len(everything)
+    for places in (30, 10_000):  # from weak to strong, also where all stay
+        found = find_keypoints(image, max_keypoints=places, selection="strongest")
+        strength = [response[tuple(p)] for p in found.positions.tolist()]
+        assert strength == sorted(strength)
     assert sum(value > weakest_kept for value in response.values()) <= 29
 
 

@@ -1,5 +1,6 @@
 """The mapped step: the same result on any number of devices, and lowering for other platforms."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from kafjax.training.step import (
     return_freed_memory,
     step_inputs,
     to_host,
+    update_average,
 )
 from tests.runs import ROOT, XLA_FLAGS, free_address, random_batch, tiny_config
 
@@ -127,6 +129,34 @@ def test_schedule_is_a_cosine_from_rate_to_floor() -> None:
     np.testing.assert_allclose(rates, schedule(np.arange(100)), rtol=1e-6)
 
 
+def test_schedule_rises_over_its_first_share() -> None:
+    config = tiny_config(Path("a/b/c")).optimizer
+    config.update({"learning_rate": 4e-4, "final_learning_rate": 4e-6, "warmup": 0.05})
+    for num_steps in (60, 300, 30_000):
+        rise = num_steps // 20
+        rates = learning_rates(config, num_steps)
+        expected = optax.join_schedules(
+            [
+                optax.linear_schedule(4e-4 / (rise + 1), 4e-4, rise),
+                optax.cosine_decay_schedule(4e-4, num_steps - rise, alpha=0.01),
+            ],
+            [rise],
+        )
+        assert len(rates) == num_steps
+        np.testing.assert_allclose(rates, expected(np.arange(num_steps)), rtol=1e-5, atol=1e-10)
+
+
+def test_averages_are_those_of_a_loop() -> None:
+    values = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    expected, average = values[0].astype(np.float64), {"x": values[0]}
+    update = jax.jit(functools.partial(update_average, decay=0.7))
+    for step, value in enumerate(values[1:]):
+        kept = min(0.7, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * value
+        average = update(average, {"x": value}, np.int32(step))
+        np.testing.assert_allclose(average["x"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sgd_is_momentum_with_decay_in_the_gradient() -> None:
     config = tiny_config(Path("a/b/c")).optimizer
     config.weight_decay = 0.1
@@ -164,6 +194,23 @@ def test_unknown_optimizer_names_the_choices() -> None:
 def test_what_is_replicated_comes_back_as_it_was() -> None:
     tree = {"a": np.arange(3), "b": np.float32(2)}
     jax.tree.map(np.testing.assert_array_equal, to_host(replicate(tree)), tree)
+
+
+def test_a_state_with_averages_keeps_them_beside_what_trains() -> None:
+    task, optimizer = Line(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    update = make_update(task, optimizer, average_decay=0.5)
+    state = replicate(init_state(task, optimizer, averages=True))
+    expected = 3.0
+    for step in range(3):
+        state, _ = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
+        host = to_host(state)
+        kept = min(0.5, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * float(host.params["w"])
+        np.testing.assert_allclose(host.average["params"]["w"], expected, rtol=1e-6)
+        assert host.variables is host.average
+    plain = init_state(task, optimizer)
+    assert plain.average == {}
+    assert plain.variables["params"] is plain.params
 
 
 class Line:

@@ -130,7 +130,7 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_told_where_to_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_from is not given; .*chd_finetune:scratch"):
+    with pytest.raises(ValueError, match=r"init_from is not given; .*NAME_finetune:scratch"):
         check_architecture(None, tiny(phantom_finetune))
 
 
@@ -148,3 +148,14 @@ def test_of_local_contrast_the_decoders_blocks_come_too(fresh, tmp_path) -> None
     assert set(report.loaded) == {"encoder", "decoder"}
     assert report.fresh == {"decoder": count(before, "decoder") - report.loaded["decoder"]}
     assert set(report.unused) == {"project_1", "project_2"}
+
+
+def test_an_older_run_has_batch_norm_and_another_norm_is_refused(tmp_path: Path) -> None:
+    older = tiny(phantom_pretrain)
+    del older.model.norm
+    write_run(tmp_path, older, {"params": {"x": np.zeros(1)}, "batch_stats": {}})
+    config = tiny(phantom_finetune)
+    check_architecture(tmp_path, config)
+    config.model.norm = "instance"
+    with pytest.raises(ValueError, match=r"model\.norm: 'batch' there, 'instance' here"):
+        check_architecture(tmp_path, config)

@@ -123,8 +123,8 @@ def test_labelled_volumes_are_those_with_labels(phantom_dataset: Path) -> None:
     assert labelled_volumes(dataset) == (*names[:2], names[3])
 
 
-def steps_that_only_count(task: Any, optimizer: Any) -> Callable[..., Any]:
-    del task, optimizer
+def steps_that_only_count(task: Any, optimizer: Any, *, average_decay: float) -> Callable[..., Any]:
+    del task, optimizer, average_decay
 
     def update(state: Any, batch: Any, learning_rate: Any, stop: jax.Array) -> Any:
         del batch, learning_rate

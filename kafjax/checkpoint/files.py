@@ -151,18 +151,23 @@ def read_state(directory: Path, template: PyTree) -> tuple[PyTree, dict[str, Any
 
 
 def read_variables(directory: Path) -> dict[str, dict[str, Any]]:
-    """The `params` and `batch_stats` of a checkpoint. Raises `ValueError`."""
+    """The `params` and `batch_stats` of a checkpoint, averaged ones where it has them.
+
+    Raises `ValueError`.
+    """
     meta = read_meta(directory)
-    template: dict[str, dict[str, Any]] = {name: {} for name in _VARIABLES}
+    stored: dict[str, Any] = {}
     for name, (dtype, shape) in meta["signatures"].items():
         *parents, last = name.split("/")
-        if parents and parents[0] in _VARIABLES:
-            node: dict[str, Any] = template
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jax.ShapeDtypeStruct(shape, dtype)
-    stored = {name: tree for name, tree in template.items() if tree}
-    return template | _read_arrays(directory, stored, meta["hashes"])
+        node = stored
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(shape, dtype)
+    averaged = "average" in stored
+    tree = stored["average"] if averaged else {name: stored.get(name, {}) for name in _VARIABLES}
+    tree = {name: part for name, part in tree.items() if part}
+    found = _read_arrays(directory, {"average": tree} if averaged else tree, meta["hashes"])
+    return {name: {} for name in _VARIABLES} | (found["average"] if averaged else found)
 
 
 def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTree) -> None:

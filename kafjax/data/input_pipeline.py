@@ -21,7 +21,16 @@ from typing import Any
 import grain
 import numpy as np
 
-from kafjax.data.patches import PatchSize, cut_patch, cut_view, patch_origin
+from kafjax.data.patches import (
+    PatchSize,
+    choose_keypoints,
+    cut_patch,
+    cut_view,
+    follow_correspondence,
+    keypoints_inside,
+    patch_origin,
+    patch_origin_around,
+)
 from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
 
 Batch = dict[str, np.ndarray]
@@ -33,8 +42,11 @@ _ENDLESS = 2**40  # steps
 class BatchOptions:
     """How batches are made: `batch_size` counts the global batch, `patch_size` pixels (h, w).
 
-    A process makes the part `process_index` of `process_count` of each global batch, with
-    `num_threads` reading threads. Raises `ValueError` where the processes do not divide the batch.
+    `patch_keypoints` is p, the places for a patch's keypoints; None keeps the slice's own, p = k. A
+    process makes the part `process_index` of `process_count` of each global batch, with
+    `num_threads` reading threads. Of labelled batches at least the share `foreground_share`, and
+    one sample if it is not 0, show a pixel of another class than the background. Raises
+    `ValueError` where the processes do not divide the batch.
     """
 
     batch_size: int
@@ -43,6 +55,13 @@ class BatchOptions:
     process_index: int = 0
     process_count: int = 1
     num_threads: int = 16
+    patch_keypoints: int | None = None
+    foreground_share: float = 0.0
+
+    def needs_foreground(self, sample: int) -> bool:
+        """Whether a sample's place is one of the last of its global batch, kept for foreground."""
+        kept = max(round(self.foreground_share * self.batch_size), self.foreground_share > 0)
+        return sample % self.batch_size >= self.batch_size - kept
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:
@@ -87,6 +106,7 @@ class SliceDataset:
         # Inflating a label costs a third of a record, and pretraining needs none.
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
+        self._foreground: dict[int, tuple[int, ...]] = {}
 
     def contents(self) -> dict[str, str]:
         """A digest of what each volume's records hold, by name; computed once."""
@@ -109,6 +129,14 @@ class SliceDataset:
             for name, records in self.volumes.items()
             if record in records
         )
+
+    def foreground(self, record: int) -> tuple[int, ...]:
+        """The classes in a slice's label, the background left out; each label is read once."""
+        if record not in self._foreground:
+            label = self.read(record, with_label=True).label
+            assert label is not None
+            self._foreground[record] = tuple(np.unique(label[label > 0]).tolist())
+        return self._foreground[record]
 
     def read(self, record: int, *, with_label: bool = False) -> Slice:
         """Reads one slice; raises `RecordError` if it is damaged."""
@@ -213,31 +241,36 @@ def draw_neighbour(rng: np.random.Generator, index: int, num_slices: int, reach:
 
 
 def make_pair(
-    dataset: SliceDataset, sample: int, record: int, *, patch_size: PatchSize, seed: int
+    dataset: SliceDataset,
+    sample: int,
+    record: int,
+    *,
+    patch_size: PatchSize,
+    seed: int,
+    patch_keypoints: int | None = None,
 ) -> Batch:
     """One pretraining sample: the slice `record` and a neighbour, drawn for (seed, sample).
 
-    Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, k, 2], `keypoint_mask` bool [2, k],
-    `correspondence` int32 [k] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
+    Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, p, 2], `keypoint_mask` bool [2, p],
+    `correspondence` int32 [p] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
     anchor's, in (0, 1]), `record` int32 [2], `sample` and `seed` uint32. A slice that is its own
-    neighbour corresponds with itself keypoint by keypoint.
+    neighbour corresponds with itself keypoint by keypoint. p is `patch_keypoints`, or k.
     """
     rng = np.random.default_rng((seed, sample))
     anchor = dataset.read(record)
     reach = neighbour_reach(dataset, record)
     offset = draw_neighbour(rng, anchor.index, anchor.num_slices, reach) - anchor.index
     neighbour = dataset.read(record + offset) if offset else anchor
-    views = [
-        _cut_slice(view, patch_origin(view.image.shape[:2], patch_size, rng), patch_size)
-        for view in (anchor, neighbour)
-    ]
-    pair = {field: np.stack([view[field] for view in views]) for field in views[0]}
-    correspondence = _correspondence(anchor, offset)
-    kept = pair["keypoint_mask"][0] & (correspondence >= 0)
-    kept &= pair["keypoint_mask"][1][correspondence]
+    both = (anchor, neighbour)
+    origins = [patch_origin(view.image.shape[:2], patch_size, rng) for view in both]
+    crops = (
+        _crop(dataset, view, origin, patch_size, patch_keypoints, rng)
+        for view, origin in zip(both, origins, strict=True)
+    )
+    views, chosen = zip(*crops, strict=True)
     return {
-        **pair,
-        "correspondence": np.where(kept, correspondence, -1).astype(np.int32),
+        **{field: np.stack([view[field] for view in views]) for field in views[0]},
+        "correspondence": follow_correspondence(_correspondence(anchor, offset), *chosen),
         "position": np.array((anchor.index + 1) / anchor.num_slices, np.float32),
         "record": np.array([record, record + offset], np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
@@ -246,19 +279,73 @@ def make_pair(
 
 
 def make_labelled(
-    dataset: SliceDataset, sample: int, record: int, *, patch_size: PatchSize, seed: int | None
+    dataset: SliceDataset,
+    sample: int,
+    record: int,
+    *,
+    patch_size: PatchSize,
+    seed: int | None,
+    patch_keypoints: int | None = None,
 ) -> Batch:
     """One labelled slice, cropped at random for (seed, sample), or centrally where seed is None.
 
-    Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [k, 2],
-    `keypoint_mask` bool [k], `record` int32, `sample` and `seed` uint32.
+    Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [p, 2],
+    `keypoint_mask` bool [p], `record` int32, `sample`, `seed` uint32. p is `patch_keypoints`, or k.
     """
     rng = None if seed is None else np.random.default_rng((seed, sample))
     labelled = dataset.read(record, with_label=True)
     assert labelled.label is not None
     origin = patch_origin(labelled.label.shape, patch_size, rng)
+    view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
+    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+
+
+def make_foreground(
+    dataset: SliceDataset,
+    sample: int,
+    record: int,
+    *,
+    records: Sequence[int],
+    patch_size: PatchSize,
+    seed: int,
+    patch_keypoints: int | None = None,
+) -> Batch:
+    """One labelled slice, cropped at random around a pixel of its foreground, for (seed, sample).
+
+    A slice without foreground makes way for another of `records`, drawn at random; if none has any,
+    it stays. The pixel is drawn among those of one class, and the class among those of the slice,
+    as in nnU-Net (Isensee et al., Nature Methods 2021), so that small classes are seen as often.
+
+    Returns the fields of `make_labelled`.
+    """
+    rng = np.random.default_rng((seed, sample))
+    others = rng.permutation(records)
+    record = next((r for r in (record, *others.tolist()) if dataset.foreground(r)), record)
+    labelled = dataset.read(record, with_label=True)
+    assert labelled.label is not None
+    classes = dataset.foreground(record)
+    if classes:
+        pixels = np.argwhere(labelled.label == rng.choice(classes))
+        pixel = pixels[rng.integers(len(pixels))]
+        origin = patch_origin_around(pixel, labelled.label.shape, patch_size, rng)
+    else:
+        origin = patch_origin(labelled.label.shape, patch_size, rng)
+    view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
+    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+
+
+def _labelled_sample(
+    view: Batch,
+    labelled: Slice,
+    origin: np.ndarray,
+    patch_size: PatchSize,
+    numbers: tuple[int, int, int | None],
+) -> Batch:
+    """The fields of `make_labelled`; `numbers` are the sample, the record and the seed."""
+    assert labelled.label is not None
+    sample, record, seed = numbers
     return {
-        **_cut_slice(labelled, origin, patch_size),
+        **view,
         "label": cut_patch(labelled.label, origin, patch_size),
         "record": np.array(record, np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
@@ -278,7 +365,7 @@ def pretraining_batches(
     The fields are those of `make_pair` with a leading b = batch_size / process_count. An epoch's
     last incomplete batch is dropped. Raises `ValueError` where the slices do not fill one batch.
     """
-    make = partial(make_pair, dataset, patch_size=options.patch_size, seed=options.seed)
+    make = partial(make_pair, dataset, **_patch(options), seed=options.seed)
     return _training_batches(dataset, options, make, volumes, start_step)
 
 
@@ -291,11 +378,19 @@ def segmentation_batches(
 ) -> grain.DatasetIterator:
     """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
 
-    The fields are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
+    With a `foreground_share` the last places of a batch hold `make_foreground`'s slices. The fields
+    are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
     do not fill one batch or a volume has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
-    make = partial(make_labelled, dataset, patch_size=options.patch_size, seed=options.seed)
+    common: dict[str, Any] = {**_patch(options), "seed": options.seed}
+    records = _records(dataset, volumes)
+
+    def make(sample: int, record: int) -> Batch:
+        if options.needs_foreground(sample):
+            return make_foreground(dataset, sample, record, records=records, **common)
+        return make_labelled(dataset, sample, record, **common)
+
     return _training_batches(dataset, options, make, volumes, start_step)
 
 
@@ -314,9 +409,7 @@ def evaluation_batches(
 
     def make(sample: int) -> Batch:
         if sample < len(records):
-            labelled = make_labelled(
-                dataset, sample, records[sample], patch_size=options.patch_size, seed=None
-            )
+            labelled = make_labelled(dataset, sample, records[sample], **_patch(options), seed=None)
             return {**labelled, "valid": np.array(True)}
         padding = {field: np.zeros_like(value) for field, value in make(0).items()}
         return {**padding, "record": np.array(-1, np.int32)}
@@ -380,5 +473,21 @@ def _correspondence(anchor: Slice, offset: int) -> np.ndarray:
     return anchor.correspondences[offset + reach - (offset > 0)]
 
 
-def _cut_slice(whole: Slice, origin: np.ndarray, patch_size: PatchSize) -> Batch:
-    return cut_view(whole.image, whole.keypoints, whole.mask, origin, patch_size)
+def _patch(options: BatchOptions) -> dict[str, Any]:
+    return {"patch_size": options.patch_size, "patch_keypoints": options.patch_keypoints}
+
+
+def _crop(
+    dataset: SliceDataset,
+    whole: Slice,
+    origin: np.ndarray,
+    patch_size: PatchSize,
+    places: int | None,
+    rng: np.random.Generator | None,
+) -> tuple[Batch, np.ndarray]:
+    """A slice's patch, and which of the slice's keypoints are at its places: int [p], or -1."""
+    inside = keypoints_inside(whole.keypoints, whole.mask, origin, patch_size)
+    strongest = dataset.metadata.get("keypoint_order") == "strength"
+    chosen = choose_keypoints(inside, places, rng, strongest=strongest)
+    view = cut_view(whole.image, whole.keypoints, whole.mask, origin, patch_size, chosen=chosen)
+    return view, chosen

@@ -24,8 +24,8 @@ from data_prep.entries import (
     unused_folder,
 )
 from data_prep.faults import DatasetError, Fault
-from data_prep.nifti import open_header, read_nifti
 from data_prep.folder import split_name
+from data_prep.nifti import open_header, read_nifti
 from data_prep.volumes import Source
 from kafjax.workdir.preparation import Preparation
 

@@ -17,13 +17,22 @@ import ml_collections
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_step
-from kafjax.data.patches import PatchSize, blend_tiles, cut_view, tile_origins
+from kafjax.data.patches import (
+    PatchSize,
+    blend_tiles,
+    choose_keypoints,
+    cut_view,
+    keypoints_inside,
+    tile_origins,
+)
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.step import make_predict
 from kafjax.workdir.workdir import Workdir
 
 # (image [rows, cols, 1] normalised, keypoints int [k, 2], mask bool [k]) of one slice.
 View = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+_PLACES_STEP = 64
 
 
 class Predictor:
@@ -63,14 +72,31 @@ class Predictor:
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
         """Float32 [rows, cols, d] of each slice, in order; sums over classes are 1."""
         sizes = [image.shape[:2] for image, _, _ in views]
-        places = [tile_origins(size, self._patch_size) for size in sizes]
-        results = self._run(
-            cut_view(*view, origin, self._patch_size)
-            for view, origins in zip(views, places, strict=True)
+        corners = [tile_origins(size, self._patch_size) for size in sizes]
+        tiles = [
+            (view, origin)
+            for view, origins in zip(views, corners, strict=True)
             for origin in origins
-        )
-        for size, origins in zip(sizes, places, strict=True):
+        ]
+        whole = len(tiles) == len(views)
+        places = None if whole else self._count_places(tiles)
+        results = self._run(self._cut(*tile, places) for tile in tiles)
+        for size, origins in zip(sizes, corners, strict=True):
             yield blend_tiles(np.stack([next(results) for _ in origins]), origins, size)
+
+    def _count_places(self, tiles: Sequence[tuple[View, np.ndarray]]) -> int:
+        """Places enough for the keypoints of every tile; a multiple of 64, so that few compile."""
+        most = max(self._inside(*tile).sum() for tile in tiles)
+        _, keypoints, _ = tiles[0][0]
+        return min(len(keypoints), _PLACES_STEP * max(1, math.ceil(most / _PLACES_STEP)))
+
+    def _inside(self, view: View, origin: np.ndarray) -> np.ndarray:
+        return keypoints_inside(view[1], view[2], origin, self._patch_size)
+
+    def _cut(self, view: View, origin: np.ndarray, places: int | None) -> dict[str, np.ndarray]:
+        """A tile; with `places`, only the keypoints inside it have one."""
+        chosen = choose_keypoints(self._inside(view, origin), places, None)
+        return cut_view(*view, origin, self._patch_size, chosen=chosen)
 
     def _run(self, tiles: Iterator[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
         while batch := list(itertools.islice(tiles, self._batch_size)):

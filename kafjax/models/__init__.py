@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
 from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
+from kafjax.models.layers import NORMS
 from kafjax.models.pretraining import (
     PRETRAINING_HEADS,
     LocalContrastNetwork,
@@ -30,6 +31,7 @@ from kafjax.registry import Registry
 __all__ = [
     "LOCAL_MODELS",
     "MODELS",
+    "NORMS",
     "PRETRAINING_HEADS",
     "Encoding",
     "LocalContrastNetwork",
@@ -92,16 +94,17 @@ def build_model(
       config: with the fields `name` (one of `MODELS`), `filters`,
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
         computation; parameters and statistics are at least float32), `remat` (compute blocks again
-        in the backward pass in place of keeping what is inside them); for segmentation
-        `num_classes`; for pretraining `embedding`, `num_matcher_layers` and
-        `num_sinkhorn_iterations`; for local contrast `embedding` and `num_decoder_blocks`.
+        in the backward pass in place of keeping what is inside them), `norm` (of maps, one of
+        `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
+        `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
+        `num_decoder_blocks`.
       head: one of `HEADS`; by default `config.head`.
       axis_name: the mapped axis whose devices share batch statistics.
       heads: of the pretraining network, those of 'cnn', 'kaf' and 'matching' that it shall have.
 
     Raises:
-      ValueError: a name, head or dtype that there is not; float64 where JAX has it switched off;
-        local contrast of a network without the UNet's decoder.
+      ValueError: a name, head, dtype or norm that there is not; float64 where JAX has it switched
+        off; local contrast of a network without the UNet's decoder.
     """
     _check_choice("name", config.name, MODELS)
     head = config.head if head is None else head
@@ -112,13 +115,15 @@ def build_model(
             "config.model.dtype is 'float64', expected JAX_ENABLE_X64=1 in the environment with it"
         )
     backbone = MODELS[config.name]
-    common = {"dtype": jnp.dtype(config.dtype)}
+    common: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
     if axis_name is not None:
         common["axis_name"] = axis_name
+    norm = _norm(config)
     encoder = backbone.encoder(
         config.filters,
         num_attention_layers=config.num_attention_layers,
         remat=config.remat,
+        norm=norm,
         **common,
     )
     if head == "pretraining":
@@ -132,10 +137,18 @@ def build_model(
         )
     if head == "local_contrast":
         _check_choice("name", config.name, LOCAL_MODELS)
-        blocks = UNetDecoder(0, remat=config.remat, num_blocks=config.num_decoder_blocks, **common)
+        blocks = UNetDecoder(
+            0, remat=config.remat, num_blocks=config.num_decoder_blocks, norm=norm, **common
+        )
         return LocalContrastNetwork(encoder, blocks, config.embedding, common["dtype"])
-    decoder = backbone.decoder(config.num_classes, remat=config.remat, **common)
+    decoder = backbone.decoder(config.num_classes, remat=config.remat, norm=norm, **common)
     return SegmentationNetwork(encoder, decoder)
+
+
+def _norm(config: Any) -> str:
+    norm: str = config.get("norm", "batch")  # which runs of older versions do not name
+    _check_choice("norm", norm, NORMS)
+    return norm
 
 
 def _check_choice(field: str, value: str, choices: Any) -> None:

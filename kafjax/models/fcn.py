@@ -28,7 +28,7 @@ class FCNEncoder(Encoder):
 
     def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [b, h / 16, w / 16, c] to [b, h / 32, w / 32, 16 f]."""
-        block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, name="level_4")
+        block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, self.norm, name="level_4")
         x = apply_block(block, x, train=train, remat=self.remat)
         return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
 
@@ -36,13 +36,14 @@ class FCNEncoder(Encoder):
 class FCNDecoder(nn.Module):
     """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next.
 
-    `axis_name` and `remat` are taken as by other decoders; it has nothing to use them for.
+    `axis_name`, `remat` and `norm` are as other decoders'; it has nothing to use them for.
     """
 
     num_classes: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax.models.attention import KEYPOINT_FEATURES, PositionalEncoder, SelfAttention
-from kafjax.models.layers import BatchNorm, Conv, Linear, he_normal, parameter_dtype
+from kafjax.models.layers import Conv, Linear, he_normal, normalize, parameter_dtype
 
 FUSION_FEATURES = 64
 
@@ -107,12 +107,14 @@ class KAF(nn.Module):
       num_heads: of each attention layer.
       axis_name: the mapped axis whose devices share batch statistics.
       dtype: of the computation.
+      norm: of the context's map; keypoints are normalised over the batch whatever it is.
     """
 
     num_attention_layers: int = 16
     num_heads: int = 4
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    norm: str = "batch"
 
     @nn.compact
     def __call__(
@@ -146,6 +148,6 @@ class KAF(nn.Module):
         context = KeypointConv(FUSION_FEATURES, dtype=self.dtype, name="scatter")(
             points, keypoints, mask, shape
         )
-        context = nn.relu(BatchNorm(**common, name="norm")(context, train=train))
+        context = nn.relu(normalize(context, self.norm, train=train, name="norm", **common))
         context = Conv(x.shape[-1], dtype=self.dtype, name="fuse")(context)
         return jnp.concatenate([x, context], axis=-1), points

@@ -198,19 +198,74 @@ class BatchNorm(nn.Module):
         return jax.lax.psum(x, self.axis_name) if jax.lax.axis_size(self.axis_name) > 1 else x
 
 
+class SampleNorm(nn.Module):
+    """Normalises each sample of maps [b, h, w, c] by itself, the same in training and use.
+
+    Attributes:
+      group_size: channels that share mean and variance: 1 is instance norm (Ulyanov et al. 2016),
+        more is group norm (Wu and He, ECCV 2018). Where it does not divide c, its greatest divisor
+        in common with c is taken.
+      epsilon: added to the variance.
+      dtype: of the output; statistics are at least float32.
+    """
+
+    group_size: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [b, h, w, c]."""
+        dtype = parameter_dtype(self.dtype)
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,), dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c,), dtype)
+        size = math.gcd(c, self.group_size)
+        # Sums over pixels first: they are large, and what is left of them is small.
+        x = x.astype(dtype)
+        mean = _mean_of_groups(jnp.mean(x, axis=(1, 2)), size)
+        x = x - mean[:, None, None]
+        var = _mean_of_groups(jnp.mean(jnp.square(x), axis=(1, 2)), size)
+        slope = scale * jax.lax.rsqrt(var + self.epsilon)
+        return (x * slope[:, None, None] + bias).astype(self.dtype)
+
+
+def _mean_of_groups(x: jax.Array, size: int) -> jax.Array:
+    """Each of [b, c] replaced by the mean of its group of `size` neighbouring channels."""
+    b, c = x.shape
+    means = jnp.mean(x.reshape(b, c // size, size), axis=-1)
+    return jnp.repeat(means, size, axis=-1)
+
+
+NORMS = ("batch", "instance", "group")
+_GROUP_SIZE = 16  # channels; the best of Wu and He's table 3
+
+
+def normalize(
+    x: jax.Array, norm: str, *, train: bool, axis_name: str | None, dtype: Any, name: str
+) -> jax.Array:
+    """Normalises maps [b, h, w, c] by one of `NORMS`, inside a compact module, under `name`."""
+    if norm == "batch":
+        return BatchNorm(axis_name, dtype=dtype, name=name)(x, train=train)
+    size = 1 if norm == "instance" else _GROUP_SIZE
+    return SampleNorm(size, dtype=dtype, name=name)(x)
+
+
 class ConvBlock(nn.Module):
-    """Block(c) of docs/method.md section 5: twice [3x3 convolution, batch norm, leaky ReLU]."""
+    """Block(c) of docs/method.md section 5: twice [3x3 convolution, norm, leaky ReLU]."""
 
     features: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [b, h, w, c] to [b, h, w, features]."""
+        common = {"train": train, "axis_name": self.axis_name, "dtype": self.dtype}
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv_{i}")(x)
-            x = BatchNorm(self.axis_name, dtype=self.dtype, name=f"norm_{i}")(x, train=train)
+            x = normalize(x, self.norm, name=f"norm_{i}", **common)
             x = nn.leaky_relu(x, LEAKY_SLOPE)
         return x
 

@@ -320,6 +320,7 @@ class SwinEncoder(nn.Module):
       num_attention_layers: blocks of all stages together (`stage_depths`).
       axis_name: taken as by other encoders; there are no batch statistics to share.
       remat: as `SwinTransformer`'s.
+      norm: taken as by other encoders; tokens have layer norm.
     """
 
     filters: int
@@ -328,6 +329,7 @@ class SwinEncoder(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     window: int = 8
+    norm: str = "batch"
 
     @nn.compact
     def __call__(
@@ -357,13 +359,14 @@ class SwinUNetDecoder(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
         """Gives logits [b, h, w, num_classes]."""
 
         def block(features: int, name: str, x: jax.Array) -> Any:
-            made = ConvBlock(features, self.axis_name, self.dtype, name=name)
+            made = ConvBlock(features, self.axis_name, self.dtype, self.norm, name=name)
             return apply_block(made, x, train=train, remat=self.remat)
 
         image, *stages = encoding.levels
@@ -376,5 +379,7 @@ class SwinUNetDecoder(nn.Module):
         up = UpConv(stage_2.shape[-1], dtype=self.dtype, name="up_4")(encoding.center)
         up = up[:, : stage_2.shape[1], : stage_2.shape[2]]
         center = block(stage_2.shape[-1], "level_4", jnp.concatenate([up, stage_2], axis=-1))
-        unet = UNetDecoder(self.num_classes, self.axis_name, self.dtype, self.remat, name="unet")
+        unet = UNetDecoder(
+            self.num_classes, self.axis_name, self.dtype, self.remat, norm=self.norm, name="unet"
+        )
         return unet(Encoding((full, half, stage_0, stage_1), center, ()), train=train)

@@ -55,6 +55,7 @@ class WidenedBlock(nn.Module):
       widening: 'none', 'copy' (UNet (c2)) or 'kaf'.
       level: how often the image has been halved; keypoints are divided by 2^level.
       num_attention_layers: of the KAF layer.
+      norm: of maps, one of `kafjax.models.layers.NORMS`.
     """
 
     features: int
@@ -63,13 +64,14 @@ class WidenedBlock(nn.Module):
     num_attention_layers: int = 16
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    norm: str = "batch"
 
     @nn.compact
     def __call__(
         self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """Maps [b, h, w, c'] to the widened features and the keypoints' features, if any."""
-        common = {"axis_name": self.axis_name, "dtype": self.dtype}
+        common = {"axis_name": self.axis_name, "dtype": self.dtype, "norm": self.norm}
         x = ConvBlock(self.features, **common, name="block")(x, train=train)
         if self.widening == "copy":
             return jnp.concatenate([x, x], axis=-1), None
@@ -87,6 +89,7 @@ class Encoder(nn.Module):
       widening: 'none', 'copy' or 'kaf'.
       remat: keep of each block its output alone for the backward pass: less memory, more time on
         accelerators. XLA's CPU compiler merges what is computed again: nothing is won.
+      norm: of maps, one of `kafjax.models.layers.NORMS`.
     """
 
     filters: int
@@ -95,6 +98,7 @@ class Encoder(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
+    norm: str = "batch"
 
     @nn.compact
     def __call__(
@@ -111,6 +115,7 @@ class Encoder(nn.Module):
                 self.num_attention_layers,
                 self.axis_name,
                 self.dtype,
+                self.norm,
                 name=f"level_{level}",
             )
             x, level_points = apply_block(block, x, keypoints, mask, train=train, remat=self.remat)
@@ -143,6 +148,7 @@ class UNetDecoder(nn.Module):
       remat: as the encoder's.
       num_blocks: of the blocks, coarsest first. With fewer than all four there are no logits: the
         last block's features [b, h / 2^n, w / 2^n, c] are what comes out, n = 4 - num_blocks.
+      norm: as the encoder's.
     """
 
     num_classes: int
@@ -150,6 +156,7 @@ class UNetDecoder(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     num_blocks: int = NUM_LEVELS
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
@@ -159,7 +166,9 @@ class UNetDecoder(nn.Module):
             features = x.shape[-1] // 2
             x = UpConv(features, dtype=self.dtype, name=f"up_{level}")(x)
             x = jnp.concatenate([x, encoding.levels[level]], axis=-1)
-            block = ConvBlock(features, self.axis_name, self.dtype, name=f"level_{level}")
+            block = ConvBlock(
+                features, self.axis_name, self.dtype, self.norm, name=f"level_{level}"
+            )
             x = apply_block(block, x, train=train, remat=self.remat)
         if self.num_blocks < NUM_LEVELS:
             return x

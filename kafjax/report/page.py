@@ -25,6 +25,7 @@ from kafjax.report.html import (
 from kafjax.report.pictures import read_board, show_samples
 from kafjax.report.runs import Run, expand, read_runs
 from kafjax.report.tables import cross_validation, evaluations, extremes
+from kafjax.training.plateau import describe_plateau
 from kafjax.workdir.environment import describe_environment
 
 NUM_SAMPLES = 4
@@ -103,8 +104,11 @@ def _overview(runs: Sequence[Run]) -> list[Element]:
         ]
         for run in runs
     ]
-    faults = [note(f"{run.name}: {fault}") for run in runs for fault in run.faults]
-    return [table("The runs of this page", (*header, *scores), rows), *faults]
+    notes = [note(f"{run.name}: {fault}") for run in runs for fault in run.faults]
+    for run in runs:
+        if plateau := describe_plateau(run.metrics, run.config):
+            notes.append(note(f"{run.name}: {plateau}"))
+    return [table("The runs of this page", (*header, *scores), rows), *notes]
 
 
 def _progress(run: Run) -> tuple[str | None, str | None, str | None]:

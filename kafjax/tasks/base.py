@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment
+from kafjax.intensity import IntensityConfig
 from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def sample_keys(batch: Batch) -> jax.Array:
 def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., Any]:
     """`augment_view` or `augment_pair` as `config.augment` says."""
     transform = augment.AugmentConfig(**config.augment.transform)
-    return functools.partial(function, mode=config.augment.keypoints, config=transform)
+    fields = config.augment.get("intensity")  # which runs of older versions do not have
+    changes = fields is not None and fields.probability > 0
+    intensity = IntensityConfig(**fields) if changes else None
+    mode = config.augment.keypoints
+    return functools.partial(function, mode=mode, config=transform, intensity=intensity)
 
 
 def make_model(config: Any, axis_name: str | None) -> nn.Module:
@@ -97,7 +102,7 @@ def apply_training(
     def apply(inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         output, updated = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
-        return output, updated["batch_stats"]
+        return output, updated.get("batch_stats", {})
 
     size = inputs[0].shape[0]
     if size % num_microbatches:
@@ -141,6 +146,13 @@ class Task(abc.ABC):
         self._axis_name = axis_name
         self._model = make_model(config, axis_name)
         self._jitted_augment = jax.jit(self.augment)
+
+    @property
+    def patch(self) -> dict[str, Any]:
+        """The size of a patch, and its places for keypoints, as `make_pair` takes them."""
+        data = self._config.data
+        size = tuple(data.patch_size)
+        return {"patch_size": size, "patch_keypoints": data.get("patch_keypoints")}
 
     @abc.abstractmethod
     def batches(

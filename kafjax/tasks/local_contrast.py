@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kafjax import augment
+from kafjax.intensity import change_intensity
 from kafjax.losses import local_contrastive_loss
 from kafjax.tasks.base import Batch, Metrics, make_transform, sample_keys
 from kafjax.tasks.pretraining import Pretraining
@@ -42,7 +43,7 @@ class LocalContrast(Pretraining):
         def one(key: jax.Array, image: Any, keypoints: Any, mask: Any) -> Any:
             spatial, *own = jax.random.split(key, 3)
             image, keypoints, mask = self._transform(spatial, image, keypoints, mask)
-            views = jnp.stack([augment.change_intensity(k, image) for k in own])
+            views = jnp.stack([change_intensity(k, image) for k in own])
             same = jnp.where(mask, jnp.arange(mask.size), -1)
             return views, jnp.stack([keypoints] * 2), jnp.stack([mask] * 2), same
 

@@ -75,8 +75,7 @@ class Pretraining(Task):
         """The record's slice with a neighbour."""
         from kafjax.data.input_pipeline import make_pair
 
-        size, seed = tuple(self._config.data.patch_size), self._config.seed
-        return make_pair(dataset, 0, record, patch_size=size, seed=seed)
+        return make_pair(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms both views of every sample, by keys that only seed and sample decide."""

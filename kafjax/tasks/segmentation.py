@@ -1,4 +1,4 @@
-"""The segmentation task: labelled slices, cross-entropy, and Dice over all pixels.
+"""The segmentation task: labelled slices, their losses, and Dice over all pixels.
 
 docs/method.md sections 6 to 8. A batch is what `kafjax.data.input_pipeline.segmentation_batches` or
 `evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as
@@ -22,11 +22,25 @@ if TYPE_CHECKING:
     from kafjax.data.splits import Split
 
 
+def changes_anything(config: Any) -> bool:
+    """Whether `config.augment` leaves any slice other than it comes."""
+    if config is None:
+        return False
+    transform, intensity = config.transform, config.get("intensity")
+    probabilities = (
+        transform.mirror_probability,
+        transform.spatial_probability,
+        intensity.probability if intensity is not None else 0,
+    )
+    return any(probabilities)
+
+
 class Segmentation(Task):
     """Supervised segmentation, from scratch or from a pretrained encoder.
 
     Args:
-      config: the run's config. Where `config.augment` is None, slices are taken as they come.
+      config: the run's config. Where `config.augment` changes nothing, slices are taken as they
+        come.
       axis_name: the mapped axis over which a batch is spread, if any.
 
     Raises:
@@ -40,7 +54,7 @@ class Segmentation(Task):
         super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
         self._transform = None
-        if config.augment is not None:
+        if changes_anything(config.augment):
             self._transform = make_transform(augment.augment_view, config)
 
     def batches(
@@ -60,8 +74,7 @@ class Segmentation(Task):
         """The record's slice with its label."""
         from kafjax.data.input_pipeline import make_labelled
 
-        size, seed = tuple(self._config.data.patch_size), self._config.seed
-        return make_labelled(dataset, 0, record, patch_size=size, seed=seed)
+        return make_labelled(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
         """Transforms every slice with its label, by keys that only seed and sample decide."""
@@ -82,24 +95,38 @@ class Segmentation(Task):
     def loss(
         self, params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        """The cross-entropy of a training step, its metrics, and the new running statistics.
+        """The total loss of a training step, its metrics, and the new running statistics.
 
         The metrics' `dice` is that of the whole batch pooled, the mean over the classes that it or
         its predictions have, and 1 where there are none.
         """
         batch = self.augment(batch)
         logits, batch_stats = self.apply(params, batch_stats, batch)
-        total = losses.cross_entropy(logits, batch["label"])
+        terms = self._terms(logits, batch["label"])
+        weights = self._config.loss.weights
+        total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
         counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
         if self._axis_name is not None:
             counts = jax.lax.psum(counts, self._axis_name)
         dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(counts)), nan=1.0)
         metrics = {
             "loss": total,
+            **({f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}),
             "dice": dice,
             "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
         }
         return total, (metrics, batch_stats)
+
+    def _terms(self, logits: jax.Array, label: jax.Array) -> Metrics:
+        """The unweighted losses, those whose weight is not 0."""
+        config = self._config.loss
+        options = {"class_weights": config.class_weights, "axis_name": self._axis_name}
+        named = {"cross_entropy": losses.cross_entropy, "dice": losses.dice_loss}
+        return {
+            name: loss(logits, label, **options)
+            for name, loss in named.items()
+            if config.weights[name]
+        }
 
     def predict(self, variables: Any, batch: Batch) -> jax.Array:
         """Logits [b, h, w, d] of slices as they are, by the running statistics."""

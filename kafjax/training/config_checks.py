@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from kafjax.augment import KEYPOINT_MODES, AugmentConfig
 from kafjax.files import flatten
-from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE
-from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, PRETRAINING_HEADS
+from kafjax.intensity import IntensityConfig
+from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE, SEGMENTATION_LOSSES
+from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, NORMS, PRETRAINING_HEADS
 from kafjax.tasks.base import HEADS_OF_TASKS
 from kafjax.tasks.registry import TASKS
 
@@ -67,6 +68,14 @@ def _or_none(rule: Rule) -> Rule:
 _FLAG = Rule("True or False", lambda value: type(value) is bool)
 _TEXT = Rule("a text", lambda value: isinstance(value, str) and bool(value))
 _POSITIVE = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
+_WEIGHTS = Rule(
+    "a number from 0 on for each class, one of them not the background's above 0",
+    lambda value: (
+        isinstance(value, tuple | list)
+        and all(_is_number(x) and x >= 0 for x in value)
+        and any(value[1:])
+    ),
+)
 _RANGE = _pair("two numbers, (low, high)", _is_number)
 _PATCH = _pair(
     f"(rows, columns), both positive multiples of {_DIVISOR}",
@@ -93,12 +102,15 @@ _COMMON = {
     "model.name": _choice(MODELS),
     "model.filters": _integer(1),
     "model.num_attention_layers": _integer(1),
+    "model.norm": _choice(NORMS),
     "model.dtype": _choice(DTYPES),
     "model.remat": _FLAG,
     "optimizer.name": _choice(OPTIMIZERS),
     "optimizer.weight_decay": _number(0),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.final_learning_rate": _number(0),
+    "optimizer.warmup": _number(0, 0.9),
+    "optimizer.average_decay": _number(0, 0.99999),
     "every.log": _integer(1),
     "every.checkpoint": _integer(1),
     "every.picture": _integer(0),
@@ -125,17 +137,25 @@ _OF_TASK = {
         "data.fold": _or_none(_integer(0)),
         "data.num_folds": _integer(2),
         "data.num_labeled": _or_none(_integer(1)),
+        "data.foreground_share": _number(0, 1),
+        "loss.class_weights": _or_none(_WEIGHTS),
+        **{f"loss.weights.{name}": _number(0) for name in SEGMENTATION_LOSSES},
         "every.validation_epochs": _integer(0),
     },
 }
-_TRANSFORM = {
-    f"augment.transform.{name}": _number(0, 1) if name.endswith("_probability") else _RANGE
-    for name in AugmentConfig.__dataclass_fields__
+_RANGES: dict[str, Any] = {"augment.transform": AugmentConfig, "augment.intensity": IntensityConfig}
+_AUGMENT = {
+    "augment.keypoints": _choice(KEYPOINT_MODES),
+    **{
+        f"{part}.{name}": _number(0, 1) if name.endswith("probability") else _RANGE
+        for part, kind in _RANGES.items()
+        for name in kind.__dataclass_fields__
+    },
 }
-_AUGMENT = {"augment.keypoints": _choice(KEYPOINT_MODES), **_TRANSFORM}
 # Rules of fields that need not be there: what a run of the task does without them.
 _OF_DATASET = {  # filled in from the dataset
     "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
+    "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
 }
 _ANYWHERE = {
@@ -144,8 +164,8 @@ _ANYWHERE = {
     "checkpoint.select": _choice(("best", "last")),
 }
 _OPTIONAL = {
-    "pretrain": _ANYWHERE,
-    "local_contrast": _ANYWHERE,
+    "pretrain": {**_ANYWHERE, "data.include_test": _FLAG},
+    "local_contrast": {**_ANYWHERE, "data.include_test": _FLAG},
     "segment": {
         **_ANYWHERE,
         "model.num_classes": _or_none(_integer(2, _MAX_CLASSES)),
@@ -206,12 +226,12 @@ def _disagreements(fields: Mapping[str, Any]) -> list[str]:
         for path, (expected, holds) in _TOGETHER.items()
         if path in fields and not holds(fields)
     ]
-    transform = {p.split(".")[-1]: fields[p] for p in _TRANSFORM if p in fields}
-    if transform:
+    for part, kind in _RANGES.items():
+        ranges = {p.split(".")[-1]: x for p, x in fields.items() if p.startswith(f"{part}.")}
         try:
-            AugmentConfig(**transform)
+            kind(**ranges)
         except ValueError as error:
-            found.append(f"config.augment.transform: {error}")
+            found.append(f"config.{part}: {error}")
     return found
 
 
@@ -260,11 +280,26 @@ _TOGETHER: dict[str, Rule] = {
         "decoder",
         lambda f: f["task"] != "local_contrast" or f["model.name"] in LOCAL_MODELS,
     ),
+    "data.patch_keypoints": Rule(
+        "no more than config.data.max_keypoints",
+        lambda f: (f["data.patch_keypoints"] or 1) <= (f.get("data.max_keypoints") or math.inf),
+    ),
     "data.patch_size": Rule(
         f"more, or more decoder blocks: maps of at least {MIN_LOCAL_EDGE} pixels", _fits_regions
     ),
     "loss.weights.kaf": _weighs_keypoints("kaf"),
     "loss.weights.matching": _weighs_keypoints("matching"),
+    "loss.class_weights": Rule(
+        "as many numbers as config.model.num_classes",
+        lambda f: (
+            None in (f["loss.class_weights"], f.get("model.num_classes"))
+            or len(f["loss.class_weights"]) == f["model.num_classes"]
+        ),
+    ),
+    "loss.weights.cross_entropy": Rule(
+        "above 0, or the weight of another loss",
+        lambda f: any(f[f"loss.weights.{name}"] > 0 for name in SEGMENTATION_LOSSES),
+    ),
     "loss.weights.cnn": Rule(
         "above 0, or the weight of another loss",
         lambda f: any(f[f"loss.weights.{name}"] > 0 for name in PRETRAINING_HEADS),

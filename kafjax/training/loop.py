@@ -25,6 +25,7 @@ from kafjax.tasks.base import Task
 from kafjax.tasks.registry import TASKS
 from kafjax.training.cadence import Cadence
 from kafjax.training.config_checks import check_fields
+from kafjax.training.plateau import Plateau, describe_plateau
 from kafjax.training.preflight import (
     check_devices,
     complete_config,
@@ -39,6 +40,7 @@ from kafjax.training.step import (
     make_optimizer,
     make_update,
     replicate,
+    start_averages,
     step_inputs,
     to_host,
 )
@@ -97,7 +99,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         ) as checkpointer:
             received = _take_steps(run, checkpointer)
     if received is None and is_first:
-        _summarize(folder, run.task.best_metric)
+        _summarize(folder, run.task.best_metric, fields)
     return received
 
 
@@ -150,11 +152,12 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
         print(f"{run.workdir} is complete: {start} of {cadence.num_steps} steps.", flush=True)
         return None
     means, clock, loss = MetricMeans(saved.get("means")), _Clock(start), float("nan")
+    plateau = Plateau(config, [row for row in read_metrics(run.workdir) if row["step"] <= start])
     saves = _Saves(checkpointer, start, every=config.every.checkpoint)
     in_flight: collections.deque[_InFlight] = collections.deque()
     options = _batch_options(config)
     validation = Validation(task, run.dataset, options, run.split.validation)
-    update = make_update(task, run.optimizer)
+    update = make_update(task, run.optimizer, average_decay=config.optimizer.average_decay)
     state = replicate(state)
     batches = task.batches(run.dataset, options, run.split, start_step=start)
     with contextlib.closing(batches), _open_writer(run, start) as writer, _Signals() as signals:
@@ -183,6 +186,8 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
                     logged["learning_rate"] = float(run.rates[done.step - 1])
                     logged["epoch"] = done.step / cadence.steps_per_epoch
                     writer.write(done.step, logged, clock.read(done.step, config.batch_size))
+                    if told := plateau.see(done.step, logged):
+                        writer.note(told)
             checkpointer.check()
 
             scores: dict[str, float] = {}
@@ -204,7 +209,8 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
 
 def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
     """The last checkpoint's state and data, or those of a new run, on the host."""
-    state = init_state(run.task, run.optimizer)
+    averages = run.config.optimizer.average_decay > 0
+    state = init_state(run.task, run.optimizer, averages=averages)
     restored = checkpointer.restore_latest(state)
     if restored is not None:
         print(f"Resuming {run.workdir} from step {restored[0].step}.", flush=True)
@@ -212,6 +218,7 @@ def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dic
     if "init_from" in run.config:
         variables, report = start_from(run.config.init_from, run.config, state.variables)
         state = dataclasses.replace(state, **variables)
+        state = start_averages(state) if averages else state
         if jax.process_index() == 0:
             print(f"Starting from {run.config.init_from}:\n{report}", flush=True)
     return state, {}
@@ -221,10 +228,12 @@ def _batch_options(config: Any) -> BatchOptions:
     return BatchOptions(
         batch_size=config.batch_size,
         patch_size=tuple(config.data.patch_size),
+        patch_keypoints=config.data.patch_keypoints,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,
+        foreground_share=config.data.get("foreground_share", 0.0),
     )
 
 
@@ -331,8 +340,8 @@ class _Clock:
         return rates
 
 
-def _summarize(workdir: Workdir, best_metric: str) -> None:
-    """Prints how the losses fell and where everything is."""
+def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) -> None:
+    """Prints how the losses fell, whether they ended on the plateau, and where everything is."""
     rows = read_metrics(workdir)
     if not rows:
         return
@@ -343,6 +352,8 @@ def _summarize(workdir: Workdir, best_metric: str) -> None:
         first, last = values[0], values[-1]
         trend = "fell" if last < first else "rose" if last > first else ""
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
+    if plateau := describe_plateau(rows, config):
+        print(plateau)
     print(f"checkpoints:    {workdir.checkpoints} (the newest is of step {rows[-1]['step']})")
     print(f"metrics:        {workdir.metrics_file}")
     logdir = shlex.quote(str(workdir.tensorboard))

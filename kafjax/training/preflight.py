@@ -24,6 +24,7 @@ from kafjax.data.input_pipeline import (
     steps_per_epoch,
     volumes_for_test,
 )
+from kafjax.data.patches import count_places
 from kafjax.data.splits import (
     PAPER_KINDS,
     Split,
@@ -115,8 +116,8 @@ def open_run_dataset(config: Any) -> SliceDataset:
 def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with what only the dataset knows, where the config leaves it out.
 
-    K, the radius of correspondences and, for segmentation, the number of classes; and the network's
-    head, which the task has: `FROM_DATASET`.
+    K, the radius of correspondences, the places for a patch's keypoints (`count_places`) and, for
+    segmentation, the number of classes; and the network's head, which the task has: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -124,8 +125,12 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             if complete.data.get(name) is None:
                 complete.data[name] = dataset.metadata[name]
         complete.model.head = HEADS_OF_TASKS[config.task]
+        if complete.data.get("patch_keypoints") is None:
+            size = tuple(complete.data.patch_size)
+            complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
+    check_fields(complete)  # what goes together with the values that have been filled in
     return complete
 
 
@@ -160,11 +165,12 @@ def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunS
 def split_run(config: Any, dataset: SliceDataset) -> Split:
     """The volumes to train on and to validate on, by the config's fields of `data`.
 
-    Test volumes are on neither side. All others and none in pretraining, which takes test volumes
-    too where `data.include_test` says so. Of the labelled volumes: those that `validation` names or a fold of
-    `splits_file` (nnU-Net's splits_final.json) has, those of a fold of the paper's kind, or none to
-    validate on where `fold` is None. `num_labeled` subjects are chosen of the others. Equal images
-    count as one subject, except in the paper's protocol, whose folds are fixed.
+    Volumes of the test set are on neither side. All others and none in pretraining, which takes the
+    test set too where `include_test` is true. Of the labelled volumes: those that `validation`
+    names or a fold of `splits_file` (nnU-Net's splits_final.json) has, those of a fold of the
+    paper's kind, or none to validate on where `fold` is None. `num_labeled` subjects are chosen of
+    the others. Equal images count as one subject, except in the paper's protocol, whose folds are
+    fixed.
     """
     data, metadata = config.data, dataset.metadata
     apart = () if data.get("include_test") else volumes_for_test(dataset)
@@ -309,7 +315,8 @@ def _state_bytes(config: Any) -> int:
     """Bytes of what a checkpoint holds."""
     variables = _shapes(config)
     moments = jax.eval_shape(make_optimizer(config.optimizer).init, variables["params"])
-    return _bytes(variables) + _bytes(moments)
+    copies = 2 if config.optimizer.average_decay else 1
+    return copies * _bytes(variables) + _bytes(moments)
 
 
 def _bytes(tree: Any) -> int:

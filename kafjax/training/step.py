@@ -17,6 +17,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,22 +35,31 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
+    # {'params', 'batch_stats'} averaged over steps, or empty where the run averages none.
+    average: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The network's variables in validation and prediction: {'params', 'batch_stats'}."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """The network's variables in validation and prediction: {'params', 'batch_stats'}.
+
+        The averaged ones where the run averages.
+        """
+        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def learning_rates(config: Any, num_steps: int) -> np.ndarray:
     """The rate of each step, float32 [num_steps] (docs/method.md 7).
 
-    A cosine from `learning_rate` towards `final_learning_rate`. On the host and all at once: on the
-    device, each rate would wait for the step before, and each length of run compile anew.
+    A cosine from `learning_rate` towards `final_learning_rate`, after a rise in equal parts over
+    the share `warmup` of the steps. On the host and all at once: on the device, each rate would
+    wait for the step before, and each length of run compile anew.
     """
-    cosine = (1 + np.cos(np.pi * np.arange(num_steps) / num_steps)) / 2
+    rise = round(config.warmup * num_steps)
+    steps = np.arange(num_steps - rise)
+    cosine = (1 + np.cos(np.pi * steps / len(steps))) / 2
     span = config.learning_rate - config.final_learning_rate
-    return (config.final_learning_rate + span * cosine).astype(np.float32)
+    rising = config.learning_rate * np.arange(1, rise + 1) / (rise + 1)
+    return np.concatenate([rising, config.final_learning_rate + span * cosine]).astype(np.float32)
 
 
 def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
@@ -78,15 +88,36 @@ def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.Gradie
     return optax.chain(*steps)
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, of host arrays."""
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, *, averages: bool = False
+) -> TrainState:
+    """The state before the first step, of host arrays; with a place for averages if asked for."""
     variables = task.init()
     # `make_optimizer`'s moments start at 0; hundreds of zeros are a second of compilation.
     shapes = jax.eval_shape(optimizer.init, variables["params"])
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return TrainState(
+    state = TrainState(
         np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state
     )
+    return start_averages(state) if averages else state
+
+
+def start_averages(state: TrainState) -> TrainState:
+    """The state with its own variables as their averages, of no step so far."""
+    return dataclasses.replace(
+        state, average={"params": state.params, "batch_stats": state.batch_stats}
+    )
+
+
+def update_average(average: Any, variables: Any, step: jax.Array, *, decay: float) -> Any:
+    """Exponential averages after one more step.
+
+    A step keeps the share `decay` of the average, or (1 + t) / (10 + t) after t steps where that is
+    less: the average then is of about the last ninth of a run, short or long, and forgets the
+    initial values.
+    """
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(variables, average, 1 - kept)
 
 
 def map_devices(
@@ -137,7 +168,9 @@ class MappedStep:
         return self._mapped(*arguments)
 
 
-def make_update(task: Task, optimizer: optax.GradientTransformation) -> MappedStep:
+def make_update(
+    task: Task, optimizer: optax.GradientTransformation, *, average_decay: float = 0.0
+) -> MappedStep:
     """The mapped training step: (state, *step_inputs(...)) -> (state, metrics).
 
     The state is donated. The metrics' `stop` is the largest of all processes', so that all stop at
@@ -154,12 +187,17 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> MappedSt
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = optax.tree.scale(learning_rate, updates)
         params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average:
+            variables = {"params": params, "batch_stats": batch_stats}
+            average = update_average(average, variables, state.step, decay=average_decay)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            average=average,
         )
         return state, {**metrics, "stop": jax.lax.pmax(stop, AXIS_NAME)}
 

@@ -24,6 +24,7 @@ Variables = dict[str, Any]
 
 # Fields of a config: those that decide the encoder's architecture, and those worth knowing.
 _ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm")}
+_OLDER = {"model.norm": "batch"}  # what runs of older versions do not name
 _DATA = {"data": ("name", "max_keypoints", "radius", "patch_size")}
 
 
@@ -121,7 +122,9 @@ def _differences(
     ours = config.to_dict() if hasattr(config, "to_dict") else config
 
     def pick(of: Mapping[str, Any]) -> dict[str, Any]:
-        flat = flatten(json.loads(json.dumps({part: of.get(part) or {} for part in fields})))
+        flat = _OLDER | flatten(
+            json.loads(json.dumps({part: of.get(part) or {} for part in fields}))
+        )
         return {
             f"{part}.{name}": flat[f"{part}.{name}"]
             for part, names in fields.items()

@@ -95,8 +95,15 @@ class Validation:
         return rows
 
     def _read(self, record: int) -> Batch:
-        size = self._options.patch_size
-        labelled = make_labelled(self._dataset, 0, record, patch_size=size, seed=None)
+        options = self._options
+        labelled = make_labelled(
+            self._dataset,
+            0,
+            record,
+            patch_size=options.patch_size,
+            patch_keypoints=options.patch_keypoints,
+            seed=None,
+        )
         return {**labelled, "valid": np.array(True)}
 
     def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> SegmentedSlice:

@@ -116,6 +116,12 @@ class MetricWriter:
             text += f", {pace:.3g} s/step, {left} left"
         print(f"step {step}/{self._bar.total}: {text}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Prints a line of text, above the progress bar if there is one."""
+        if self._enabled:
+            self._bar.write(text)
+            print(end="", flush=True)
+
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 [h, w, 3], to TensorBoard."""
         if self._enabled:

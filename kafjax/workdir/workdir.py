@@ -37,7 +37,13 @@ MAY_CHANGE = (
     "data.num_threads",
 )
 # Filled in from the dataset and the task where a config leaves them out.
-FROM_DATASET = ("data.max_keypoints", "data.radius", "model.num_classes", "model.head")
+FROM_DATASET = (
+    "data.max_keypoints",
+    "data.patch_keypoints",
+    "data.radius",
+    "model.num_classes",
+    "model.head",
+)
 
 # Checkpoints by name.
 CHOICES = ("best", "last")

@@ -1,0 +1,36 @@
+"""Few-label segmentation of your own scans: what a strong baseline has, on the paper's networks.
+
+    kafjax train --config own_finetune --config.init_from=runs/own_pretrain \
+        --config.data.num_labeled=2
+
+and from fresh variables, `--config own_finetune:scratch`. Each piece below was measured by itself:
+docs/results.md, "What the recipe for own data is made of".
+"""
+
+import ml_collections
+
+from kafjax.configs import chd_finetune, own_pretrain
+
+
+def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
+    """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
+    config = chd_finetune.get_config(start)
+    for field in ("name", "patch_size"):
+        config.data[field] = own_pretrain.get_config().data[field]
+    # Turns of a patient, not any angle: where an organ lies tells what it is.
+    config.augment.transform.update(
+        {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
+    )
+    config.augment.intensity.probability = 1.0
+    config.loss.weights.dice = 1.0
+    config.data.foreground_share = 0.33
+    config.optimizer.update(
+        {
+            "learning_rate": 2e-3,
+            "final_learning_rate": 2e-5,
+            "warmup": 0.1,
+            "average_decay": 0.999,
+        }
+    )
+    config.model.norm = "instance"
+    return config
