@@ -33,4 +33,6 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
         }
     )
     config.model.norm = "instance"
+    # Largest components or smallest sizes, where they help on the training volumes.
+    config.postprocess = True
     return config

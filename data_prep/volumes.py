@@ -131,7 +131,10 @@ class Reader(abc.ABC):
         classes = None
         if label is not None and source.label is not None:
             if image is not None:
-                faults += _partner_faults(source.image, image, source.label, label)
+                if image.sha256 == label.sha256:
+                    faults.append(Fault(source.label, "is the image itself", "expected its labels"))
+                else:
+                    faults += grid_faults(source.image, image, source.label, label)
             classes, label_faults = self._classes(source.label, label)
             faults += label_faults
         if faults or image is None:
@@ -198,11 +201,12 @@ def _image_faults(source: Source, image: Nifti) -> list[Fault]:
     return []
 
 
-def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) -> list[Fault]:
-    if image.sha256 == label.sha256:
-        return [Fault(path, "is the image itself", "expected its labels")]
+def grid_faults(
+    image_path: Path, image: Nifti, path: Path, label: Nifti, *, of: str = "the image"
+) -> list[Fault]:
+    """Why labels do not lie on the grid of an image, or of other labels, by shape and affine."""
     if image.array.shape != label.array.shape:
-        found = f"shape {label.array.shape}, but the image has {image.array.shape}"
+        found = f"shape {label.array.shape}, but {of} has {image.array.shape}"
         remedy = (
             f"draw or resample it onto {image_path.name}'s grid, and look that no label is lost"
         )
@@ -214,10 +218,10 @@ def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) ->
     if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
         # Resampling by a wrong header would throw labels away, and pass the next check.
         remedy = (
-            f"do not resample it: its shape is the image's. Lay it on {image_path.name} voxel by "
-            "voxel; if it fits, its header is wrong: save it with the image's affine"
+            f"do not resample it: its shape is right. Lay it on {image_path.name} voxel by "
+            "voxel; if it fits, its header is wrong: save it with {of}'s affine"
         )
-        return [Fault(path, f"its affine differs from the image's by up to {apart:.3g} mm", remedy)]
+        return [Fault(path, f"its affine differs from {of}'s by up to {apart:.3g} mm", remedy)]
     return []
 
 

@@ -1,6 +1,8 @@
-"""Evaluates a segmentation run: `kafjax evaluate --workdir RUN`.
+"""Evaluates a run, `kafjax evaluate --workdir RUN`, or anyone's predictions.
 
-`kafjax.inference.evaluation` describes what it computes and writes.
+    kafjax evaluate --predictions DIR --labels DIR
+
+`kafjax.inference.evaluation` and `kafjax.inference.folders` describe what is computed and written.
 """
 
 from kafjax.inference.evaluation import evaluate_run
@@ -13,7 +15,11 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import run_app
 
-    workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.", required=True)
+    workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.")
+    predictions = flags.DEFINE_string("predictions", None, "Or a folder of NIfTI predictions.")
+    labels = flags.DEFINE_string("labels", None, "Their references; without, only volumes in mm^3.")
+    output = flags.DEFINE_string("output", None, "Of the results. Default: that of --predictions.")
+    classes = flags.DEFINE_list("classes", [], "Names of the predictions' numbers 1, 2, ...")
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
@@ -26,6 +32,15 @@ def _run_from_command_line() -> None:
     )
 
     def command() -> None:
+        if (workdir.value is None) == (predictions.value is None):
+            raise ValueError("expected --workdir RUN, or --predictions DIR and --labels DIR")
+        if predictions.value is not None:
+            from kafjax.inference.folders import evaluate_folders
+
+            evaluate_folders(
+                predictions.value, labels.value, output=output.value, classes=classes.value
+            )
+            return
         evaluate_run(
             workdir.value,
             split=split.value,

@@ -28,9 +28,12 @@ from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.files import printable
+from kafjax.inference.evaluation import rules_of_run
+from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Job, list_jobs, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
+from kafjax.workdir.workdir import Workdir
 
 # Axes of a slice that test-time mirroring flips.
 _MIRRORS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
@@ -44,11 +47,19 @@ class VolumePredictor:
       predictors: of one run or more, whose probabilities are averaged.
       preparation: of the runs' dataset, see `kafjax.workdir.preparation`.
       mirror: also average over each slice's three mirror images; four times the work.
+      rules: of post-processing, those that all runs have.
     """
 
     predictors: tuple[Predictor, ...]
     preparation: Preparation
     mirror: bool = False
+    rules: Rules = dataclasses.field(default_factory=dict)
+
+    def clear_up(self, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+        """Classes [row, col, slice] after post-processing; `spacing` is mm along each axis."""
+        if not self.rules:
+            return labels
+        return clear_up(labels, self.rules, self.reader.classes[1:], float(np.prod(spacing)))
 
     @property
     def reader(self) -> Reader:
@@ -79,7 +90,13 @@ def load_volume_predictor(
     """
     preparation = _read_preparations(workdirs, data_dir)
     predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    return VolumePredictor(predictors, preparation, mirror)
+    rules = common_rules(
+        [
+            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
+            for workdir, predictor in zip(workdirs, predictors, strict=True)
+        ]
+    )
+    return VolumePredictor(predictors, preparation, mirror, rules)
 
 
 def predict_volume(
@@ -105,7 +122,8 @@ def predict_volume(
       ValueError: the array is not three-dimensional, not of finite numbers, or constant.
     """
     volume = _as_volume(array, spacing, volume_id)
-    return np.stack([_classes(p) for p in slice_probabilities(volume, predictor)], axis=-1)
+    found = [_classes(p) for p in slice_probabilities(volume, predictor)]
+    return predictor.clear_up(np.stack(found, axis=-1), spacing)
 
 
 def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
@@ -165,12 +183,13 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
+    labels = predictor.clear_up(labels, volume.spacing)
     like = open_header(job.source.image)
     plane = reader.plane(like.affine)
     # Labels last: where they are, all is there.
     if job.probabilities is not None and kept is not None:
         write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
-    write_like(job.labels, from_slices(labels, like.affine, plane), like)
+    write_like(job.labels, from_slices(reader.raw_labels(labels), like.affine, plane), like)
 
 
 def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:

@@ -8,7 +8,7 @@ import gzip
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ def list_jobs(
             jobs.append(_job(path, name, target, probabilities=probabilities))
         elif not _belongs_to_one_of(path, paths, preparation):
             faults.append(_no_scan(path, preparation))
-    jobs = _without_results(jobs, len(preparation.get("classes", ())))
+    jobs = _without_results(jobs, preparation)
     wrong = _wrong_places(jobs)
     faults += wrong.values()
     return Listing([job for job in jobs if job not in wrong], faults)
@@ -223,8 +223,9 @@ def _probabilities(labels: Path) -> Path:
     return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
 
 
-def _without_results(jobs: list[Job], num_classes: int) -> list[Job]:
+def _without_results(jobs: list[Job], preparation: Preparation) -> list[Job]:
     """The jobs but those whose scan is an earlier result of another: it lies on that scan."""
+    values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
     maker = {
         place.resolve(): job
         for job in jobs
@@ -235,11 +236,11 @@ def _without_results(jobs: list[Job], num_classes: int) -> list[Job]:
         job
         for job in jobs
         if (made := maker.get(job.source.image.resolve())) is None
-        or not _is_result(job.source.image, made.source.image, num_classes)
+        or not _is_result(job.source.image, made.source.image, values)
     ]
 
 
-def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
+def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
     """Whether a file holds labels or probabilities on a scan's grid."""
     try:
         found, header = open_header(path), open_header(scan)
@@ -247,8 +248,8 @@ def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
             return False
         kind = found.get_data_dtype().newbyteorder("=")
         if kind == np.float32:
-            return found.shape[3:] == (num_classes,)
-        return kind == np.uint8 and read_nifti(path).array.max() < num_classes
+            return found.shape[3:] == (len(values),)
+        return kind.kind == "u" and bool(np.isin(read_nifti(path).array, values).all())
     except DatasetError:
         return False
 

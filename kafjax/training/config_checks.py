@@ -172,6 +172,7 @@ _OPTIONAL = {
         "init_from": _or_none(_TEXT),
         "data.validation": _or_none(_NAMES),
         "data.splits_file": _or_none(_TEXT),
+        "postprocess": _FLAG,
     },
 }
 

@@ -6,7 +6,8 @@
     environment.json            what its last start ran on (`kafjax.workdir.environment`)
     metrics.jsonl, tensorboard/ its numbers and pictures (`kafjax.workdir.metrics`)
     checkpoints/<step>/         its states (`kafjax.checkpoint`); damaged/ has those moved aside
-    evaluation*.json, .csv      its scores (`kafjax.inference.evaluation`)
+    evaluation*.json, .csv      its scores, and volumes*.csv in mm^3 (`kafjax.inference.evaluation`)
+    postprocessing.json         what clears up its predictions (`kafjax.inference.postprocessing`)
     lock                        the process that trains in the folder (`kafjax.workdir.lock`)
 
 No other module spells these names.
@@ -24,7 +25,7 @@ from kafjax.checkpoint.checkpointer import saved_metrics
 from kafjax.files import differences, flatten, read_checked, write_checked
 from kafjax.workdir.lock import locked
 
-# How long, how often and where: a run may be resumed with other values of these.
+# How long, how often, where and what follows: a run may be resumed with other values of these.
 MAY_CHANGE = (
     "num_steps",
     "every.log",
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "checkpoint.select",
     "data.dir",
     "data.num_threads",
+    "postprocess",
 )
 # Filled in from the dataset and the task where a config leaves them out.
 FROM_DATASET = (
@@ -89,6 +91,11 @@ class Workdir:
     def metrics_file(self) -> Path:
         """See the module."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def postprocessing_file(self) -> Path:
+        """See the module."""
+        return self.path / "postprocessing.json"
 
     @property
     def tensorboard(self) -> Path:
