@@ -177,23 +177,20 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
         + "".join(f"{fact}: {value}\n" for fact, value in reader.facts.items())
         + f"SIFT keypoints per slice: min {found.min()}, median {np.median(found):.0f}, "
         f"max {found.max()}; {cut:.1%} of the slices had more than {options.max_keypoints}\n"
-        f"Next: {_next_command(summary, name, reader, options)}"
+        f"Next: {_next_command(summary, name, reader)}"
     )
 
 
-def _next_command(summary: Summary, name: str, reader: Reader, options: Options) -> str:
-    """Pretraining on the dataset, by its own config or by the nearest one's."""
-    config = "phantom" if name == "phantom" else reader.kind if reader.kind in READERS else "chd"
+def _next_command(summary: Summary, name: str, reader: Reader) -> str:
+    """Pretraining on the dataset, by its own config or by the one for anyone's data."""
+    known = "phantom" if name == "phantom" else reader.kind
+    config = known if known in ("phantom", "chd", "acdc") else "own"
     words = ["kafjax", "train", "--config", f"{config}_pretrain"]
-    if config == name:
-        return shlex.join(words)
-    changes = {
-        "name": name,
-        "dir": summary.directory.parent.parent,
-        "max_keypoints": options.max_keypoints,
-        "radius": reader.radius,
-    }
-    return shlex.join([*words, *(f"--config.data.{field}={to}" for field, to in changes.items())])
+    data_dir = str(summary.directory.parent.parent)
+    changes = {"name": (name, config), "dir": (data_dir, "data")}  # the value, and the config's
+    return shlex.join(
+        [*words, *(f"--config.data.{n}={to}" for n, (to, usual) in changes.items() if to != usual)]
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ from kafjax.xla import leave_out_ynnpack
 # Before JAX starts: tests compile much and compute little, and this halves the compiling.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 leave_out_ynnpack()
+# What one test, or process of a test, has compiled is there for all others.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 @pytest.fixture(scope="session")

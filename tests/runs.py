@@ -116,7 +116,6 @@ def start_command(
         env={
             **os.environ,
             "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(dataset.parents[1] / "xla"),
             **environment,
         },
         stdout=subprocess.PIPE,

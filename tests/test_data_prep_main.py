@@ -69,7 +69,7 @@ def test_acdc_with_its_cine_stands_beside_acdc(tmp_path, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert f"Prepared 2 volumes, 12 slices, in {tmp_path / 'acdc' / '1.0.0'}" in out
-    assert out.endswith("Next: kafjax train --config acdc_pretrain\n")
+    assert out.endswith(f"Next: kafjax train --config acdc_pretrain --config.data.dir={tmp_path}\n")
     assert main([*arguments, "--cine"]) == 0
     out = capsys.readouterr().out
     assert f"Prepared 5 volumes, 30 slices, in {tmp_path / 'acdc_cine' / '1.0.0'}" in out

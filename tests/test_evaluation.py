@@ -14,7 +14,6 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_prep.builder import Options
 from data_prep.phantom.subjects import write_subjects
@@ -133,16 +132,6 @@ def test_results_are_written_as_json_and_csv_and_a_table(tmp_path: Path) -> None
         "mean 0.5000",
         "chance 0.0686",
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs of the same shapes share their programs, as `set_up_xla` lets commands."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

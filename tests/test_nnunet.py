@@ -150,7 +150,7 @@ def test_strange_names_are_splits_that_tfds_reads(tmp_path):
 
 
 def test_readers_of_other_kinds_come_from_metadata_too():
-    assert reader_of({"kind": "acdc"}) is READERS["acdc"]
+    assert reader_of({"kind": "acdc"}) == READERS["acdc"]
     with pytest.raises(ValueError, match="kind 'mr'; expected one of"):
         reader_of({"kind": "mr"})
 
@@ -370,8 +370,8 @@ def test_a_folder_is_prepared_under_a_name_of_its_own(tmp_path, capsys):
     assert "with labels: 2 of 3 volumes\n" in out
     assert "channel_name: T2\nintensity: zscore\n" in out
     assert (
-        "Next: kafjax train --config chd_pretrain --config.data.name=heart "
-        f"--config.data.dir={tmp_path} --config.data.max_keypoints=64 --config.data.radius=20"
+        "Next: kafjax train --config own_pretrain --config.data.name=heart "
+        f"--config.data.dir={tmp_path}\n"
     ) in out
     assert main([*arguments, "--data_dir", str(tmp_path), "--channel", "CT"]) == 2
     found = capsys.readouterr().err

@@ -13,7 +13,6 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from scipy.ndimage import gaussian_filter
 
 from data_prep.acdc import AcdcReader
@@ -272,17 +271,6 @@ def test_arrays_that_are_no_volume_are_refused(array: Any, spacing: Any, message
 # Runs.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Commands find the programs that this process has compiled."""
-    compilation_cache.reset_cache()
-    folder = tmp_path_factory.mktemp("xla")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def runs(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Workdirs of two runs that have just begun: KAF-UNets, 48 x 48 patches, slices are larger."""
@@ -356,7 +344,6 @@ def test_one_bad_file_of_ten(
     runs: list[Path],
     tmp_path: Path,
     compiled_once: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
@@ -371,7 +358,6 @@ def test_one_bad_file_of_ten(
             *("--input", source, "--output", target, "--probabilities", "--mirror", "--step", "0"),
         ],
         cwd=ROOT,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled_once)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

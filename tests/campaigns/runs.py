@@ -56,7 +56,9 @@ def _in_own_process(name: str, settings: Settings, count: int) -> list[Tally]:
     ]
     environment = {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+            "JAX_COMPILATION_CACHE_DIR", str(folder / "xla")
+        ),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     with (folder / "tallies.json").open("w+") as output:
