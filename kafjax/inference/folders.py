@@ -45,6 +45,7 @@ def evaluate_folders(
     *,
     output: str | os.PathLike[str] | None = None,
     classes: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
 ) -> Results | None:
     """Scores a folder of predictions, prints a table and writes it.
 
@@ -54,6 +55,7 @@ def evaluate_folders(
       output: folder of the results, by default that of the predictions.
       classes: names of the files' numbers in ascending order, without 0; if there are not as many,
         of 1, 2, ..., and higher numbers are background. By default class_<number>.
+      numbers: of the background and the classes in the files, if known.
 
     Returns:
       What `evaluation.json` holds; None without `labels`.
@@ -76,7 +78,8 @@ def evaluate_folders(
         if not faults:
             for line in notes:
                 print(f"note: {line}", flush=True)
-    numbers, more = _numbers(found, pairs, classes)
+    seen, more = _numbers(found, pairs, classes)
+    numbers = seen if numbers is None else numbers
     if faults := [*faults, *more]:
         raise DatasetError(faults)
     names = tuple(classes) or tuple(f"class_{number}" for number in numbers[1:])
