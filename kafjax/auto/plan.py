@@ -271,11 +271,14 @@ def _config_maker(
             "model.filters": network.filters,
             "model.num_attention_layers": network.attention_layers,
         }
+        limit = min(limit, network.batch)
         pretraining = own_pretrain.get_config()
         fine_tuning = own_finetune.get_config("scratch")  # takes as long as from the encoder
         for config, there in zip((pretraining, fine_tuning), most, strict=True):
             config.update_from_flattened_dict(shared)
             config.batch_size = _batch(min(config.batch_size, limit, there))
+        pretraining.model.embedding = network.embedding
+        pretraining.model.num_matcher_layers = network.matcher_layers
         fine_tuning.data.fold = None
         return pretraining, fine_tuning if slices.fine_tuning else None
 
@@ -332,7 +335,11 @@ def _as_plan(
             "intensity": survey.reader.facts["intensity"],
         },
         shared=shared,
-        pretraining=_schedule(first.batch_size, pretraining, slices.pretraining),
+        pretraining={
+            "model.embedding": choice.network.embedding,
+            "model.num_matcher_layers": choice.network.matcher_layers,
+            **_schedule(first.batch_size, pretraining, slices.pretraining),
+        },
         fine_tuning=fields,
         folds=slices.folds,
         expected={name: round(value, 1) for name, value in expected.items()},

@@ -1,6 +1,5 @@
 """What `kafjax auto` is asked for, and the reader of the scans it is given."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -53,10 +52,11 @@ class Request(NamedTuple):
         if self.is_nnunet and self.classes:
             faults.append(f"--classes: {self.images} has nnU-Net's layout, with names of its own")
         given = {"--images": self.images, "--labels": self.labels}
-        for flag, place in given.items():
-            if place is not None and output.exists() and os.path.exists(place):
-                if output.samefile(place):
-                    faults.append(f"--output is the folder of {flag}; expected another one")
+        faults += [
+            f"--output is the folder of {flag}; expected another one"
+            for flag, place in given.items()
+            if place is not None and output == Path(place)
+        ]
         if output.exists() and not output.is_dir():
             faults.append(f"--output is {output}, a file; expected a folder")
         if faults:

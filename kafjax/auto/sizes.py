@@ -16,25 +16,38 @@ from kafjax.training.preflight import device_memory
 
 
 class Network(NamedTuple):
-    """A KAF-UNet, and the longest edge of its patches."""
+    """A KAF-UNet, its pretraining heads, and limits of its patches and batches.
+
+    Attributes:
+      filters: of the first level.
+      attention_layers: of each KAF layer.
+      embedding: size of the embeddings that are contrasted.
+      matcher_layers: of the matching head.
+      edge: the longest of its patches, pixels.
+      batch: the largest, in pairs or slices.
+    """
 
     filters: int
     attention_layers: int
+    embedding: int
+    matcher_layers: int
     edge: int
+    batch: int
 
     @property
     def work(self) -> float:
         """Roughly, relative to others: which one is worth timing next."""
-        return self.filters**1.5 * self.edge**2 * (1 + self.attention_layers / 8)
+        layers = 1 + (self.attention_layers + self.matcher_layers) / 8
+        return self.filters**1.5 * self.edge * layers * self.batch
 
 
 # The paper's first.
 NETWORKS = (
-    Network(32, 16, 512),
-    Network(32, 4, 384),
-    Network(16, 4, 256),
-    Network(16, 2, 192),
-    Network(8, 2, 128),
+    Network(32, 16, 512, 4, edge=512, batch=16),
+    Network(32, 4, 256, 4, edge=384, batch=16),
+    Network(16, 4, 128, 4, edge=256, batch=16),
+    Network(16, 2, 64, 2, edge=192, batch=8),
+    Network(8, 1, 32, 2, edge=128, batch=8),
 )
 # Steps: all that is worth while, what a larger network must have, and the least that trains.
 PRETRAINING_STEPS = (20_000, 1000, 100)

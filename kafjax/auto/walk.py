@@ -59,7 +59,7 @@ def run_auto(
       ValueError: bad input, all of it at once; a plan of another request; too little time.
     """
     began = time.perf_counter()
-    folder = Path(output).expanduser().absolute()
+    folder = Path(output).expanduser().resolve()
     request.check(folder)
     plan = read_plan(folder / _PLAN, request)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
