@@ -23,6 +23,7 @@ from benchmarks.case import Case
 from benchmarks.flags import integers, make_parser, run, settings
 from benchmarks.report import Result, Table, gigabytes
 from benchmarks.workers import Side, workers
+from kafjax.drawing.colours import BLUE, VERMILION
 
 PICTURE, CSV = "compute.png", "compute.csv"
 # The appendix marks the edges of its two datasets' images.
@@ -56,11 +57,11 @@ class Network(NamedTuple):
 NETWORKS = (
     Network("unet", 0, "#000000", "o-"),
     Network("unet_c2", 0, "#999999", "s-"),
-    Network("kaf_unet", 20, "#0072B2", "D:"),
-    Network("kaf_unet", 64, "#0072B2", "D-"),  # the paper's
-    Network("kaf_unet", 100, "#0072B2", "D--"),
-    Network("swin_unet", 20, "#D55E00", "^:"),
-    Network("swin_unet", 100, "#D55E00", "^--"),
+    Network("kaf_unet", 20, BLUE, "D:"),
+    Network("kaf_unet", 64, BLUE, "D-"),  # the paper's
+    Network("kaf_unet", 100, BLUE, "D--"),
+    Network("swin_unet", 20, VERMILION, "^:"),
+    Network("swin_unet", 100, VERMILION, "^--"),
 )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flags import integers, make_parser, run, settings
-from benchmarks.report import Result, Table, num_cores
+from benchmarks.report import Result, Table
+from kafjax.cores import usable_cores
 
 # What the release's on-the-fly input takes with about 50 keypoints; see docs/performance.md.
 RELEASE_NOTE = (
@@ -44,7 +45,7 @@ def measure(arguments: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = arguments.data_dir or prepare_phantoms(Path(scratch), arguments)
         dataset = open_dataset(data_dir, arguments.name)
-        threads = arguments.threads or _powers_to(num_cores())
+        threads = arguments.threads or _powers_to(len(usable_cores()))
         turns: dict[int, list[dict[str, float]]] = {n: [] for n in threads}
         for _ in range(arguments.turns):
             for n in threads:
@@ -76,7 +77,7 @@ def _table(
     ]
     accelerator = (
         f"The accelerator is one that takes {arguments.step_seconds} s for a batch of "
-        f"{arguments.batch_size} pairs, beside {num_cores()} cores."
+        f"{arguments.batch_size} pairs, beside {len(usable_cores())} cores."
     )
     size = arguments.size
     return Table(f"Pairs of {size} x {size} slices", columns, rows, [accelerator, RELEASE_NOTE])

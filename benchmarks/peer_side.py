@@ -11,8 +11,8 @@ from torch import nn
 from benchmarks.case import Case, inputs
 from benchmarks.peer import PeerUNet, count_parameters
 from benchmarks.profiles import profile_torch
-from benchmarks.report import num_cores
 from benchmarks.workers import Side
+from kafjax.cores import usable_cores
 
 FORMS = ("eager", "channels_last", "compiled")
 
@@ -60,7 +60,7 @@ class _WithoutKeypoints(nn.Module):
 def _side(case: Case, form: str, build: Callable[[], nn.Module]) -> Side:
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(len(usable_cores()))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

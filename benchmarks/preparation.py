@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.flags import integers, make_parser, run, settings
-from benchmarks.report import Result, Table, gigabytes, num_cores
+from benchmarks.report import Result, Table, gigabytes
 from benchmarks.workers import Side, workers
+from kafjax.cores import usable_cores
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arguments: argparse.Namespace) -> Result:
     """Prepares with every number of workers and of volumes, turn about."""
-    counts = arguments.num_workers or tuple(dict.fromkeys((0, 1, num_cores())))
+    counts = arguments.num_workers or tuple(dict.fromkeys((0, 1, len(usable_cores()))))
     size = (arguments.size, arguments.size, arguments.num_slices)
     with tempfile.TemporaryDirectory() as scratch:
         raw_dirs = {n: write_phantoms(Path(scratch), n, size) for n in arguments.num_volumes}

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kafjax.cores import usable_cores
+
 DEFAULT_FOLDER = Path("benchmarks/results")
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "monai", "grain", "opencv-python-headless")
 
@@ -82,7 +84,7 @@ def machine() -> dict[str, Any]:
     """The processor, its cores and memory, and the versions of what is compared."""
     return {
         "processor": _processor(),
-        "cores": num_cores(),
+        "cores": len(usable_cores()),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -98,11 +100,6 @@ def describe(facts: dict[str, Any]) -> str:
         f"{accelerator}{facts['cores']} cores of {facts['processor']}, {facts['memory_gb']} GB; "
         f"Python {facts['python']}, {versions}."
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def today() -> str:

@@ -20,6 +20,7 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     for field in ("name", "patch_size"):
         config.data[field] = pretrain.data[field]
     config.model.filters = pretrain.model.filters
+    config.model.num_classes = 4
     config.augment = pretrain.augment
     config.optimizer.update({"learning_rate": 5e-4, "final_learning_rate": 5e-5})
     return config

@@ -46,8 +46,8 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     # Of a batch, slices that surely show another class than the background.
     config.data.foreground_share = 0.0
 
-    # With the background; the dataset has it: given here, it is checked against that.
-    config.model.num_classes = config_dict.placeholder(int)
+    # CHD's, with the background, checked against the dataset; None takes the dataset's number.
+    config.model.num_classes = 8
     for field in ("embedding", "num_matcher_layers", "num_sinkhorn_iterations"):
         del config.model[field]
     config.loss = {

@@ -15,8 +15,11 @@ from kafjax.configs import chd_finetune, own_pretrain
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
+    pretraining = own_pretrain.get_config()
+    config.model.num_classes = None
     for field in ("name", "patch_size"):
-        config.data[field] = own_pretrain.get_config().data[field]
+        config.data[field] = pretraining.data[field]
+    config.model.norm = pretraining.model.norm
     # Turns of a patient, not any angle: where an organ lies tells what it is.
     config.augment.transform.update(
         {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
@@ -32,7 +35,6 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
             "average_decay": 0.999,
         }
     )
-    config.model.norm = "instance"
     # Largest components or smallest sizes, where they help on the training volumes.
     config.postprocess = True
     return config

@@ -21,6 +21,7 @@ from data_prep.intensity import with_moments
 from data_prep.nifti import Plane, count_frames, slice_plane
 from data_prep.resampling import resample_image, resample_label, resampled_affine, size_at
 from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume
+from kafjax.errors import UserError
 from kafjax.files import read_text
 
 PIXEL = 1.25  # mm, edge of the paper's resampled pixels
@@ -53,7 +54,7 @@ class AcdcReader(Reader):
     def __post_init__(self) -> None:
         """Raises ValueError for a spacing that is no size of pixels."""
         if not 0.1 <= self.pixel_spacing <= 10:
-            raise ValueError(f"pixel_spacing is {self.pixel_spacing:g}; expected 0.1 to 10 mm")
+            raise UserError(f"pixel_spacing is {self.pixel_spacing:g}; expected 0.1 to 10 mm")
         object.__setattr__(self, "radius", round(_RADIUS / self.pixel_spacing))
 
     kind = "acdc"

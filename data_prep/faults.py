@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kafjax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -22,7 +24,7 @@ class Fault:
         return f"{self.path}: {self.found}; {self.remedy}"
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """All faults that one pass over a dataset, or a part of it, has found."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:

@@ -1,7 +1,6 @@
 """The flags of `kafjax prepare`."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,9 @@ from data_prep.builder import Options
 from data_prep.folder import DEFAULT_RADIUS
 from data_prep.intensity import Intensity
 from data_prep.readers import KINDS
+from kafjax.cores import usable_cores
+from kafjax.errors import UserError
+from kafjax.paths import path_argument
 
 _EPILOG = """\
 layouts:
@@ -74,7 +76,7 @@ def refuse_stray(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and not arguments.check:
         stray.append("--json is for --check")
     if stray:
-        raise ValueError("\n".join(stray))
+        raise UserError("\n".join(stray))
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
@@ -82,20 +84,20 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, choices=sorted([*KINDS, "phantom"]), help="what RAW holds")
     add(
         "--raw_dir",
-        type=_path,
+        type=path_argument,
         metavar="RAW",
         help="folder of raw files (phantom: DATA/raw/phantom)",
     )
     add(
         "--data_dir",
-        type=_path,
+        type=path_argument,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
     )
     add(
         "--subjects",
-        type=_path,
+        type=path_argument,
         metavar="FILE",
         help="CSV or TSV with columns volume and subject, where a subject has several volumes",
     )
@@ -114,7 +116,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse what otherwise is a note: equal images, other planes, entries without use",
     )
-    add("--json", type=_path, metavar="FILE", help="with --check: write its findings there too")
+    add(
+        "--json",
+        type=path_argument,
+        metavar="FILE",
+        help="with --check: write its findings there too",
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +148,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        default=_num_cores(),
+        default=len(usable_cores()),
         metavar="N",
         help="processes, 0 for none but this; the result is the same (default: one per core)",
     )
@@ -162,7 +169,9 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         help=f"edge of the resampled pixels (default: {PIXEL:g}, the paper's)",
     )
     folder = parser.add_argument_group("folder")
-    folder.add_argument("--labels", type=_path, metavar="DIR", help="folder of the scans' labels")
+    folder.add_argument(
+        "--labels", type=path_argument, metavar="DIR", help="folder of the scans' labels"
+    )
     folder.add_argument(
         "--classes",
         type=lambda text: tuple(text.split(",")),
@@ -193,16 +202,6 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="XxYxZ",
         help="voxels of each volume, up to 512x512x200 (default: 256x256x40)",
     )
-
-
-def _path(text: str) -> Path:
-    """A path as the shell has it: it expands no `~` after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def _num_cores() -> int:
-    # Where a job may use only some of the machine's cores, Linux alone can say which.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from data_prep.faults import DatasetError, Fault, finding
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, read_nifti, slice_plane
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
+from kafjax.errors import UserError
 
 DEFAULT_RADIUS = 20
 FIRST_CHANNEL = "_0000"
@@ -134,10 +135,10 @@ def open_folder(
       radius: px within which keypoints of neighbouring slices correspond.
 
     Raises:
-      ValueError: a radius below 1.
+      UserError: a radius below 1.
     """
     if radius < 1:
-        raise ValueError(f"radius is {radius}; expected 1 px or more")
+        raise UserError(f"radius is {radius}; expected 1 px or more")
     faults = _folder_faults(raw_dir, labels_dir)
     names: tuple[str, ...] = ("background",)
     values: tuple[int, ...] = ()

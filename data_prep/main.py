@@ -1,8 +1,8 @@
 """`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 anything else that stopped the preparation, which the same command then continues. With
-`--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
+fault; 1 a disk or memory that did not suffice: the same command then continues; 70 a fault of ours.
+With `--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
 import argparse
@@ -16,6 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, require_extra
+
+if __name__ == "__main__":
+    require_extra("data")  # before the imports of what needs it
+
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
@@ -28,7 +33,7 @@ from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
-from kafjax.files import show_any_name
+from kafjax.files import show_any_name, write_text
 
 _LONGEST_NAME = 60  # it is a part of file names
 
@@ -43,18 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
     except DatasetError as error:
         _note(fault for fault in error.faults if not fault.stops)
-        return _report("\n".join(str(fault) for fault in error.faults if fault.stops), 2)
-    except ValueError as error:
-        return _report(error, 2)
+        return _report("\n".join(str(fault) for fault in error.faults if fault.stops), MISTAKE)
+    except PreparationError as error:
+        hint = "run the same command again, with a smaller --num_workers if memory ran out"
+        return _report(f"{error}\n{hint}{kept}", 1)
+    except UserError as error:
+        return _report(error, MISTAKE)
     except OSError as error:
         # A write to a full disk does not name its file.
         where = error.filename or arguments.data_dir
         return _report(f"{where}: {error.strerror or error}{kept}", 1)
-    except PreparationError as error:
-        hint = "run the same command again, with a smaller --num_workers if memory ran out"
-        return _report(f"{error}\n{hint}{kept}", 1)
     except KeyboardInterrupt:
         return _report(f"stopped{'; the same command goes on from here' if kept else ''}", 130)
+    except Exception as error:
+        print(describe_fault(error), file=sys.stderr, flush=True)
+        return FAULT
     return 0
 
 
@@ -76,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     if arguments.num_workers < 0:
-        raise ValueError(f"num_workers is {arguments.num_workers}; expected 0 or more")
+        raise UserError(f"num_workers is {arguments.num_workers}; expected 0 or more")
     name, raw_dir = _name(arguments), _raw_dir(arguments)
     if arguments.dataset == "phantom" and not arguments.check:
         _write_phantoms(raw_dir, arguments)
@@ -105,7 +113,7 @@ def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None
         reader, raw_dir, num_workers=arguments.num_workers, strict=arguments.strict
     )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(survey, faults), indent=1) + "\n")
+        write_text(arguments.json, json.dumps(as_json(survey, faults), indent=1) + "\n")
     print(as_text(survey))
     _note(refuse(faults))
 
@@ -114,11 +122,11 @@ def _name(arguments: argparse.Namespace) -> str:
     default = "acdc_cine" if arguments.cine else arguments.dataset
     name = default if arguments.name is None else arguments.name
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError(
+        raise UserError(
             f"name is {name!r}; expected lower-case letters, digits and underscores, a letter first"
         )
     if len(name) > _LONGEST_NAME:
-        raise ValueError(f"name has {len(name)} letters; expected at most {_LONGEST_NAME}")
+        raise UserError(f"name has {len(name)} letters; expected at most {_LONGEST_NAME}")
     return name
 
 
@@ -127,7 +135,7 @@ def _raw_dir(arguments: argparse.Namespace) -> Path:
         return arguments.raw_dir
     if arguments.dataset == "phantom":
         return arguments.data_dir / "raw" / "phantom"
-    raise ValueError(f"--raw_dir is missing: give the folder of the raw {arguments.dataset} files")
+    raise UserError(f"--raw_dir is missing: give the folder of the raw {arguments.dataset} files")
 
 
 def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:

@@ -24,6 +24,7 @@ from data_prep.faults import Fault
 from data_prep.folder import DEFAULT_RADIUS, OwnReader, split_name
 from data_prep.intensity import Intensity
 from data_prep.volumes import MAX_CLASSES, Source
+from kafjax.errors import UserError
 
 _FILE = "dataset.json"
 _PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
@@ -177,7 +178,7 @@ def open_nnunet(
     is named CT, else `zscore`. Raises `ValueError` for a radius below 1.
     """
     if radius is not None and radius < 1:
-        raise ValueError(f"radius is {radius}; expected 1 px or more")
+        raise UserError(f"radius is {radius}; expected 1 px or more")
     if not raw_dir.is_dir():
         remedy = f"give the folder that holds {_FILE} and imagesTr"
         return NnunetReader((), faults=(Fault(raw_dir, "is not a folder", remedy),))

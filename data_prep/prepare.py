@@ -23,18 +23,20 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep import builder
-from data_prep.builder import Options, Plan, Shard
+from data_prep.builder import Options, Plan, WrittenShard
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
 from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, inspect
-from data_prep.workers import run_jobs
+from data_prep.workers import WorkerDied, map_in_processes
 from kafjax.data.records import load_index
+from kafjax.errors import UserError
+from kafjax.files import sync, sync_tree, write_text
 
 T = TypeVar("T")
 
 
-class PreparationError(RuntimeError):
+class PreparationError(UserError):
     """Volumes that could not be prepared though their files are sound; the others are kept."""
 
 
@@ -107,7 +109,7 @@ def prepare_dataset(
             num_labelled = sum(volume["labelled"] for volume in volumes)
             return Summary(place.final, True, len(volumes), num_labelled, num_slices, (), findings)
         if not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
                 + "\n".join(f"  {line}" for line in differences)
             )
@@ -212,12 +214,13 @@ def read_through(
 ) -> tuple[dict[str, T], list[Fault]]:
     """Applies a function to every volume: results by id, and the faults of those without.
 
-    The function raises `DatasetError` for faults. Raises `PreparationError` for any other failure.
+    The function raises `DatasetError` for faults. Raises `PreparationError` where workers died, and
+    any other error as it is.
     """
     found: dict[str, T] = {}
     faults: list[Fault] = []
     jobs = {source.id: source for source in sources}
-    results = run_jobs(function, jobs, num_workers=num_workers)
+    results = map_in_processes(function, jobs, num_workers=num_workers)
     with (
         contextlib.closing(results),
         tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
@@ -227,7 +230,7 @@ def read_through(
             if isinstance(result, DatasetError):
                 faults += result.faults
             elif isinstance(result, Exception):
-                raise PreparationError(f"{jobs[id].image}: {result}") from result
+                raise _failure({jobs[id].image: result}) from result
             else:
                 found[id] = result
     return found, faults
@@ -251,7 +254,7 @@ def _common_dtype(dtypes: Iterable[str]) -> str:
 
 def _prepare_volumes(
     plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
-) -> list[Shard]:
+) -> list[WrittenShard]:
     """Makes the shards that are missing or stale; returns all, in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
@@ -259,7 +262,7 @@ def _prepare_volumes(
     jobs = {source.id: source for source in sources if shards[source.id] is None}
     done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
     total = sum(fact.num_slices for fact in facts.values())
-    results = run_jobs(
+    results = map_in_processes(
         functools.partial(_prepare_volume, plan, facts, place), jobs, num_workers=num_workers
     )
     failures: dict[str, Exception] = {}
@@ -279,16 +282,20 @@ def _prepare_volumes(
     return [shard for shard in shards.values() if shard is not None]
 
 
-def _prepare_volume(plan: Plan, facts: dict[str, Facts], place: _Place, source: Source) -> Shard:
+def _prepare_volume(
+    plan: Plan, facts: dict[str, Facts], place: _Place, source: Source
+) -> WrittenShard:
     shard = builder.write_shard(plan, source, facts[source.id].sha256, place.dataset)
-    _write_json(place.note(source.id), dataclasses.asdict(shard))
+    write_text(
+        place.note(source.id), json.dumps(dataclasses.asdict(shard), indent=1, sort_keys=True)
+    )
     return shard
 
 
-def _finished(plan: Plan, fact: Facts, place: _Place) -> Shard | None:
+def _finished(plan: Plan, fact: Facts, place: _Place) -> WrittenShard | None:
     """The volume's shard if an earlier run finished it and nothing that made it has changed."""
     try:
-        shard = Shard(**json.loads(place.note(fact.id).read_bytes()))
+        shard = WrittenShard(**json.loads(place.note(fact.id).read_bytes()))
         intact = _sha256(place.dataset / shard.file) == shard.sha256
     except (OSError, ValueError, TypeError):
         return None
@@ -301,17 +308,21 @@ def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) 
     if failures and all(isinstance(error, DatasetError) for error in failures.values()):
         raise DatasetError([f for e in failures.values() for f in getattr(e, "faults", ())])
     if failures:
-        lines = [f"{sources[id].image}: {error}" for id, error in sorted(failures.items())]
-        error = PreparationError("\n".join(lines))
-        for failure in failures.values():
-            for note in getattr(failure, "__notes__", ()):
-                error.add_note(note)
-        raise error
+        raise _failure({sources[id].image: error for id, error in sorted(failures.items())})
+
+
+def _failure(failures: Mapping[Path, Exception]) -> Exception:
+    """What to raise for volumes whose files are sound: a fault of ours as it is, named."""
+    for path, error in failures.items():
+        if not isinstance(error, WorkerDied | MemoryError | OSError):
+            error.add_note(f"while {path} was prepared")
+            return error
+    return PreparationError("\n".join(f"{path}: {error}" for path, error in failures.items()))
 
 
 def _publish(
     plan: Plan,
-    shards: list[Shard],
+    shards: list[WrittenShard],
     sources: list[Source],
     facts: dict[str, Facts],
     place: _Place,
@@ -321,31 +332,12 @@ def _publish(
     for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:
         leftover.unlink()
     builder.write_dataset_files(place.dataset, plan, shards, sources, facts)
-    for path in place.dataset.iterdir():
-        _sync(path)
-    _sync(place.dataset)
+    sync_tree(place.dataset)
     if place.final.exists():
         shutil.rmtree(place.final)
     place.dataset.rename(place.final)
-    _sync(place.final.parent)
+    sync(place.final.parent)
     shutil.rmtree(place.preparing)
-
-
-def _sync(path: Path) -> None:
-    """Makes sure that a file or a folder is on the disk before it counts as done."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that appears only when it is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1, sort_keys=True))
-    _sync(beside)
-    beside.replace(path)
 
 
 @contextlib.contextmanager
@@ -356,5 +348,5 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is preparing this dataset") from error
+            raise UserError(f"{folder}: another process is preparing this dataset") from error
         yield

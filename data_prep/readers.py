@@ -8,6 +8,7 @@ from data_prep.chd import ChdReader
 from data_prep.folder import FolderReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
+from kafjax.errors import UserError
 from kafjax.registry import Registry
 
 # Those whose rules are the same for every folder; others depend on the folder's own content.
@@ -33,5 +34,5 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
     if kind == AcdcReader.kind:
         return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:
-        raise ValueError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
+        raise UserError(f"dataset kind {kind!r}; expected one of {', '.join(KINDS)}")
     return READERS[kind]

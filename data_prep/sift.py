@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
+from kafjax.errors import UserError
+
 Selection = Literal["random", "strongest"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 
@@ -88,7 +90,7 @@ def _choose(
     if len(indices) <= max_keypoints:
         return indices
     if selection != "random" or rng is None:
-        raise ValueError(
+        raise UserError(
             f"selection is {selection!r} with rng {rng}; expected one of {SELECTIONS}"
             ", and a generator for 'random'"
         )

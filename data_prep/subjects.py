@@ -16,6 +16,7 @@ from pathlib import Path
 from data_prep.faults import Fault
 from data_prep.folder import FIRST_CHANNEL, file_stem
 from data_prep.volumes import Source
+from kafjax.errors import UserError
 from kafjax.files import read_text
 
 _COLUMNS = ("volume", "subject")
@@ -24,14 +25,14 @@ _COLUMNS = ("volume", "subject")
 def read_subjects(path: Path) -> dict[str, str]:
     """Subjects by the volumes' names as the table has them.
 
-    Raises `ValueError` with every line that is wrong; `OSError` if the file cannot be read.
+    Raises `UserError` with every line that is wrong; `OSError` if the file cannot be read.
     """
     lines = read_text(path).splitlines()
     delimiter = "\t" if lines and "\t" in lines[0] else ","
     rows = csv.reader(lines, delimiter=delimiter)
     header = [name.strip().lower() for name in next(rows, [])]
     if missing := [name for name in _COLUMNS if name not in header]:
-        raise ValueError(f"{path}: has no column {' and '.join(missing)}; expected volume,subject")
+        raise UserError(f"{path}: has no column {' and '.join(missing)}; expected volume,subject")
     places = [header.index(name) for name in _COLUMNS]
     table: dict[str, str] = {}
     faults = []
@@ -44,7 +45,7 @@ def read_subjects(path: Path) -> dict[str, str]:
         elif table.setdefault(volume, subject) != subject:
             faults.append(f"{path}, line {number}: {volume} was of {table[volume]} before")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
     return table
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.faults import DatasetError, Fault
 from data_prep.nifti import Nifti, Plane, read_nifti, to_slices
+from kafjax.errors import UserError
 
 MAX_EDGE = np.iinfo(np.int16).max  # keypoints are stored as int16
 MAX_CLASSES = 256  # labels are stored as uint8
@@ -113,7 +114,7 @@ class Reader(abc.ABC):
         """Raw labels, whole and not negative, to classes, uint8. Raises `ValueError`."""
         highest = (len(self.classes) or MAX_CLASSES) - 1
         if raw.max(initial=0) > highest:
-            raise ValueError(
+            raise UserError(
                 f"labels up to {raw.max():g}; expected whole numbers from 0 to {highest}"
             )
         return raw.astype(np.uint8)
@@ -147,7 +148,7 @@ class Reader(abc.ABC):
         if not found:
             try:
                 return self.map_labels(label.array), []
-            except ValueError as error:
+            except UserError as error:
                 found = str(error)
         return None, [Fault(path, found, "correct the labels")]
 

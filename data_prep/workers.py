@@ -24,7 +24,7 @@ class WorkerDied(RuntimeError):  # noqa: N818 - it states what happened
     """The process that held a job ended without an answer: killed, most often for its memory."""
 
 
-def run_jobs(
+def map_in_processes(
     function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int
 ) -> Generator[tuple[str, Any], None, None]:
     """Yields (name, result) of `function(job)` for each named job, in order of completion.

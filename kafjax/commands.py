@@ -1,27 +1,79 @@
 """What the commands share: one line for a user's mistake, and exit statuses."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from kafjax.config_files import unknown_fields
+from kafjax.errors import (
+    FAULT,
+    MISTAKE,
+    TRY_AGAIN,
+    UserError,
+    describe_fault,
+    lost_process,
+    missing_extra,
+    out_of_memory,
+)
 from kafjax.files import show_any_name
+from kafjax.paths import expand, split_list
 from kafjax.xla import set_up_xla
+
+# How absl reports a field of a config, and the config itself.
+_VALUE = re.compile(r"flag --(config\..+?)=(.*): (expected .*)")
+_CONFIG = re.compile(r"flag --config=.*?: (?=.*: )")
+_PATH = re.compile(r"flag (--\w+)=(.*): (?=\2: )")
+
+
+def define_path(name: str, default: str | None, help_string: str, **options: Any) -> Any:
+    """Defines a flag whose value is a path, a text, with `~` expanded; returns its holder."""
+    flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
+    return flags.DEFINE(
+        _Parser(lambda text: str(expand(text))), name, default, help_string, **options
+    )
+
+
+def define_paths(name: str, default: str | None, help_string: str, **options: Any) -> Any:
+    """Defines a flag whose value is a list of paths, A,B,C; see `kafjax.paths.split_list`."""
+    flags.disclaim_key_flags()
+    return flags.DEFINE(_Parser(expand_list), name, default, help_string, **options)
+
+
+def expand_list(text: str) -> list[str]:
+    """The paths of a list A,B,C, with `~` expanded."""
+    return [str(expand(path)) for path in split_list(text)]
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses by a function of a text."""
+
+    def __init__(self, function: Callable[[str], Any]):
+        self._function = function
+
+    def parse(self, argument: str) -> Any:
+        return self._function(argument)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags for `absl.app.run`; a mistake ends the program with one line and status 2."""
+    """Parses flags for `absl.app.run`; mistakes end the program with a line each and status 2."""
     show_any_name()
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # An unknown config field comes as AttributeError; its message names the nearest. What a
-        # config file raises comes with its traceback, of which the last line says what is wrong.
-        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").split("\\n"))
-        if "Traceback" in text:
-            text = text.split(" Error whilst")[0] + text.strip().splitlines()[-1].partition(":")[2]
-        fail(text, 2)
+        # What ml_collections raises for an unknown field, whatever of the above, names no field.
+        fail("\n".join(unknown_fields(argv)) or _explain(error), MISTAKE)
+
+
+def _explain(error: Exception) -> str:
+    # A KeyError's text is its argument in quotes.
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    if match := _VALUE.fullmatch(text):
+        return f"{match[1]} is {match[2]!r}, {match[3]}"
+    return _PATH.sub(r"\1: ", _CONFIG.sub("", text))
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -33,23 +85,46 @@ def fail(message: str, status: int) -> NoReturn:
 def run_command(command: Callable[..., int | None], *args: Any) -> None:
     """Runs a command and ends the program with its status.
 
-    A `ValueError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
-    it came from. A `FloatingPointError` is status 1. A returned signal number is 128 + number.
+    A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
+    it came from. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
+    A returned signal number is 128 + number. A process of several whose run has lost another ends
+    with status 75. Anything else is a fault of ours: a traceback, and
+    status 70.
     """
     if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
         logging.get_absl_handler().setLevel("WARNING")
     try:
         received = command(*args)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         logging.debug("where it came from:", exc_info=True)
-        fail(str(error), 2)
+        fail(str(error), MISTAKE)
     except FloatingPointError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Exception as error:
+        if lost := lost_process(error):
+            _end_alone(lost)
+        if advice := _advice(error):
+            fail(advice, MISTAKE)
+        print(describe_fault(error), file=sys.stderr, flush=True)
+        sys.exit(FAULT)
     if received:
         print("Stopped by a signal; run the same command again to go on.", flush=True)
         sys.exit(128 + received)
+
+
+def _end_alone(message: str) -> NoReturn:
+    """Ends a process without JAX's wait for the others, of which one is gone."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(TRY_AGAIN)
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error)
+    return out_of_memory(error)
 
 
 def run_app(command: Callable[[], int | None]) -> None:

@@ -11,13 +11,16 @@ import contextlib
 import difflib
 import inspect
 import os
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import kafjax.configs
+from kafjax.errors import UserError
+from kafjax.paths import expand
 
 CONFIGS = "configs"
 TABLES = "configs/tables"
@@ -61,7 +64,7 @@ def find(text: str, folder: str = CONFIGS) -> Found:
     stem = PurePath(text[: ends[-1]]).stem
     near = difflib.get_close_matches(stem, names, cutoff=0.5)
     hint = f"the nearest shipped: {', '.join(near)}" if near else f"shipped: {', '.join(names)}"
-    raise ValueError(f"{text}: no such file; {hint}")
+    raise UserError(f"{text}: no such file; {hint}")
 
 
 def load_config(text: str) -> Any:
@@ -82,6 +85,13 @@ def define_config(help_string: str) -> Any:
     """Defines the required flags `--config` and `--config.FIELD`; returns the flag's holder."""
     from absl import flags
     from ml_collections import config_flags
+    from ml_collections.config_flags import tuple_parser
+
+    class NoneParser(flags.ArgumentParser):
+        """For fields that are None, such as `augment` where slices are taken as they are."""
+
+        def parse(self, argument: str) -> Any:
+            raise UserError(argument)
 
     class Parser(flags.ArgumentParser):
         """Finds the file as this module does."""
@@ -91,11 +101,84 @@ def define_config(help_string: str) -> Any:
             config.lock()
             return config
 
+    for kind, parser, words in (
+        (int, flags.IntegerParser(), "a whole number, or None"),
+        (float, flags.FloatParser(), "a number, or None"),
+        (bool, flags.BooleanParser(), "True or False, or None"),
+        (str, flags.ArgumentParser(), "a text, or None"),
+        (type(None), NoneParser(), "None"),
+        (tuple, tuple_parser.TupleParser(), "values in brackets, as '(1, 2)', or None"),
+    ):
+        config_flags.register_flag_parser_for_type(kind, _or_none(parser, words))
     flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
     holder = config_flags.DEFINE_config_file("config", help_string=help_string)
     flags.FLAGS["config"].parser = Parser()
     flags.mark_flag_as_required("config")
     return holder
+
+
+def _or_none(parser: Any, words: str) -> Any:
+    """A flag's parser that also takes None, and says what it expects; for `check_fields` to judge.
+
+    It is of the parser's own class, by which ml_collections tells what a flag may be.
+    """
+
+    class OrNone(type(parser)):  # type: ignore[misc]
+        def parse(self, argument: Any) -> Any:
+            if argument in ("None", None):
+                return None
+            try:
+                return super().parse(argument)
+            except (TypeError, ValueError):
+                raise UserError(f"expected {words}") from None
+
+    return OrNone()
+
+
+def unknown_fields(argv: Sequence[str]) -> list[str]:
+    """A line for each field of a command line that its config lacks, with the nearest that it has.
+
+    Args:
+      argv: with `--config=FILE` or `--config FILE`, and `--config.FIELD` for fields.
+    """
+    from ml_collections.config_flags import config_path
+
+    given = [re.match(r"--?config(?:=(.*))?$", argument, re.DOTALL) for argument in argv]
+    try:
+        place, match = next((i, match) for i, match in enumerate(given) if match)
+        file = argv[place + 1] if match[1] is None else match[1]
+        config = load_config(file)
+    except (StopIteration, IndexError, UserError):
+        return []
+    lines = []
+    for argument in argv:
+        if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            try:
+                config_path.get_type(field[1], config)
+            except Exception:  # of many kinds, which all mean that it is not there
+                lines.append(_unknown(field[1], file, config))
+    return lines
+
+
+def _unknown(field: str, file: str, config: Any) -> str:
+    here = f"config.{field} is not a field of {file}"
+    if near := difflib.get_close_matches(field, _fields(config), n=1):
+        return f"{here}; the nearest is config.{near[0]}"
+    there = [name for name in shipped_names() if field in _fields(load_config(name))]
+    name = difflib.get_close_matches(find(file).path.stem, there, n=1, cutoff=0)
+    return f"{here}; " + (f"{name[0]} has it" if name else "expected one of docs/configuration.md")
+
+
+def _fields(config: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of a config's fields."""
+    own = [f"{prefix}{name}" for name in config]
+    inner = [(name, config.get(name)) for name in config]
+    return own + [
+        field
+        for name, value in inner
+        if hasattr(value, "to_dict")
+        for field in _fields(value, f"{prefix}{name}.")
+    ]
 
 
 def given_config() -> Found:
@@ -111,7 +194,7 @@ def _shipped_dir(folder: str) -> Path:
 
 
 def _locate(label: str, folder: str) -> Path | None:
-    path = Path(os.path.expanduser(label))
+    path = expand(label)
     if os.path.isfile(path):
         return path
     asked = PurePath(label)
@@ -127,13 +210,13 @@ def _load(found: Found, folder: str, expected: str) -> Any:
     with _naming_faults(found), _importing_from(found.path.parent):
         function = getattr(_run(found.path), name, None)
         if function is None:
-            raise ValueError(f"has no {name}()")
+            raise UserError(f"has no {name}()")
         if not _accepts(function, arguments):
             what = f"no variant, found {found.variant!r}" if arguments else "a variant, found none"
-            raise ValueError(f"{name}() takes {what}")
+            raise UserError(f"{name}() takes {what}")
         value = function(*arguments)
         if expected not in [base.__name__ for base in type(value).__mro__]:
-            raise ValueError(f"{name}() returns a {type(value).__name__}, expected a {expected}")
+            raise UserError(f"{name}() returns a {type(value).__name__}, expected a {expected}")
         return value
 
 
@@ -170,9 +253,9 @@ def _naming_faults(found: Found) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # of `get_config`, in its own words
-        raise ValueError(f"{found.label}: {error}") from error
+        raise UserError(f"{found.label}: {error}") from error
     except Exception as error:
-        raise ValueError(f"{_place(found, error)}: {_describe(error)}") from error
+        raise UserError(f"{_place(found, error)}: {_describe(error)}") from error
 
 
 def _place(found: Found, error: Exception) -> str:

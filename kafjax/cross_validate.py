@@ -5,7 +5,9 @@
 
 from typing import Any
 
-from kafjax.study.cross_validation import cross_validate, parse_numbers
+from kafjax.errors import UserError
+from kafjax.study.cross_validation import cross_validate
+from kafjax.study.runs import parse_numbers
 
 
 def _run_from_command_line() -> None:
@@ -13,11 +15,11 @@ def _run_from_command_line() -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
     from kafjax.config_files import define_config
 
     config = define_config("The runs: a config file, or the name of a shipped one.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the runs live.", required=True)
+    workdir = define_path("workdir", None, "Where the runs live.", required=True)
     num_labeled = flags.DEFINE_string(
         "num_labeled", None, "Values of M, as in 2,6,10.", required=True
     )
@@ -31,11 +33,8 @@ def _run_from_command_line() -> None:
         numbers: dict[str, Any] = {}
         for field, flag in given.items():
             if field in overrides and (flag.value is not None or field == "data.fold"):
-                raise ValueError(f"--config.{field} is given; expected --{flag.name} instead")
-            try:
-                numbers[flag.name] = None if flag.value is None else parse_numbers(flag.value)
-            except ValueError as error:
-                raise ValueError(f"--{flag.name}: {error}") from None
+                raise UserError(f"--config.{field} is given; expected --{flag.name} instead")
+            numbers[flag.name] = parse_numbers(flag.name, flag.value)
         return cross_validate(config.value, workdir.value, collect=collect.value, **numbers)
 
     run_app(command)

@@ -5,6 +5,7 @@
 `kafjax.inference.evaluation` and `kafjax.inference.folders` describe what is computed and written.
 """
 
+from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.workdir.scores import SPLITS
 
@@ -13,18 +14,18 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
 
-    workdir = flags.DEFINE_string("workdir", None, "Workdir of a segmentation run.")
-    predictions = flags.DEFINE_string("predictions", None, "Or a folder of NIfTI predictions.")
-    labels = flags.DEFINE_string("labels", None, "Their references; without, only volumes in mm^3.")
-    output = flags.DEFINE_string("output", None, "Of the results. Default: that of --predictions.")
+    workdir = define_path("workdir", None, "Workdir of a segmentation run.")
+    predictions = define_path("predictions", None, "Or a folder of NIfTI predictions.")
+    labels = define_path("labels", None, "Their references; without, only volumes in mm^3.")
+    output = define_path("output", None, "Of the results. Default: that of --predictions.")
     classes = flags.DEFINE_list("classes", [], "Names of the predictions' numbers 1, 2, ...")
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = flags.DEFINE_string("data_dir", None, "Default: where the run had its dataset.")
+    data_dir = define_path("data_dir", None, "Default: where the run had its dataset.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
 
     record_split = flags.DEFINE_bool(
@@ -33,7 +34,7 @@ def _run_from_command_line() -> None:
 
     def command() -> None:
         if (workdir.value is None) == (predictions.value is None):
-            raise ValueError("expected --workdir RUN, or --predictions DIR and --labels DIR")
+            raise UserError("expected --workdir RUN, or --predictions DIR and --labels DIR")
         if predictions.value is not None:
             from kafjax.inference.folders import evaluate_folders
 

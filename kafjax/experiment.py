@@ -4,23 +4,23 @@
 """
 
 import shlex
-import sys
 from typing import Any
 
 import jax
 
 from kafjax.config_files import TABLES, find, load_table
-from kafjax.study.cross_validation import parse_numbers
+from kafjax.errors import UserError
 from kafjax.study.experiment import format_plan, make_experiment, parse_shard
-from kafjax.study.jobs import find_slots, run_jobs
+from kafjax.study.jobs import Outcome, find_slots, run_jobs
 from kafjax.study.results import write_results
+from kafjax.study.runs import parse_numbers
 
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, fail, run_app
 
     string, boolean = flags.DEFINE_string, flags.DEFINE_bool
     table = string(
@@ -34,11 +34,11 @@ def _run_from_command_line() -> None:
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
-    workdir = string("workdir", "runs/experiments", "Where the runs live.")
-    data_dir = string("data_dir", "data", "Where the prepared dataset is.")
+    workdir = define_path("workdir", "runs/experiments", "Where the runs live.")
+    data_dir = define_path("data_dir", "data", "Where the prepared dataset is.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
     slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
-    plan = boolean("plan", False, "Only tell what there is to do.")
+    plan = boolean("plan", False, "Only list what is left to do.")
     step_seconds = flags.DEFINE_list(
         "step_seconds", None, "For --plan: of pretraining, fine-tuning, validation: 1.1,0.3,0.1."
     )
@@ -53,38 +53,27 @@ def _run_from_command_line() -> None:
             workdir=workdir.value,
             data_dir=data_dir.value,
             small=small.value,
-            **{name: _parse(name, flag.value) for name, flag in numbers.items()},
+            **{name: parse_numbers(name, flag.value) for name, flag in numbers.items()},
         )
         first, every = parse_shard(shard.value)
-        planned = experiment.plan()
+        jobs = experiment.plan()
         if plan.value:
-            ours = planned[first::every]
+            ours = jobs[first::every]
             print(format_plan(ours, _parse_seconds(step_seconds.value)), flush=True)
             return None
-        outcome = None
+        outcome = Outcome()
         if not only_collect.value:
             experiment.check_dataset()
-            jobs = [job for job, _ in planned]
             outcome = run_jobs(jobs, find_slots(slots.value), is_ours=lambda i: i % every == first)
-            if outcome.received:
-                return outcome.received
-        print(
-            write_results(experiment, find(table.value, TABLES).name, _repeat(flags.FLAGS)),
-            flush=True,
-        )
-        if outcome and outcome.failed:
-            print(f"error: failed: {', '.join(outcome.failed)}", file=sys.stderr)
-            sys.exit(1)
+        if outcome.received:
+            return outcome.received
+        name = find(table.value, TABLES).name
+        print(write_results(experiment, name, command=_repeat(flags.FLAGS)), flush=True)
+        if outcome.failed:
+            fail(f"failed: {', '.join(outcome.failed)}", 1)
         return None
 
     run_app(command)
-
-
-def _parse(name: str, value: str | None) -> list[int] | None:
-    try:
-        return None if value is None else parse_numbers(value)
-    except ValueError as error:
-        raise ValueError(f"--{name}: {error}") from None
 
 
 def _parse_seconds(parts: list[str] | None) -> Any:
@@ -93,9 +82,7 @@ def _parse_seconds(parts: list[str] | None) -> Any:
     except ValueError:
         seconds = ()
     if seconds is not None and len(seconds) != 3:
-        raise ValueError(
-            f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1"
-        )
+        raise UserError(f"--step_seconds: found {parts}, expected three numbers, as in 1.1,0.3,0.1")
     return seconds
 
 

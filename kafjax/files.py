@@ -1,12 +1,14 @@
 """Whole files, and JSON files with a checksum.
 
-A file is there whole or not at all, wherever a process is killed. A checked JSON file carries a
+Every whole file is written here. It is there whole or not at all, wherever a process is killed or
+the power fails, and on the disk before anything counts on it. A checked JSON file carries a
 checksum of its own fields in the field `checksum`, so that a changed value is found; a file
 without that field, written by hand, is taken as it is.
 """
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -20,10 +22,13 @@ from typing import Any
 CHECKSUM_FIELD = "checksum"
 
 
-def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
+def write_text(
+    path: str | os.PathLike[str], text: str, *, errors: str = "backslashreplace"
+) -> None:
     """Writes a UTF-8 file whole or not at all.
 
-    `errors` says what becomes of characters that UTF-8 does not have, as in `str.encode`.
+    `errors` says what becomes of characters that UTF-8 does not have, as in `str.encode`: those of
+    paths whose bytes are not UTF-8.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
@@ -54,18 +59,54 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `path`.
+    """A path to write to, which then takes the place of `path`, on the disk when this returns.
 
-    It lies beside it, as NAME.<random>.partial: two processes that write the same file at once do
-    not meet, and the later one's stays. An exception leaves `path` as it was.
+    It lies next to it, hidden, as .<random>.partial: a name of any length has room, two processes
+    that write the same file at once do not meet, and the later one's stays. An exception leaves
+    `path` as it was; an `OSError` names it.
     """
     target = Path(path)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = target.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
+        sync(partial)
         partial.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        if error.filename not in (None, os.fspath(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Returns when a file, or a folder's list of files, is on the disk: no power cut loses it.
+
+    Systems that cannot do so for folders are asked in vain.
+    """
+    is_folder = os.path.isdir(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder may be written to, and not listed
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Returns when a folder and all that is in it is on the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(os.path.join(parent, name))
+        sync(parent)
 
 
 def checksum(fields: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kafjax.errors import UserError
+
 
 def check_ranges(config: Any) -> None:
     """Raises ValueError that lists every field out of its range of a dataclass of ranges.
@@ -33,7 +35,7 @@ def check_ranges(config: Any) -> None:
         elif name.endswith(("_sigma", "_scale", "_power")) and value[0] <= 0:
             faults.append(f"{name} is {value}, expected above 0")
     if faults:
-        raise ValueError(f"{type(config).__name__}: " + "; ".join(faults))
+        raise UserError(f"{type(config).__name__}: " + "; ".join(faults))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Contrastive and segmentation losses.
 
-Embeddings are [b, e], one row per slice; `position` is the slice's place in its volume,
-(index + 1) / number of slices, in (0, 1]. Losses are float32 (or wider) scalars, whatever the
-inputs' type.
+Embeddings are [b, e], one row per slice; `position` is int [b, 2], the slice's number in its
+volume, from 1, and the volume's number of slices. Losses are float32 (or wider) scalars, whatever
+the inputs' type.
 """
 
 import itertools
@@ -20,6 +20,9 @@ BASE_TEMPERATURE = 0.07
 
 CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
 
+# Thresholds of positions are whole numbers of these parts of a volume.
+_POSITION_PARTS = 10_000
+
 SEGMENTATION_LOSSES = ("cross_entropy", "dice")
 
 MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
@@ -28,30 +31,39 @@ MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at place
 def positive_pairs(
     method: str, position: jax.Array, *, position_threshold: float = 0.1, num_partitions: int = 4
 ) -> jax.Array:
-    """Says which samples of a batch are positives of each other.
+    """Says which samples of a batch are positives of each other, in whole numbers.
 
     Args:
       method: 'simclr', a sample's views only; 'gcl', the same one of `num_partitions` equal parts
-        of the volume (Chaitanya et al. 2020); 'pcl', positions nearer than `position_threshold`
-        (Zeng et al. 2021).
-      position: [b], in (0, 1].
-      position_threshold: of 'pcl', a fraction of the volume.
+        of the volume (Chaitanya et al. 2020); 'pcl', positions, i / n for slice i of n, nearer than
+        `position_threshold` (Zeng et al. 2021); a difference of just that is none.
+      position: int [b, 2], the slice's number i, from 1, and n, up to 46340.
+      position_threshold: of 'pcl', a fraction of the volume, rounded to four decimals.
       num_partitions: of 'gcl'.
 
     Returns:
       bool [b, b], symmetric, true on the diagonal.
 
     Raises:
-      ValueError: `method` is not one of the three.
+      ValueError: `method` is not one of the three, or `position` is not int [b, 2].
     """
+    if position.shape[1:] != (2,) or not jnp.issubdtype(position.dtype, jnp.integer):
+        raise ValueError(f"position is {position.dtype} {position.shape}, expected int [b, 2]")
+    number, total = position[:, 0], position[:, 1]
+    own = jnp.eye(len(number), dtype=bool)
     if method == "simclr":
-        return jnp.eye(position.shape[0], dtype=bool)
+        return own
     if method == "gcl":
         # Part p of P holds the positions in ((p - 1) / P, p / P].
-        partition = jnp.ceil(position * num_partitions - 1e-6)
+        partition = -(-num_partitions * number // total)
         return partition[:, None] == partition[None, :]
     if method == "pcl":
-        return jnp.abs(position[:, None] - position[None, :]) < position_threshold
+        # |i / n - j / m| < t is |i m - j n| < t n m, and thereby less than t n m rounded up, whose
+        # part beyond a multiple of 1 / t's denominator is found apart, so that int32 suffices.
+        apart = jnp.abs(number[:, None] * total[None, :] - number[None, :] * total[:, None])
+        whole, rest = jnp.divmod(total[:, None] * total[None, :], _POSITION_PARTS)
+        parts = round(position_threshold * _POSITION_PARTS)
+        return own | (apart < parts * whole - (-parts * rest // _POSITION_PARTS))
     raise ValueError(f"contrastive method is {method!r}, expected one of {CONTRASTIVE_METHODS}")
 
 

@@ -3,7 +3,8 @@
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
 is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
 Exit status: 0 complete, 2 for a mistake in the command, config or data or a disk that takes no
-more, 1 for a loss that is not finite, 128 + signal when stopped.
+more, 1 for a loss that is not finite, 128 + signal when stopped, 75 if another process of the run
+ended, 70 for a fault of kafjax.
 """
 
 from pathlib import Path
@@ -13,8 +14,9 @@ import jax
 from absl import app, flags
 
 from kafjax.checkpoint.checkpointer import check_resumable
-from kafjax.commands import parse_flags, run_command
+from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
+from kafjax.errors import UserError
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
@@ -22,7 +24,7 @@ from kafjax.training.preflight import look, with_classes
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>.")
+_WORKDIR = define_path("workdir", None, "Where the run lives. Default: runs/<config name>.")
 _RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
 _CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
@@ -57,7 +59,7 @@ def _join_processes() -> None:
     if all(value is None for value in flags_of_process):
         return
     if any(value is None for value in flags_of_process):
-        raise ValueError("several processes need --coordinator, --num_processes and --process_id")
+        raise UserError("several processes need --coordinator, --num_processes and --process_id")
     jax.distributed.initialize(*flags_of_process)
 
 
@@ -66,7 +68,7 @@ def _check(config: Any, workdir: Path) -> None:
     print("\n".join(map(str, findings)), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]
     if wrong:
-        raise ValueError(f"the run would not start: {', '.join(wrong)}")
+        raise UserError(f"the run would not start: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

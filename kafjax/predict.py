@@ -5,8 +5,6 @@
 
 from typing import Any
 
-from kafjax.inference.prediction import predict_files
-
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
@@ -15,13 +13,13 @@ def _run_from_command_line() -> None:
 
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, define_paths, run_app
 
-    workdirs = flags.DEFINE_list(
+    workdirs = define_paths(
         "workdir", None, "Workdirs of segmentation runs, averaged.", required=True
     )
-    source = flags.DEFINE_string("input", None, "A NIfTI file, or a folder of them.", required=True)
-    target = flags.DEFINE_string("output", None, "The labels' file, or a folder.", required=True)
+    source = define_path("input", None, "A NIfTI file, or a folder of them.", required=True)
+    target = define_path("output", None, "The labels' file, or a folder.", required=True)
     options = {
         "probabilities": flags.DEFINE_bool(
             "probabilities", False, "Also write class probabilities, 4-d float32."
@@ -40,6 +38,8 @@ def _run_from_command_line() -> None:
     }
 
     def command() -> None:
+        from kafjax.inference.prediction import predict_files  # needs the extra `data`
+
         # As an exception, so that what is half written is taken away.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         given: dict[str, Any] = {name: holder.value for name, holder in options.items()}

@@ -3,6 +3,8 @@
 from collections import UserDict
 from typing import Any, Self, TypeVar
 
+from kafjax.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -14,7 +16,7 @@ class Registry(UserDict[str, T]):
 
     def __setitem__(self, name: str, item: T) -> None:
         if name in self.data:
-            raise ValueError(
+            raise UserError(
                 f"{name!r} is taken, by {self.data[name]}; expected another name than "
                 f"{', '.join(self.data)}"
             )

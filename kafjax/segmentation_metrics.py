@@ -69,6 +69,11 @@ def mean_pooled_dice(counts: np.ndarray) -> float:
     return float(dice[found].mean()) if found.any() else float("nan")
 
 
+def slice_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> float:
+    """`mean_pooled_dice` of one slice; arguments as `count_pixels`."""
+    return mean_pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
+
+
 class ClassMetrics(NamedTuple):
     """One class of one volume.
 

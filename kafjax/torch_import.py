@@ -19,6 +19,7 @@ from typing import Any
 import flax
 import numpy as np
 
+from kafjax.errors import UserError
 from kafjax.models import build_model, example_inputs, variable_shapes
 
 NUM_HEADS = 4
@@ -112,9 +113,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
         expected. Or the release has no network of this kind.
     """
     if "fcn" in config.name:
-        raise ValueError(
-            f"config.model.name is {config.name!r}: there is no import of FCN networks"
-        )
+        raise UserError(f"config.model.name is {config.name!r}: there is no import of FCN networks")
     entries = {name.removeprefix(_PREFIX): np.asarray(a) for name, a in state_dict.items()}
     shapes = variable_shapes(build_model(config), *example_inputs(config.head))
     leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
@@ -122,7 +121,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
     faults = _differences(entries, {k: v for source in sources.values() for k, v in source.items()})
     if faults:
         title = f"{len(faults)} entries do not fit {config.name}, {config.head}, "
-        raise ValueError("\n  ".join([f"{title}{config.filters} filters:", *faults]))
+        raise UserError("\n  ".join([f"{title}{config.filters} filters:", *faults]))
     variables = {}
     for path, leaf in leaves.items():
         arrays = [_to_ours(entries[name], path) for name in sources[path]]
@@ -206,13 +205,13 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise ValueError("PyTorch is missing, expected: pip install 'kafjax[torch]'") from None
+        raise UserError("torch is missing; expected: pip install 'kafjax[torch]'") from None
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected a PyTorch checkpoint")
+        raise UserError(f"{path}: no such file, expected a PyTorch checkpoint")
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises errors of every kind for what is no checkpoint
-        raise ValueError(
+        raise UserError(
             f"{path}: {type(error).__name__} when reading it, expected a PyTorch checkpoint that "
             "holds nothing but tensors and plain values"
         ) from error
@@ -220,7 +219,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         found = found[inner[0]]
     if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
         names = f"with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
-        raise ValueError(
+        raise UserError(
             f"{path}: found a {type(found).__name__} {names}, expected a state dict of tensors or "
             f"one under {', '.join(_WRAPPERS)}"
         )
@@ -244,7 +243,7 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
     variables = import_state_dict(state_dict, config.model)
     folder = Workdir(workdir)
     if folder.checkpoints.exists():
-        raise ValueError(f"{workdir}: holds checkpoints already, expected a new --output folder")
+        raise UserError(f"{workdir}: holds checkpoints already, expected a new --output folder")
     origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     folder.write_config(config.to_dict())
     with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
@@ -257,14 +256,14 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
-    from absl import app, flags
+    from absl import app
 
-    from kafjax.commands import parse_flags, run_command
+    from kafjax.commands import define_path, parse_flags, run_command
     from kafjax.config_files import define_config
 
-    source = flags.DEFINE_string("input", None, "PyTorch checkpoint of the release.", required=True)
+    source = define_path("input", None, "PyTorch checkpoint of the release.", required=True)
     config = define_config("A config whose `model` fits the file, or a shipped one's name.")
-    workdir = flags.DEFINE_string("output", None, "Workdir to write, a new one.", required=True)
+    workdir = define_path("output", None, "Workdir to write, a new one.", required=True)
 
     def main(_: list[str]) -> None:
         run_command(import_checkpoint, Path(source.value), config.value, Path(workdir.value))

@@ -76,3 +76,10 @@ def by_release_names(tree: Any) -> dict[str, np.ndarray]:
         else:
             named[name] = array
     return named
+
+
+def whole_positions(position: np.ndarray) -> np.ndarray:
+    """The golden positions, of random fractions, as `kafjax.losses` takes them: int32 [b, 2]."""
+    return np.stack([np.rint(position * 10_000), np.full(len(position), 10_000)], 1).astype(
+        np.int32
+    )

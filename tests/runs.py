@@ -67,7 +67,7 @@ def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[
         "keypoints": rng.integers(0, 32, (b, 2, k, 2)).astype(np.int32),
         "keypoint_mask": rng.random((b, 2, k)) < 0.7,
         "correspondence": np.where(matched, np.arange(k), -1).astype(np.int32),
-        "position": rng.random(b).astype(np.float32),
+        "position": np.stack([rng.integers(1, 101, b), np.full(b, 100)], 1).astype(np.int32),
         "record": rng.integers(0, 9, (b, 2)).astype(np.int32),
         "sample": np.arange(b, dtype=np.uint32) + seed * b,
         "seed": np.zeros(b, np.uint32),

@@ -319,9 +319,9 @@ def fail_once(monkeypatch, module, name):
     ("module", "name"),
     [
         (builder, "write_index"),
-        (prepare, "_sync"),
+        (prepare, "sync_tree"),
         (builder, "_slice_keypoints"),
-        (prepare, "_write_json"),
+        (prepare, "write_text"),
     ],
 )
 def test_a_run_stopped_anywhere_is_finished(

@@ -342,3 +342,44 @@ def test_what_cannot_be_written_is_told_and_can_be_saved_again(tmp_path, monkeyp
         checkpointer.check()
         assert checkpointer.save(2, make_state(2), metrics={}, data={})
         assert_same_bits(checkpointer.restore_latest(make_state())[0], make_state(2))
+
+
+def test_the_first_checkpoint_is_read_back_before_the_run_goes_on(tmp_path, monkeypatch):
+    """Orbax ends well in a folder with brackets, and writes nothing there that can be read."""
+    monkeypatch.setattr("kafjax.checkpoint.checkpointer.plain", Path)
+    workdir = tmp_path / "project [copy]"
+    checkpointer = open_checkpointer(workdir)
+    with pytest.raises(SaveError, match=r"project \[copy\]: .*DamagedCheckpointError"):
+        checkpointer.save(1, make_state(), metrics={}, data={})
+    checkpointer.close()
+    monkeypatch.undo()
+    state = make_state()
+    with open_checkpointer(tmp_path / "another [copy]") as checkpointer:
+        assert checkpointer.save(1, state, metrics={}, data={"step": 1})
+        restored, data = checkpointer.restore_latest(state)
+    assert data == {"step": 1}
+    assert_same_bits(restored, state)
+
+
+def test_a_step_is_on_the_disk_before_it_is_there_and_before_an_older_one_goes(
+    tmp_path, monkeypatch
+):
+    done: list[str] = []
+
+    def note(path):
+        there = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        done.append(f"{Path(path).relative_to(tmp_path / 'checkpoints')} of {there}")
+
+    monkeypatch.setattr("kafjax.checkpoint.files.sync_tree", note)
+    with open_checkpointer(tmp_path, keep_newest=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make_state(), metrics={}, data={})
+            checkpointer.wait()
+    of_steps = [line for line in done if "/" not in line.split(" of ")[0]]
+    partial = "{0}.orbax-checkpoint-tmp of [{1}'{0}.orbax-checkpoint-tmp']"
+    assert of_steps == [
+        partial.format(1, ""),
+        "1 of ['1']",
+        partial.format(2, "'1', "),
+        "2 of ['1', '2']",
+    ]

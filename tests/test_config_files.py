@@ -101,7 +101,7 @@ def test_loading_leaves_nothing_behind(own: Path) -> None:
     [
         ("configs/chd_pretrian.py", "configs/chd_pretrian.py: no such file; the nearest shipped: "),
         ("/nowhere/acdc_finetun.py:scratch", "the nearest shipped: acdc_finetune"),
-        ("~nobody-here/phantom_small_pretrain", "the nearest shipped: phantom_small_pretrain"),
+        ("~nobody-here/phantom_small_pretrain", "that user's home is not known; expected another"),
         ("zzz", f"zzz: no such file; shipped: {', '.join(shipped_names())}"),
         ("", "no such file; shipped: acdc_finetune"),
         ("chd_pretrain:vicreg", "chd_pretrain: method is 'vicreg', expected one of kaf, simclr"),

@@ -6,9 +6,11 @@ import re
 import pytest
 
 from kafjax.config_files import shipped_names
+from kafjax.files import write_checked
 from kafjax.tasks.registry import TASKS
 from kafjax.training.describe import count_parameters
 from kafjax.training.step import make_optimizer
+from kafjax.training.transfer import check_architecture
 
 NAMES = shipped_names()
 
@@ -21,7 +23,7 @@ def test_there_are_configs() -> None:
 def test_config_builds(name: str) -> None:
     module = importlib.import_module(f"kafjax.configs.{name}")
     config = module.get_config()
-    if config.task == "segment":
+    if name.startswith("own_") and config.task == "segment":
         assert config.model.num_classes is None  # the dataset has it
         config.model.num_classes = 4
     assert re.search(rf"--config (configs/)?{name}\b", module.__doc__)
@@ -59,3 +61,12 @@ def test_what_is_set_in_one_config_is_not_set_in_the_next() -> None:
         else:
             config.loss.weights.cnn = 7.0
         assert get_config(method).to_dict() == before
+
+
+def test_own_fine_tuning_takes_the_encoder_of_own_pretraining(tmp_path) -> None:
+    pretraining, finetuning = (
+        importlib.import_module(f"kafjax.configs.own_{task}").get_config()
+        for task in ("pretrain", "finetune")
+    )
+    write_checked(tmp_path / "config.json", pretraining.to_dict())
+    check_architecture(tmp_path, finetuning)

@@ -18,16 +18,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from kafjax.checkpoint.checkpointer import saved_metrics
 from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.study import cross_validation as module
-from kafjax.study.cross_validation import (
-    Run,
-    cross_validate,
-    format_csv,
-    format_markdown,
-    parse_numbers,
-    plan_runs,
-    run_config,
-    tabulate,
-)
+from kafjax.study.cross_validation import cross_validate
+from kafjax.study.plan import Row, Study, Table
+from kafjax.study.results import Results, draw, format_csv, format_markdown
+from kafjax.study.runs import RunKey, parse_numbers, plan_runs, run_config
 from kafjax.training import loop as train_module
 from kafjax.workdir.scores import describe_run
 from kafjax.workdir.workdir import Workdir
@@ -56,38 +50,80 @@ TABLE = """\
 """
 
 
+def results_of(dice: dict[RunKey, float | None], missing: tuple[RunKey, ...] = ()) -> Results:
+    """A table of one row whose runs have this Dice."""
+    row = Row("", "unet")
+    study = Study(
+        table=Table("Folds", (row,), {}, reference="", with_folds=True),
+        dataset="chd",
+        root=Path("runs"),
+        runs=tuple(sorted({*dice, *missing})),
+        base=None,
+    )
+    scores = {
+        run: {"pooled_dice": {"mean": value}, "chance": None, "checkpoint": "last"}
+        for run, value in dice.items()
+    }
+    return Results(study, {"": scores})
+
+
 @pytest.mark.parametrize("line", TABLE.splitlines())
 def test_means_and_deviations_are_those_of_the_appendix(line: str) -> None:
     m, *dice, summary = line.split()
-    runs = [Run(int(m), fold, 0) for fold in range(5)]
-    rows = tabulate(runs, dict(zip(runs, map(float, dice), strict=True)))
-    header, _, found = format_markdown(range(5), rows).splitlines()
-    assert header == "| Sample M | Fold 1 | Fold 2 | Fold 3 | Fold 4 | Fold 5 | Mean/Std |"
-    assert found == f"| {' | '.join([m, *dice, SLIP.get(summary, summary)])} |"
+    found = format_markdown(
+        results_of({RunKey(int(m), fold, 0): float(x) for fold, x in enumerate(dice)})
+    )
+    header, _, row = [line for line in found.splitlines() if line.startswith("|")]
+    assert header == ("| M | Fold 1 | Fold 2 | Fold 3 | Fold 4 | Fold 5 | Dice | n | Mean(Std) |")
+    cells = row.strip("| ").split(" | ")
+    assert cells[:6] == [m, *dice]
+    assert cells[7:] == ["5", SLIP.get(summary, summary)]
 
 
 def test_cells_are_means_over_seeds_and_empty_without_all_runs() -> None:
-    runs = [Run(m, fold, seed) for m in (2, 6) for fold in (0, 3) for seed in (0, 1)]
+    runs = [RunKey(m, fold, seed) for m in (2, 6) for fold in (0, 3) for seed in (0, 1)]
     dice = {run: run.num_labeled / 10 + run.fold / 100 + run.seed / 1000 for run in runs}
-    del dice[Run(6, 3, 1)]
-    two, six = tabulate(runs, dice)
+    del dice[RunKey(6, 3, 1)]
+    results = results_of(dice, missing=(RunKey(6, 3, 1),))
+    two, six = results.lines
     assert two.folds == pytest.approx((0.2005, 0.2305))
-    assert (two.mean, two.std) == pytest.approx((0.2155, 0.015))
+    assert two.mean is not None and two.mean.mean == pytest.approx(0.2155)
+    assert two.std == pytest.approx(0.015)
     assert six.folds == (pytest.approx(0.6005), None)
     assert (six.mean, six.std) == (None, None)
-    lines = list(csv.reader(format_csv((0, 3), [two, six]).splitlines()))
-    assert lines[0] == ["Sample M", "Fold 1", "Fold 4", "Mean", "Std"]
-    assert [float(x) for x in lines[1]] == pytest.approx([2, *two.folds, two.mean, two.std])
-    assert lines[2] == ["6", str(six.folds[0]), "", "", ""]
-    assert format_markdown((0, 3), [six]).splitlines()[2] == "| 6 | 0.6005 |  |  |"
+    first, second = csv.DictReader(format_csv(results).splitlines())
+    numbers = [float(first[name]) for name in ("fold1", "fold4", "mean", "std_over_folds")]
+    assert numbers == pytest.approx([*two.folds, two.mean.mean, two.std])
+    assert [second[name] for name in ("M", "fold1", "fold4", "mean")] == [
+        *("6", str(six.folds[0]), "", "")
+    ]
+    assert (first["checkpoint"], first["model"]) == ("last", "unet")
+    text = format_markdown(results)
+    assert "| 6 | 0.6005 |  |  | 3 of 4 |  |\n" in text
+    assert "Missing, 1 of 8 runs:\n\n- fold3_M6_seed1\n" in text
+
+
+def test_a_run_without_a_dice_leaves_the_mean_empty_and_is_named() -> None:
+    results = results_of({RunKey(2, 0, 0): 0.5, RunKey(2, 1, 0): None, RunKey(2, 2, 0): 0.7})
+    (line,) = results.lines
+    assert (line.folds, line.mean, line.std) == ((0.5, None, 0.7), None, None)
+    text = format_markdown(results)
+    assert "| 2 | 0.5000 |  | 0.7000 | 3 |\n" in text
+    assert "no Dice, 1 of 3 runs:\n\n- fold1_M2_seed0\n" in text
+    assert "Missing" not in text
+    assert [row["mean"] for row in csv.DictReader(format_csv(results).splitlines())] == [""]
+    draw(results)
 
 
 def test_numbers_are_lists_and_ranges() -> None:
-    assert parse_numbers("10,2,6") == [2, 6, 10]
-    assert parse_numbers("0-2, 4,1") == [0, 1, 2, 4]
+    assert parse_numbers("folds", None) is None
+    assert parse_numbers("folds", "10,2,6") == [2, 6, 10]
+    assert parse_numbers("folds", "0-2, 4,1") == [0, 1, 2, 4]
     for text in ("", "x", "4-2", "-1", "1,,2", "1.5"):
-        with pytest.raises(ValueError, match="expected numbers as in 2,6,10 or 0-4"):
-            parse_numbers(text)
+        with pytest.raises(
+            ValueError, match=r"--folds: found .*, expected numbers as in 2,6,10 or 0-4"
+        ):
+            parse_numbers("folds", text)
 
 
 def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
@@ -196,9 +232,10 @@ def test_collects_what_is_there_and_names_the_rest(
     assert cross_validate(config, tmp_path, num_labeled=[2], seeds=[0, 7], collect=True) is None
     assert fake.take() == []
     printed = capsys.readouterr().out
-    assert "| 2 |  | 0.6350 |  |" in printed
+    assert "| 2 |  | 0.6350 | 2 of 4 |" in printed
     assert "frequencies of classes: 0.135" in printed
-    assert "Missing, 2 of 6 runs: fold0_M2_seed0, fold0_M2_seed7" in printed
+    assert "Checkpoint of each run: last." in printed
+    assert "Missing, 2 of 6 runs:\n\n- fold0_M2_seed0\n- fold0_M2_seed7\n" in printed
     assert (tmp_path / "cross_validation.md").read_text().strip() == printed.strip()
     found = json.loads((tmp_path / "cross_validation.json").read_text())
     assert found["missing"] == ["fold0_M2_seed0", "fold0_M2_seed7"]
@@ -206,6 +243,9 @@ def test_collects_what_is_there_and_names_the_rest(
     # The runs with M = 1 are in the table too: whoever planned them may be running others.
     assert [row["num_labeled"] for row in found["rows"]] == [1, 2]
     assert found["rows"][1]["folds"] == [None, pytest.approx(0.635)]
+    assert {run["checkpoint"] for run in found["runs"]} == {"last"}
+    (_, line) = csv.DictReader((tmp_path / "cross_validation.csv").read_text().splitlines())
+    assert (line["M"], line["fold2"], line["checkpoint"]) == ("2", "0.635", "last")
 
 
 def test_workdirs_of_another_config_and_damaged_ones_are_refused(
@@ -307,10 +347,36 @@ def test_real_runs_compile_once_stop_go_on_and_make_a_table(
     assert run_config(config, runs[-1]).data.fold == 1
 
 
+# Stands in for `train` and `evaluate_run` in a process of its own, for one fold.
+PART = """
+import sys
+from pathlib import Path
+import pytest
+from tests.test_cross_validation import Runs, cross_validate, tiny_config
+dataset, root, fold = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+with pytest.MonkeyPatch.context() as patch:
+    Runs(patch)
+    config = tiny_config(dataset)
+    numbers = {"num_labeled": [1, 2], "folds": [fold], "seeds": [0, 1, 2, 3]}
+    assert cross_validate(config, root, **numbers) is None
+"""
+
+
+def test_two_processes_keep_each_others_rows(phantom_dataset: Path, tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PART, *map(str, (phantom_dataset, tmp_path, fold))])
+        for fold in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    found = json.loads((tmp_path / "cross_validation.json").read_text())
+    assert (len(found["runs"]), found["missing"]) == (16, [])
+    assert all(None not in row["folds"] for row in found["rows"])
+
+
 def test_seed_in_init_from_is_each_runs_own() -> None:
     config = phantom_finetune.get_config()
     config.init_from = "runs/pretrain{seed}"
-    own = run_config(config, Run(num_labeled=2, fold=3, seed=7))
+    own = run_config(config, RunKey(num_labeled=2, fold=3, seed=7))
     assert (own.init_from, own.seed, own.data.fold) == ("runs/pretrain7", 7, 3)
     assert config.init_from == "runs/pretrain{seed}"
 

@@ -211,7 +211,7 @@ def test_a_full_disk_is_named_though_the_write_that_failed_names_nothing(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data_prep.prepare._write_json", full)
+    monkeypatch.setattr("data_prep.prepare.write_text", full)
     arguments = ["--dataset", "chd", "--raw_dir", phantom_raw, "--data_dir", tmp_path]
     assert main([*map(str, arguments), "--num_workers", "0"]) == 1
     (line,) = lines_of(capsys)

@@ -4,6 +4,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
+from kafjax.drawing import colours
 from kafjax.drawing import figures as drawing
 
 
@@ -46,7 +47,7 @@ def test_keypoints_lines_and_grey_levels_are_where_they_belong(height, zoom):
     shape = (height * zoom + 2 * drawing.TEXT_HEIGHT, 2 * width * zoom + drawing.GAP, 3)
     assert picture.shape == shape
     assert picture.dtype == np.uint8
-    matched, unmatched = colour(drawing.MATCHED_COLOUR), colour(drawing.UNMATCHED_COLOUR)
+    matched, unmatched = colour(colours.MATCHED), colour(colours.UNMATCHED)
     for place, expected in [
         (left_pixel(20, 30, zoom), matched),
         (right_pixel(20, 70, zoom, width), matched),

@@ -13,7 +13,7 @@ from data_prep.chd import ChdReader
 from data_prep.entries import list_entries
 from data_prep.faults import Fault, finding, findings_text, refuse, sort_faults
 from data_prep.nnunet import open_nnunet
-from kafjax.inference.prediction_files import list_jobs
+from kafjax.inference.prediction_files import list_requests
 
 _JSON = (
     '{"channel_names": {"0": "CT", "1": "T2"}, "labels": {"background": 0, "liver": 1}, '
@@ -148,7 +148,7 @@ def test_each_entry_of_a_folder_to_predict_is_used_or_named(kind: str, odd: list
         touch(scans, "c1_0000.nii.gz", "ct_1001_image.nii.gz", "ct_1001_label.nii.gz")
         for name, entry, _ in odd:
             add(scans / name, entry)
-        jobs, left_out = list_jobs(scans, Path(folder) / "out", {"kind": kind, "channel": 0})
+        jobs, left_out = list_requests(scans, Path(folder) / "out", {"kind": kind, "channel": 0})
         used = {job.source.image for job in jobs}
         belonging = {
             "chd": {scans / "ct_1001_label.nii.gz"},

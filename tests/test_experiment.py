@@ -12,12 +12,18 @@ import pytest
 
 from kafjax.config_files import TABLES, load_table, shipped_names
 from kafjax.study import experiment as command_module
-from kafjax.study import plan as plan_module
-from kafjax.study.cross_validation import Run, run_config
-from kafjax.study.experiment import format_plan, make_experiment, parse_shard
-from kafjax.study.jobs import Slot, run_jobs
-from kafjax.study.plan import Experiment, Planned, Row, Table, is_pretrained
+from kafjax.study.experiment import (
+    PHANTOMS,
+    Experiment,
+    format_plan,
+    is_pretrained,
+    make_experiment,
+    parse_shard,
+)
+from kafjax.study.jobs import Job, Slot, run_jobs
+from kafjax.study.plan import Row, Table
 from kafjax.study.results import collect, draw, format_csv, mean_of, write_results
+from kafjax.study.runs import RunKey, run_config
 from kafjax.workdir.scores import describe_run
 from kafjax.workdir.workdir import Workdir
 
@@ -39,8 +45,8 @@ def of_file(name: str) -> Table:
     return load_table(name)
 
 
-def commands(planned: list[Planned]) -> dict[str, str]:
-    return {job.name: " ".join(job.command) for job, _ in planned}
+def commands(planned: list[Job]) -> dict[str, str]:
+    return {job.name: " ".join(job.command) for job in planned}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_every_table_is_planned(tmp_path: Path, file: str, dataset: str, small: 
     planned = experiment(tmp_path, table, dataset, small=small, seeds=[0, 3]).plan()
     found = commands(planned)
     assert len(found) == len(planned)
-    for job, _ in planned:
+    for job in planned:
         assert not job.is_done()
         assert set(job.needs) <= set(list(found)[: list(found).index(job.name)])
     rows = {row.workdir for row in table.rows}
@@ -103,7 +109,7 @@ def test_commands_are_those_that_users_type(tmp_path: Path) -> None:
         "segment/unet_c2_scratch_seed7_fold1": f"{segment} configs/chd_finetune.py:scratch {data} "
         f"--config.model.name=unet_c2 {last} {runs}/segment/unet_c2_scratch",
     }
-    needs = {job.name: job.needs for job, _ in planned}
+    needs = {job.name: job.needs for job in planned}
     assert needs["pretrain/unet_glcl_seed7"] == ("pretrain/unet_gcl_seed7",)
     assert needs["segment/unet_glcl_seed7_fold1"] == ("pretrain/unet_glcl_seed7",)
     assert needs["segment/unet_c2_scratch_seed7_fold1"] == ()
@@ -176,13 +182,12 @@ def test_work_is_that_of_the_protocol(tmp_path: Path) -> None:
 def test_prepared_datasets_are_counted(phantom_dataset: Path, tmp_path: Path) -> None:
     ours = experiment(tmp_path, ONE_ROW, data_dir=str(phantom_dataset.parents[1]), folds=[0])
     prepare, pretrain, segment = ours.plan()
-    assert prepare.job.is_done()
-    assert pretrain.work is not None and segment.work is not None
-    assert pretrain.work.pretraining_steps == 20 * (4 * 12 // 16)
-    assert segment.work.finetuning_steps == 60 * (2 * 12 // 10)
+    assert prepare.is_done()
+    assert pretrain.work["kaf_unet"] == (20 * (4 * 12 // 16), 0, 0)
+    assert segment.work["kaf_unet"][:2] == (0, 60 * (2 * 12 // 10))
 
 
-def fake_runs(ours: Experiment, dice: dict[tuple[str, Run], float]) -> None:
+def fake_runs(ours: Experiment, dice: dict[tuple[str, RunKey], float]) -> None:
     """Writes what complete runs leave."""
     for (name, run), value in dice.items():
         row = next(row for row in ours.table.rows if row.name == name)
@@ -231,7 +236,7 @@ def two_rows(tmp_path: Path, dataset: Path) -> Experiment:
     fake_runs(
         ours,
         {
-            (name, Run(m, *numbers[i])): value
+            (name, RunKey(m, *numbers[i])): value
             for (name, m), values in DICE.items()
             for i, value in enumerate(values)
         },
@@ -251,9 +256,7 @@ def test_means_errors_and_differences(tmp_path: Path, phantom_dataset: Path) -> 
     assert wide_2.difference == pytest.approx((0.15, 0.05, 4))
     assert (wide_4.mean, wide_4.difference, wide_4.std) == (None, None, None)
     assert wide_4.folds == (pytest.approx(0.6), None)
-    assert wide_4.missing == (
-        str(tmp_path / "runs/phantom/segment/unet_c2_scratch/fold3_M4_seed1"),
-    )
+    assert wide_4.missing == (RunKey(4, 3, 1),)
     assert plain_4.missing == ()
     assert mean_of([]) is None
     assert mean_of([0.5]) == (0.5, None, 1)
@@ -261,7 +264,7 @@ def test_means_errors_and_differences(tmp_path: Path, phantom_dataset: Path) -> 
 
 def test_tables_and_plots_are_written_alike(tmp_path: Path, phantom_dataset: Path) -> None:
     ours = two_rows(tmp_path, phantom_dataset)
-    markdown = write_results(ours, "two", "kafjax experiment --table two.py")
+    markdown = write_results(ours, "two", command="kafjax experiment --table two.py")
     lines = markdown.splitlines()
     assert (
         "|  | M | Fold 1 | Fold 4 | Dice | n | Difference | Mean(Std) | Paper | #params |" in lines
@@ -276,24 +279,30 @@ def test_tables_and_plots_are_written_alike(tmp_path: Path, phantom_dataset: Pat
     assert incomplete.startswith(r"| wide \* | 4 | 0.6000 |  |  | 3 of 4 |  |  |  |")
     assert "frequencies of classes: 0.125." in markdown
     assert "Missing, 1 of 16 runs:" in lines
-    files = ["two.csv", "two.md", "two.png", "two.svg", "two_runs.csv"]
+    files = ["two.csv", "two.json", "two.md", "two.png", "two.svg", "two_runs.csv"]
     assert sorted(path.name for path in ours.root.glob("two*")) == files
     before = [(ours.root / name).read_bytes() for name in files]
-    write_results(ours, "two", "kafjax experiment --table two.py")
+    write_results(ours, "two", command="kafjax experiment --table two.py")
     assert [(ours.root / name).read_bytes() for name in files] == before
     rows = list(csv.DictReader((ours.root / "two.csv").read_text().splitlines()))
     assert [row["mean"] for row in rows][:2] == ["0.25", "0.55"]
     assert rows[3]["mean"] == "" and rows[3]["n"] == "3"
     runs = list(csv.DictReader((ours.root / "two_runs.csv").read_text().splitlines()))
     assert len(runs) == 15
-    assert runs[2] == {"row": "plain", "M": "2", "fold": "4", "seed": "0", "dice": "0.3"}
+    dice = {"row": "plain", "M": "2", "fold": "4", "seed": "0", "dice": "0.3"}
+    assert runs[2] == {**dice, "step": "1", "checkpoint": "last"}
+    assert {row["checkpoint"] for row in rows} == {"last"}
+    assert "Checkpoint of each run: last." in markdown
+    found = json.loads((ours.root / "two.json").read_text())
+    assert found["missing"] == ["segment/unet_c2_scratch/fold3_M4_seed1"]
+    assert {run["checkpoint"] for run in found["runs"]} == {"last"}
 
 
 def test_experiments_without_any_run_are_collected(tmp_path: Path) -> None:
     ours = experiment(tmp_path, ONE_ROW, folds=[0])
-    assert "0 of 1" in write_results(ours, "one", "command")
-    assert format_csv(ours, collect(ours)).count("\n") == 2
-    assert draw(ours, collect(ours)).axes[0].get_yticklabels()[0].get_text() == "kaf"
+    assert "0 of 1" in write_results(ours, "one", command="command")
+    assert format_csv(collect(ours)).count("\n") == 2
+    assert draw(collect(ours)).axes[0].get_yticklabels()[0].get_text() == "kaf"
 
 
 def test_damaged_evaluations_are_named(tmp_path: Path, phantom_dataset: Path) -> None:
@@ -315,7 +324,7 @@ def test_shards_together_run_every_job_once(tmp_path: Path) -> None:
             command=("-c", NOTE, str(notes), job.name),
             is_done=lambda name=job.name: notes.exists() and name in notes.read_text().split(),
         )
-        for job, _ in ours.plan()
+        for job in ours.plan()
     ]
     for shard in ("1/2", "2/2"):
         first, every = parse_shard(shard)
@@ -400,4 +409,4 @@ def test_table_from_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\| UNet, PCL \| 2 \| 0\.\d{3} \| 1 \|", done.stdout)
     assert (tmp_path / "runs" / "phantom_small" / "tiny.svg").is_file()
-    assert command_module.__doc__ and plan_module.PHANTOMS["phantom_small"].num_subjects == 10
+    assert command_module.__doc__ and PHANTOMS["phantom_small"].num_subjects == 10

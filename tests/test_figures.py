@@ -23,6 +23,7 @@ from kafjax.figures import choice, segmentation, similarity
 from kafjax.figures.__main__ import main, make_parser
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
+from kafjax.workdir.workdir import name_runs
 from tests.runs import write_run
 
 TINY = {"model.filters": 4, "data.num_threads": 1}
@@ -111,8 +112,8 @@ def test_offsets_are_those_that_a_slice_has(dataset: SliceDataset) -> None:
 
 
 def test_names_of_runs_tell_them_apart() -> None:
-    assert choice.name_runs(["/a/b/c", "/a/b/d"]) == ["c", "d"]
-    assert choice.name_runs(["/a/x/c", "/a/y/c", "/a/y/d"]) == ["x/c", "y/c", "y/d"]
+    assert name_runs(["/a/b/c", "/a/b/d"]) == ["c", "d"]
+    assert name_runs(["/a/x/c", "/a/y/c", "/a/y/d"]) == ["x/c", "y/c", "y/d"]
 
 
 def test_cosine_is_scipys() -> None:

@@ -21,6 +21,7 @@ from tests.release_weights import (
     draw_state_dict,
     golden_model_config,
     load_golden,
+    whole_positions,
 )
 
 
@@ -117,7 +118,8 @@ def _pretraining(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
         keypoints, mask = [p[0] for p in padded], [p[1] for p in padded]
         correspondence = _renumber(correspondence, padded[0][2], padded[1][2], mask[0].shape[1])
     pairs = facts["config"]["threshold"]
-    positives = positive_pairs("pcl", golden["slice_position"], position_threshold=pairs)
+    position = whole_positions(golden["slice_position"])
+    positives = positive_pairs("pcl", position, position_threshold=pairs)
     weights = facts["config"]["weights"]
 
     def loss(params: Any) -> Any:

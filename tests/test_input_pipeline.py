@@ -178,7 +178,7 @@ def test_batches_of_the_prepared_dataset_have_the_agreed_fields(phantom_dataset)
         "keypoints": ("int32", (4, 2, 64, 2)),
         "keypoint_mask": ("bool", (4, 2, 64)),
         "correspondence": ("int32", (4, 64)),
-        "position": ("float32", (4,)),
+        "position": ("int32", (4, 2)),
         "record": ("int32", (4, 2)),
         "sample": ("uint32", (4,)),
         "seed": ("uint32", (4,)),
@@ -296,8 +296,7 @@ def test_pairs_move_keypoints_with_pixels_and_keep_correspondences(patch_size):
             j = i if offset == 0 else sources[0].correspondences[offset_row(2, offset), i]
             kept = pair["keypoint_mask"][0, i] and j >= 0 and pair["keypoint_mask"][1, j]
             assert pair["correspondence"][i] == (j if kept else -1)
-        expected = (sources[0].index + 1) / sources[0].num_slices
-        np.testing.assert_allclose(pair["position"], expected, rtol=1e-6)
+        assert pair["position"].tolist() == [sources[0].index + 1, sources[0].num_slices]
         assert pair["sample"] == sample
     assert (masked > 0) == (min(np.subtract(patch_size, dataset.size)) < 0)
 

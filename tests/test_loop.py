@@ -177,6 +177,7 @@ def recipe_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
             "data.foreground_share": 0.3,
             "model.name": "unet",
             "model.norm": "instance",
+            "model.num_classes": 8,
             "batch_size": 4,
             "loss.weights.dice": 1.0,
             "loss.class_weights": (1.0, *[2.0] * 7),

@@ -1,5 +1,9 @@
 """Contrastive losses and cross-entropy against loops, scipy and the release's values."""
 
+import functools
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +21,7 @@ from kafjax.losses import (
     supervised_contrastive_loss,
 )
 from tests.devices import run_on_four_devices
-from tests.release_weights import GOLDEN
+from tests.release_weights import GOLDEN, whole_positions
 
 METHODS = ("simclr", "gcl", "pcl")
 
@@ -38,6 +42,18 @@ def loop_loss(views: np.ndarray, positives: np.ndarray, temperature: float) -> f
     return float(temperature / 0.07 * np.mean(terms)) if terms else 0.0
 
 
+def positions(total: int) -> np.ndarray:
+    """All slices of a volume, int32 [n, 2]."""
+    return np.array([(i, total) for i in range(1, total + 1)], np.int32)
+
+
+def exact_positives(position: np.ndarray, threshold: str) -> list[list[bool]]:
+    """|i / n - j / m| < t in fractions; a sample is its own positive at any t."""
+    places = [Fraction(int(i), int(n)) for i, n in position]
+    t = Fraction(threshold)
+    return [[a is b or abs(a - b) < t for b in places] for a in places]
+
+
 def random_views(num_views: int = 2, n: int = 5, e: int = 8) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((num_views, n, e))
 
@@ -47,7 +63,7 @@ def random_views(num_views: int = 2, n: int = 5, e: int = 8) -> np.ndarray:
 def test_contrastive_loss_is_the_releases(method: str, temperature: float) -> None:
     with np.load(GOLDEN / "losses.npz") as golden, jax.enable_x64(True):
         # The golden partitions are not those of the golden positions.
-        partition, position = golden["partition"], jnp.asarray(golden["slice_position"])
+        partition, position = golden["partition"], whole_positions(golden["slice_position"])
         positives = positive_pairs(method, position, position_threshold=0.2)
         if method == "gcl":
             positives = jnp.asarray(partition[:, None] == partition[None, :])
@@ -59,34 +75,62 @@ def test_contrastive_loss_is_the_releases(method: str, temperature: float) -> No
 
 @pytest.mark.parametrize("num_slices", [4, 7, 12, 100, 255])
 def test_partitions_are_quarters_of_the_volume(num_slices: int) -> None:
-    number = np.arange(1, num_slices + 1)
-    quarter = -(-4 * number // num_slices)  # rounded up: 1..4
-    found = positive_pairs("gcl", jnp.asarray(number / num_slices, jnp.float32))
+    position = positions(num_slices)
+    quarter = np.array([math.ceil(Fraction(4 * int(i), int(n))) for i, n in position])  # 1..4
+    found = positive_pairs("gcl", jnp.asarray(position))
     np.testing.assert_array_equal(found, quarter[:, None] == quarter[None, :])
 
 
 def test_positives_of_pcl_are_nearer_than_the_threshold() -> None:
-    position = np.array([0.1, 0.19, 0.31, 1.0])
+    position = np.array([(10, 100), (19, 100), (31, 100), (100, 100)], np.int32)
     found = positive_pairs("pcl", jnp.asarray(position), position_threshold=0.1)
-    expected = [[abs(a - b) < 0.1 for b in position] for a in position]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found, exact_positives(position, "0.1"))
+
+
+@pytest.mark.parametrize("threshold", ["0.1", "0.35", "0.3333", "0.0001", "0.07", "1", "0"])
+@pytest.mark.parametrize("totals", [(200,), (10, 12, 181, 200), (4096, 46340, 1, 3)])
+def test_positives_at_the_threshold_do_not_depend_on_rounding(
+    threshold: str, totals: tuple[int, ...]
+) -> None:
+    """All slices of a volume of 200; of volumes of several sizes, also the largest."""
+    volumes = [positions(n) for n in totals]
+    most = 400 // len(volumes)
+    position = np.concatenate([v[:: max(1, -(-len(v) // most))] for v in volumes])
+    find = functools.partial(positive_pairs, "pcl", position_threshold=float(threshold))
+    found = np.asarray(jax.jit(find)(jnp.asarray(position)))
+    np.testing.assert_array_equal(found, exact_positives(position, threshold))
+    np.testing.assert_array_equal(found, found.T)
+
+
+def test_a_threshold_counts_to_four_decimals() -> None:
+    position = positions(200)
+    found, rounded = (
+        positive_pairs("pcl", jnp.asarray(position), position_threshold=t) for t in (0.10004, 0.1)
+    )
+    np.testing.assert_array_equal(found, rounded)
+
+
+@pytest.mark.parametrize("position", [np.ones(4, np.float32), np.ones((4, 2)), np.ones(4, int)])
+def test_positions_that_are_no_whole_numbers_are_refused(position: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"position is .*, expected int \[b, 2\]"):
+        positive_pairs("pcl", jnp.asarray(position))
 
 
 def test_positives_of_simclr_are_a_samples_own_views() -> None:
-    found = positive_pairs("simclr", jnp.asarray([0.5, 0.5, 0.5]))
+    found = positive_pairs("simclr", jnp.asarray([(1, 2)] * 3))
     np.testing.assert_array_equal(found, np.eye(3, dtype=bool))
 
 
 def test_an_unknown_method_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'moco'.*simclr.*gcl.*pcl"):
-        positive_pairs("moco", jnp.zeros(2))
+        positive_pairs("moco", jnp.ones((2, 2), int))
 
 
 @pytest.mark.parametrize("num_views", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_contrastive_loss_equals_a_loop(method: str, num_views: int) -> None:
     views = random_views(num_views)
-    position = jnp.asarray([0.05, 0.1, 0.3, 0.8, 1.0])
+    position = jnp.asarray([(i, 100) for i in (5, 10, 30, 80, 100)])
     positives = positive_pairs(method, position, position_threshold=0.25)
     loss = jax.jit(supervised_contrastive_loss)(list(jnp.asarray(views)), positives)
     np.testing.assert_allclose(loss, loop_loss(views, np.asarray(positives), 0.1), rtol=1e-5)
@@ -133,7 +177,7 @@ FOUR_DEVICES = """
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((8, 2, 6)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)
-    position = jnp.asarray(rng.uniform(size=8), jnp.float32)
+    position = jnp.asarray([(i, 100) for i in rng.integers(1, 101, 8)])
     assert jax.device_count() == 4
 
     for method in ("simclr", "gcl", "pcl"):
@@ -288,7 +332,7 @@ def test_embeddings_that_are_all_alike_have_one_loss_whatever_the_positives(
     n: int, threshold: float
 ) -> None:
     views = np.ones((2, n, 4)) * np.random.default_rng(0).random((2, n, 1))  # lengths do not matter
-    position = jnp.linspace(0.1, 1, n)
+    position = jnp.asarray(positions(n))
     positives = positive_pairs("pcl", position, position_threshold=threshold)
     found = supervised_contrastive_loss(list(map(jnp.asarray, views)), positives, temperature=0.2)
     np.testing.assert_allclose(found, collapsed_loss(n, 0.2), rtol=1e-5)

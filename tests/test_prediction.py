@@ -116,7 +116,7 @@ def test_raw_volumes_give_the_numbers_of_the_records(
     facts = {k: v for k, v in dataset.metadata.items() if k != "volumes"}
     read, chosen = set(), 0
     for path in scans:
-        (job,), _ = prediction_files.list_jobs(path, tmp_path / "out", facts)
+        (job,), _ = prediction_files.list_requests(path, tmp_path / "out", facts)
         volume = VolumePredictor((), facts).reader.read(job.source)
         views = predict.prepare_views(reader.prepare(volume), facts)
         records = dataset.volumes[volume.id]
@@ -163,7 +163,7 @@ def test_labels_turn_with_the_scan(kind: str, tilt: np.ndarray, tmp_path: Path) 
     for number, turn in enumerate(orientations_of_axes()):
         turned = original.as_reoriented(turn)
         nib.save(turned, tmp_path / f"{number}.nii")
-        job = prediction_files.Job(
+        job = prediction_files.Request(
             Source("same", tmp_path / f"{number}.nii"), tmp_path / f"labels_{number}.nii.gz"
         )
         predict.predict_file(job, predictor)
@@ -343,7 +343,7 @@ def test_raw_file_gets_the_labels_that_evaluation_gives_its_records(
 def test_one_bad_file_of_ten(
     runs: list[Path],
     tmp_path: Path,
-    compiled_once: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
@@ -427,7 +427,7 @@ def test_a_scan_cut_in_another_plane_than_the_runs_know_is_reported(
     values = np.random.default_rng(1).integers(-900, 900, (4, 9, 7)).astype(np.int16)
     path = tmp_path / "sagittal.nii.gz"
     nib.save(nib.Nifti1Image(values, np.diag([-8.0, 1.7, 1.5, 1.0])), path)
-    job = prediction_files.Job(Source("s", path), tmp_path / "labels.nii.gz")
+    job = prediction_files.Request(Source("s", path), tmp_path / "labels.nii.gz")
     facts = {"kind": "nnunet", "channel": 0, "channel_name": "", "intensity": "zscore", "radius": 9}
     for planes, told in ((["axial"], True), (["axial", "sagittal"], False), (None, False)):
         known = {} if planes is None else {"planes": planes}

@@ -7,11 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from kafjax.inference.prediction_files import Job, list_jobs, write_like
+from kafjax.inference.prediction_files import Request, list_requests, write_like
 
 
-def names(jobs: list[Job]) -> list[tuple[str, str, str]]:
-    return [(j.source.image.name, j.source.id, j.labels.name) for j in jobs]
+def names(requests: list[Request]) -> list[tuple[str, str, str]]:
+    return [(j.source.image.name, j.source.id, j.labels.name) for j in requests]
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -37,8 +37,8 @@ def test_scans_of_a_folder_are_known_by_their_names_and_the_rest_is_named(tmp_pa
     for kind, listed in files.items():
         make(tmp_path / kind, *listed)
         facts = {"kind": kind, "channel": 0}
-        listing = list_jobs(tmp_path / kind, tmp_path / "out", facts)
-        found[kind] = names(listing.jobs)
+        listing = list_requests(tmp_path / kind, tmp_path / "out", facts)
+        found[kind] = names(listing.requests)
         left_out[kind] = {fault.path.name for fault in listing.left_out}
     assert found == {
         "chd": [
@@ -60,8 +60,8 @@ def test_scans_of_a_folder_are_known_by_their_names_and_the_rest_is_named(tmp_pa
 
 def test_four_digits_are_a_channel_and_how_to_say_otherwise(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", "amos_0001.nii.gz")
-    jobs, (fault,) = list_jobs(folder, tmp_path / "out", {"kind": "nnunet", "channel": 0})
-    assert jobs == []
+    requests, (fault,) = list_requests(folder, tmp_path / "out", {"kind": "nnunet", "channel": 0})
+    assert requests == []
     assert fault.found == "is by its name of channel 1, the runs are of channel 0"
     assert "amos_0001_0000.nii.gz" in fault.remedy
 
@@ -72,8 +72,8 @@ def test_links_folders_and_capitals_are_named_and_stop_no_other(tmp_path: Path) 
     (folder / "e.nii.gz").mkdir()
     make(folder / "more", "f.nii.gz")
     make(folder / "out" / "labels")
-    jobs, left_out = list_jobs(folder, folder / "out" / "labels", {"kind": "chd"})
-    assert names(jobs) == [("a.nii.gz", "a", "a.nii.gz")]
+    requests, left_out = list_requests(folder, folder / "out" / "labels", {"kind": "chd"})
+    assert names(requests) == [("a.nii.gz", "a", "a.nii.gz")]
     assert {fault.path.name: fault.found for fault in left_out} == {
         "b.NII.GZ": "its ending has capitals",
         "c.mha": "is an image of another format",
@@ -91,8 +91,10 @@ def test_what_an_earlier_prediction_wrote_is_no_scan(tmp_path: Path) -> None:
 
     def listed() -> tuple[list[str], list[str]]:
         facts = {"kind": "nnunet", "channel": 0, "classes": ["background", "liver"]}
-        jobs, left_out = list_jobs(tmp_path, tmp_path, facts, probabilities=True)
-        return [job.source.image.name for job in jobs], [fault.path.name for fault in left_out]
+        requests, left_out = list_requests(tmp_path, tmp_path, facts, probabilities=True)
+        return [request.source.image.name for request in requests], [
+            fault.path.name for fault in left_out
+        ]
 
     save("a_0000.nii.gz", rng.integers(0, 99, (5, 6, 4)).astype(np.int16))
     before = listed()
@@ -107,11 +109,11 @@ def test_what_an_earlier_prediction_wrote_is_no_scan(tmp_path: Path) -> None:
 
 def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
     def listed(source: Path, target: Path, **facts: Any) -> Any:
-        return list_jobs(source, target, {"kind": "chd", **facts})
+        return list_requests(source, target, {"kind": "chd", **facts})
 
     def wrong(source: Path, target: Path, **facts: Any) -> list[str]:
-        jobs, left_out = listed(source, target, **facts)
-        assert not jobs
+        requests, left_out = listed(source, target, **facts)
+        assert not requests
         return [f"{fault.path.name}: {fault.found}" for fault in left_out]
 
     one = tmp_path / "in" / "a_0000.nii.gz"
@@ -134,7 +136,7 @@ def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
     ]
     (fault,) = listed(one, tmp_path / "out", kind="nnunet", channel=1).left_out
     assert "is by its name of channel 0, the runs are of channel 1" in fault.found
-    assert listed(one, tmp_path / "x" / "y.nii").jobs[0].labels == tmp_path / "x" / "y.nii"
+    assert listed(one, tmp_path / "x" / "y.nii").requests[0].labels == tmp_path / "x" / "y.nii"
 
 
 @pytest.mark.parametrize("name", ["l.mha", "l.nrrd", "l.NII.GZ", "l.nii.bz2", "l.png", "l.json"])
@@ -142,18 +144,18 @@ def test_an_output_of_another_format_is_never_a_folder(name: str, tmp_path: Path
     folder = make(tmp_path / "in", "a.nii.gz")
     for source in (folder, folder / "a.nii.gz"):
         with pytest.raises(ValueError, match=r"output is .*; expected "):
-            list_jobs(source, tmp_path / name, {"kind": "chd"})
+            list_requests(source, tmp_path / name, {"kind": "chd"})
     with pytest.raises(ValueError, match="expected a folder, as the input is one"):
-        list_jobs(folder, tmp_path / "out.nii.gz", {"kind": "chd"})
+        list_requests(folder, tmp_path / "out.nii.gz", {"kind": "chd"})
     (tmp_path / name).mkdir()  # whoever has such a folder may use it
-    (job,), _ = list_jobs(folder, tmp_path / name, {"kind": "chd"})
-    assert job.labels == tmp_path / name / "a.nii.gz"
+    (request,), _ = list_requests(folder, tmp_path / name, {"kind": "chd"})
+    assert request.labels == tmp_path / name / "a.nii.gz"
 
 
 def test_a_name_that_the_disk_would_not_take_is_refused_first(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", f"{'a' * 240}.nii.gz", "b.nii.gz")
-    jobs, (fault,) = list_jobs(folder, tmp_path / "out", {"kind": "chd"})
-    assert [job.source.id for job in jobs] == ["b"]
+    requests, (fault,) = list_requests(folder, tmp_path / "out", {"kind": "chd"})
+    assert [request.source.id for request in requests] == ["b"]
     assert "is too long" in fault.found
 
 

@@ -92,7 +92,7 @@ def pairs_of(places: list[list[Any]], num_places: int) -> Any:
 def trained() -> dict[str, Any]:
     """A training step with 48, few and no keypoints, and the same amid other padding."""
     image = np.random.default_rng(0).standard_normal((4, 2, *SIZE, 1))
-    position = jnp.array([0.1, 0.15, 0.8, 1.0])
+    position = jnp.array([(10, 100), (15, 100), (80, 100), (100, 100)])
     with jax.enable_x64(True):
         model = build_model(model_config("kaf_unet", "pretraining", dtype="float64"))
         variables = init_variables(model, 0, *example_inputs("pretraining"))

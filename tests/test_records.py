@@ -5,7 +5,6 @@ import json
 import pickle
 import shutil
 import struct
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -218,7 +217,7 @@ def test_a_read_only_dataset_is_read_without_an_index(dataset, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr("kafjax.data.records.write_text", refuse)
     assert len(RecordReader(dataset)[0]) > 0
     assert not list(dataset.glob(f"{INDEX_NAME}*"))
     with pytest.raises(OSError, match="Read-only"):

@@ -1,6 +1,6 @@
 """The report's page: what it tells of workdirs, well-formed and escaped, loading nothing."""
 
-import itertools
+import base64
 import json
 import os
 import re
@@ -10,17 +10,19 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
 import pytest
 
 from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
-from kafjax.data.input_pipeline import open_dataset
+from kafjax.data.input_pipeline import Slice, open_dataset
 from kafjax.inference.evaluation import summarize, write_results
 from kafjax.report import pictures, report
-from kafjax.report.html import Curve, chart, element, page, table
-from kafjax.report.pictures import Prediction, Sample, choose_volumes, read_sample
+from kafjax.report.charts import Curve, chart, draw, thin
+from kafjax.report.html import element, page, table
+from kafjax.report.pictures import choose_volumes, predict_slices
 from kafjax.report.runs import expand, read_runs
 from kafjax.segmentation_metrics import ClassMetrics
 from kafjax.workdir.metrics import MetricWriter
@@ -138,7 +140,7 @@ def test_page_tells_what_the_workdirs_hold_and_what_they_lack(
         "elsewhere",
         "4",
         "1.0",
-        "3:20 min",
+        "0:03:20",
         "1.0000",
         "0.4000 (step 4)",
     ]
@@ -185,11 +187,13 @@ def test_page_is_whole_accessible_and_loads_nothing(tmp_path: Path, runs: list[P
     names = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(names) == len(set(names)) == 8
     assert [a["href"] for a in found.all("a")] == [f"#{name}" for name in names]
-    assert all(a["src"].startswith("data:image/png;base64,") for a in found.all("img"))
-    assert all(a["alt"] for a in found.all("img"))
+    kinds = "|".join(["png", r"svg\+xml"])
+    assert all(re.match(f"data:image/({kinds});base64,", a["src"]) for a in found.all("img"))
+    unnamed = [a["src"] for a in found.all("img") if not a["alt"]]
+    assert len(unnamed) == 3  # of the legends, where each run's name stands next to its line
+    assert sum("by step: " in a["alt"] for a in found.all("img")) >= 4
     assert all(a["scope"] in ("row", "col") for a in found.all("th"))
     assert len(found.all("caption")) == len(found.all("table")) >= 6
-    assert all("aria-label" in a or "aria-hidden" in a for a in found.all("svg"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.tags}
     assert b"url(" not in first
     assert b"http:" not in first
@@ -267,42 +271,55 @@ def test_worst_volumes_of_all_runs_come_first() -> None:
     assert choose_volumes(scores, most=2) == ["b", "d"]
 
 
-def test_curves_are_to_scale_and_leave_out_what_is_not_finite() -> None:
+def svg_of(chart_element: ElementTree.Element) -> str:
+    """The SVG of a figure's picture."""
+    picture = chart_element.find("img")
+    assert picture is not None
+    kind, data = picture.attrib["src"].split(",")
+    assert kind == "data:image/svg+xml;base64"
+    return base64.b64decode(data).decode()
+
+
+def test_curves_leave_out_what_is_not_finite_and_say_where_they_end() -> None:
     nan = float("nan")
     curves = [
         Curve("one", 0, [0, 5, 10], [0.0, 1.0, 2.0]),
         Curve("two", 9, [0, 5, 10], [2.0, nan, 0.0]),
     ]
-    drawing = chart("loss", curves).find("svg")
-    assert drawing is not None
-    one, two = (
-        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-        for line in drawing.iter("polyline")
-    )
-    assert len(two) == 2
-    assert one[1] == pytest.approx(np.mean([one[0], one[2]], axis=0), abs=0.1)
-    assert one[0] == (two[0][0], two[1][1])  # the same step; the same value, 0
-    assert one[0][1] > one[2][1]  # more is higher
-    grid = {text.text: float(text.attrib["y"]) - 4 for text in drawing.iter("text")}
-    assert grid["2"] == pytest.approx(one[2][1], abs=0.1)
-    small = chart("rate", [Curve("one", 0, [0, 1], [0.00087, 0.00102])])
-    ticks = [text.text or "" for text in small.iter("text") if text.attrib["class"] == "end"]
-    assert max(map(len, ticks)) <= 7
-    assert len({round(b - a, 9) for a, b in itertools.pairwise(map(float, ticks))}) == 1
-    assert "two from 2 at step 0 to 0 at step 10" in drawing.attrib["aria-label"]
-    styles = [line.attrib["stroke-dasharray"] for line in drawing.iter("polyline")]
-    assert styles[0] != styles[1]
-    assert chart("loss", [Curve("none", 0, [1], [nan])]).find("svg") is None
+    one, two = draw([thin(curve) for curve in curves]).axes[0].lines
+    assert one.get_xydata().tolist() == [[0, 0], [5, 1], [10, 2]]
+    assert two.get_xydata().tolist() == [[0, 2], [10, 0]]
+    assert one.get_color() != two.get_color()
+    assert one.get_linestyle() != two.get_linestyle()
+    made = chart("loss", curves)
+    (alt,) = (picture.attrib["alt"] for picture in made.iter("img"))
+    assert "two from 2 at step 0 to 0 at step 10" in alt
+    assert chart("loss", [Curve("none", 0, [1], [nan])]).find("img") is None
+
+
+def test_charts_are_svg_whose_colours_follow_the_page() -> None:
+    text = svg_of(chart("rate", [Curve("one", 0, [0, 1], [0.00087, 0.00102])]))
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert not any(part.tag.endswith("script") for part in root.iter())
+    rules = text[text.index("<style>") : text.index("</style>")]
+    assert "@media(prefers-color-scheme:dark)" in rules
+    rest = text.replace(rules, "")
+    assert not re.findall("#[0-9a-f]{6}|black", rest)
+    names = set(re.findall(r"var\((--c\d+)\)", rest))
+    assert len(names) == 2 and all(rules.count(f"{name}:") == 2 for name in names)
+    labels = [part.text for part in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"step", "0.00095"} <= set(labels)
+    assert text == svg_of(chart("rate", [Curve("one", 0, [0, 1], [0.00087, 0.00102])]))
 
 
 def test_long_curves_are_means_of_neighbours() -> None:
     values = np.random.default_rng(0).random(1200)
-    drawing = chart("loss", [Curve("long", 0, list(range(1200)), values.tolist())])
-    (line,) = drawing.iter("polyline")
-    assert len(line.attrib["points"].split()) == 300
+    curve = Curve("long", 0, list(range(1200)), values.tolist())
+    assert thin(curve).values == pytest.approx(values.reshape(300, 4).mean(axis=1))
+    (alt,) = (picture.attrib["alt"] for picture in chart("loss", [curve]).iter("img"))
     first, last = values[:4].mean(), values[-4:].mean()
-    (label,) = (svg.attrib["aria-label"] for svg in drawing.iter("svg"))
-    assert f"long from {first:.4g} at step 1.5 to {last:.4g} at step 1197.5" in label
+    assert f"long from {first:.4g} at step 1.5 to {last:.4g} at step 1197.5" in alt
 
 
 def test_samples_are_image_reference_and_predictions(
@@ -315,53 +332,59 @@ def test_samples_are_image_reference_and_predictions(
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     worst, middle, best = list(dataset.volumes)[:3]
     write_evaluation(workdir, {worst: 0.1, middle: 0.5, best: 0.9})
-    asked: list[Sample] = []
+    asked: list[Slice] = []
 
-    def predict(_: Any, samples: list[Sample], *, num_classes: int, step: int) -> Any:
-        assert (num_classes, step) == (8, 4)
-        asked.extend(samples)
-        return [Prediction(sample.label, 0.625) for sample in samples]
+    def predict(_: Any, slices: list[Slice], *, step: int) -> Any:
+        assert step == 4
+        asked.extend(slices)
+        return [slices[0].label, np.roll(slices[1].label, 2, axis=1)]
 
-    monkeypatch.setattr(pictures, "predict_samples", predict)
+    monkeypatch.setattr(pictures, "predict_slices", predict)
     found = make(tmp_path, [workdir], data_dir=phantom_dataset.parents[1])
-    assert [sample.volume for sample in asked] == [worst, best]
-    for sample in asked:
-        records = dataset.volumes[sample.volume]
+    labels = [one.label for one in asked]
+    moved = np.roll(labels[1], 2, axis=1)
+    masks = [(moved == c, labels[1] == c) for c in range(1, 8) if c in labels[1]]
+    dice = np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in masks])
+    assert 0 < dice < 1
+    for volume, one, expected in zip((worst, best), asked, ("1.000", f"{dice:.3f}"), strict=True):
+        records = dataset.volumes[volume]
         sizes = [np.sum(dataset.read(r, with_label=True).label != 0) for r in records]
-        assert np.sum(sample.label != 0) == max(sizes)
-        place = f"{sample.volume}, slice {sample.place + 1} of 12"
-        kinds = ("image", "reference labels", "prediction of run: Dice 0.625")
+        largest = int(np.argmax(sizes))
+        np.testing.assert_array_equal(
+            one.label, dataset.read(records[largest], with_label=True).label
+        )
+        kinds = ("image", "reference", f"prediction of run: Dice {expected}")
+        place = f"{volume} slice {largest}"
         sources = [
             a["src"] for kind in kinds for a in found.all("img") if a["alt"] == f"{place}: {kind}"
         ]
         assert len(sources) == 3
-        assert sources[0] != sources[1] == sources[2]
+        assert sources[0] != sources[1]
+        assert (sources[1] == sources[2]) == (volume == worst)
 
 
-def test_predictions_of_slices_have_their_own_dice(
+def test_slices_are_predicted_by_the_evaluated_checkpoint(
     phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
-    samples = [read_sample(dataset, volume) for volume in list(dataset.volumes)[:2]]
-    wrong = [np.roll(sample.label, 2, axis=1) for sample in samples]
+    slices = [dataset.read(record, with_label=True) for record in (3, 15)]
 
     class Fixed:
         def probabilities(self, views: Any) -> Any:
-            assert all(v[0] is s.slice.image for v, s in zip(views, samples, strict=True))
-            return (np.eye(8)[label] for label in wrong)
+            assert all(v[0] is s.image for v, s in zip(views, slices, strict=True))
+            return (np.eye(8)[s.label] for s in slices)
 
-    monkeypatch.setattr(pictures, "load_predictor", lambda workdir, step: Fixed())
-    found = pictures.predict_samples("run", samples, num_classes=8, step=4)
-    for prediction, sample, label in zip(found, samples, wrong, strict=True):
-        np.testing.assert_array_equal(prediction.label, label)
-        masks = [(label == c, sample.label == c) for c in range(1, 8) if c in sample.label]
-        dice = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in masks]
-        assert prediction.dice == pytest.approx(np.mean(dice))
-        assert 0 < np.mean(dice) < 1
+    def load(workdir: str, step: int) -> Fixed:
+        assert (workdir, step) == ("run", 4)
+        return Fixed()
+
+    monkeypatch.setattr(pictures, "load_predictor", load)
+    for label, one in zip(predict_slices("run", slices, step=4), slices, strict=True):
+        np.testing.assert_array_equal(label, one.label)
 
 
 def test_page_elements_keep_the_order_of_texts() -> None:
-    made = page("t", element("p", "a", element("b", "c"), "d", "e"), table("x", ["h"], [[None]]))
+    made = page(element("p", "a", element("b", "c"), "d", "e"), table("x", ["h"], [[None]]))
     assert re.search(r"<p>a<b>c</b>de</p>", made)
     assert '<th scope="row">-</th>' in made
 

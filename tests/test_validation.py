@@ -110,8 +110,8 @@ def test_pictures_show_the_worst_and_best_slices(
     for rows, wanted in zip(drawn, (order[:3], order[::-1][:3]), strict=True):
         assert [expected[row.title] for row in rows] == pytest.approx(wanted)
         for row in rows:
-            assert row.notes[1] == f"Dice {expected[row.title]:.3f}"
-            label, prediction = row.labels
+            assert row.panels()[2][1] == f"Dice {expected[row.title]:.3f}"
+            label, (prediction,) = row.reference, row.predictions
             np.testing.assert_array_equal(prediction, np.where(label == 3, 0, label))
             assert label.any()
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from data_prep.workers import WorkerDied, run_jobs
+from data_prep.workers import WorkerDied, map_in_processes
 
 
 def work(job):
@@ -21,7 +21,7 @@ def work(job):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_job_gives_its_result_or_its_error(num_workers):
     jobs = {name: name for name in ("a", "b", "raise", "c")}
-    results = dict(run_jobs(work, jobs, num_workers=num_workers))
+    results = dict(map_in_processes(work, jobs, num_workers=num_workers))
     assert results.keys() == jobs.keys()
     assert isinstance(results["raise"], ValueError)
     assert "bad job" in results["raise"].__notes__[0]  # the traceback, for a report
@@ -32,7 +32,7 @@ def test_every_job_gives_its_result_or_its_error(num_workers):
 
 def test_a_dead_worker_is_reported_with_its_job_and_replaced():
     jobs = {"ct_1": "a", "ct_2": "kill", "ct_3": "exit", "ct_4": "b", "ct_5": "c"}
-    results = dict(run_jobs(work, jobs, num_workers=1))
+    results = dict(map_in_processes(work, jobs, num_workers=1))
     assert isinstance(results["ct_2"], WorkerDied)
     assert "memory" in str(results["ct_2"])
     assert isinstance(results["ct_3"], WorkerDied)
@@ -41,7 +41,7 @@ def test_a_dead_worker_is_reported_with_its_job_and_replaced():
 
 
 def test_closing_the_iterator_ends_the_workers():
-    results = run_jobs(work, {str(i): str(i) for i in range(5)}, num_workers=1)
+    results = map_in_processes(work, {str(i): str(i) for i in range(5)}, num_workers=1)
     _, (_, pid) = next(results)
     results.close()
     with pytest.raises(ProcessLookupError):
@@ -49,4 +49,4 @@ def test_closing_the_iterator_ends_the_workers():
 
 
 def test_no_jobs_start_no_worker():
-    assert list(run_jobs(work, {}, num_workers=2)) == []
+    assert list(map_in_processes(work, {}, num_workers=2)) == []

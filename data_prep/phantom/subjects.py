@@ -8,6 +8,7 @@ that a chamber is known by its place and not by its intensity.
 The files hold [x, y, z] as NIfTI does: x to the left, y to the back, z to the head of the patient.
 """
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 
 from data_prep.phantom.anatomy import sample_subject
 from data_prep.phantom.drawing import Canvas, Texture, draw_slice
+from kafjax.errors import UserError
+from kafjax.files import replacing, write_text
 
 MAX_SIZE = (512, 512, 200)
 MIN_SIZE = (32, 32, 4)
@@ -62,31 +65,34 @@ def write_subjects(
 
 def _check_arguments(num_subjects: int, size: tuple[int, int, int]) -> None:
     if num_subjects < 1:
-        raise ValueError(f"num_subjects is {num_subjects}; it must be at least 1")
+        raise UserError(f"num_subjects is {num_subjects}; it must be at least 1")
     if not all(low <= n <= high for low, n, high in zip(MIN_SIZE, size, MAX_SIZE, strict=True)):
-        raise ValueError(f"size is {size}; it must lie between {MIN_SIZE} and {MAX_SIZE}")
+        raise UserError(f"size is {size}; it must lie between {MIN_SIZE} and {MAX_SIZE}")
 
 
 def _claim(out_dir: Path, recipe: dict[str, object], overwrite: bool) -> None:
     """Writes down what the folder's phantoms are, after making sure that they may be there."""
     note, volumes = out_dir / "phantom.json", sorted(out_dir.glob("*.nii*"))
     if note.exists():
-        found = json.loads(note.read_bytes())
+        try:
+            found = json.loads(note.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{note}: damaged ({error}); choose another folder") from None
         if found == recipe:
             return
         if not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{out_dir} holds phantoms of {found}, not {recipe}; "
                 "choose another folder or pass --overwrite"
             )
     elif volumes:
-        raise ValueError(
+        raise UserError(
             f"{out_dir} holds volumes that are not phantoms, such as "
             f"{volumes[0].name}; choose another folder"
         )
     for path in volumes:
         path.unlink()
-    note.write_text(json.dumps(recipe))
+    write_text(note, json.dumps(recipe))
 
 
 def render(
@@ -132,6 +138,5 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
-    beside = path.with_name(f".{path.name}")  # readers pass over hidden files
-    nib.save(image, beside)
-    beside.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))

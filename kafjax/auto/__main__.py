@@ -13,11 +13,11 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import run_app
+    from kafjax.commands import define_path, run_app
 
-    images = flags.DEFINE_string("images", None, "Folder of scans, .nii.gz or .nii.", required=True)
-    labels = flags.DEFINE_string("labels", None, "Folder of labels with the scans' names.")
-    output = flags.DEFINE_string("output", None, "Folder of all results.", required=True)
+    images = define_path("images", None, "Folder of scans, .nii.gz or .nii.", required=True)
+    labels = define_path("labels", None, "Folder of labels with the scans' names.")
+    output = define_path("output", None, "Folder of all results.", required=True)
     minutes = flags.DEFINE_float("minutes", None, "Of the whole. Default: up to a night.")
     estimate = flags.DEFINE_bool(
         "estimate", False, "Estimate the score: leave each labelled subject out once (5 folds)."

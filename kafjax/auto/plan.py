@@ -20,6 +20,7 @@ from kafjax.config_files import load_config
 from kafjax.configs import own_finetune, own_pretrain
 from kafjax.data.patches import count_places
 from kafjax.data.splits import group_subjects
+from kafjax.errors import UserError
 from kafjax.files import differences, write_text
 from kafjax.training.preflight import device_memory
 
@@ -86,7 +87,7 @@ class Plan(NamedTuple):
 def read_plan(path: Path, request: Request) -> Plan | None:
     """The plan of an output folder, None if there is none yet.
 
-    Raises `ValueError` where the file is damaged, or is the plan of another request: each
+    Raises `UserError` where the file is damaged, or is the plan of another request: each
     difference.
     """
     if not path.exists():
@@ -96,9 +97,9 @@ def read_plan(path: Path, request: Request) -> Plan | None:
     try:
         plan = Plan(**{name: values[name.upper()] for name in Plan._fields})
     except KeyError as error:
-        raise ValueError(f"{path}: has no {error.args[0]}; remove it to plan anew") from None
+        raise UserError(f"{path}: has no {error.args[0]}; remove it to plan anew") from None
     if differing := differences(plan.request, _fields(request)):
-        raise ValueError(
+        raise UserError(
             f"{path.parent} was planned for another request; give another --output, or remove "
             f"{path.name} there:\n" + "\n".join(differing)
         )
@@ -119,7 +120,7 @@ def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, 
       began: `time.perf_counter()` when the command began.
 
     Raises:
-      ValueError: the time is too short, or an estimate is asked for with fewer than two subjects.
+      UserError: the time is too short, or an estimate is asked for with fewer than two subjects.
     """
     seconds = 60 * (DEFAULT_MINUTES if request.minutes is None else request.minutes)
     slices = _count_slices(survey, request)
@@ -231,7 +232,7 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
     subject = group_subjects(labelled, groups)
     subjects = sorted(set(subject.values()))
     if request.estimate and len(subjects) < 2:
-        raise ValueError(
+        raise UserError(
             f"--estimate leaves labelled subjects out, of which there are {len(subjects)}; "
             "expected at least 2"
         )
@@ -263,7 +264,7 @@ def _config_maker(
     most = (slices.pretraining, slices.fine_tuning // (2 if slices.folds else 1))
 
     def make(network: Network, limit: int) -> tuple[Any, Any | None]:
-        size = tuple(min(edge, network.edge) for edge in patch)
+        size = (min(patch[0], network.edge), min(patch[1], network.edge))
         shared = {
             "data.name": NAME,
             "data.patch_size": size,

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Self
 from data_prep.folder import open_folder
 from data_prep.nnunet import open_nnunet
 from data_prep.volumes import Reader
+from kafjax.errors import UserError
+from kafjax.paths import expand
 
 _OF_NNUNET = ("imagesTr", "imagesTs")
 
@@ -30,9 +32,7 @@ class Request(NamedTuple):
     @classmethod
     def of(cls, images: str, labels: str | None = None, **options: Any) -> Self:
         """A request with absolute paths."""
-        places = (
-            None if p is None else str(Path(p).expanduser().resolve()) for p in (images, labels)
-        )
+        places = (None if p is None else str(expand(p).resolve()) for p in (images, labels))
         first, second = places
         assert first is not None
         return cls(first, second, **options)
@@ -43,7 +43,7 @@ class Request(NamedTuple):
         return any((Path(self.images) / name).exists() for name in _OF_NNUNET)
 
     def check(self, output: Path) -> None:
-        """Raises `ValueError` with all that is wrong with the request itself."""
+        """Raises `UserError` with all that is wrong with the request itself."""
         faults = []
         if self.minutes is not None and not self.minutes > 0:
             faults.append(f"--minutes is {self.minutes:g}; expected more than 0")
@@ -60,7 +60,7 @@ class Request(NamedTuple):
         if output.exists() and not output.is_dir():
             faults.append(f"--output is {output}, a file; expected a folder")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
 
     def open_reader(self, **changes: Any) -> Reader:
         """The reader of the scans; `changes` are of intensity and radius."""

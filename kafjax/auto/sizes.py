@@ -12,6 +12,7 @@ import jax
 
 from kafjax.auto.probe import Probe, Timing
 from kafjax.auto.progress import format_seconds
+from kafjax.errors import UserError
 from kafjax.training.preflight import device_memory
 
 
@@ -93,7 +94,7 @@ MakeConfigs = Callable[[Network, int], tuple[Any, Any | None]]
 def choose(
     probe: Probe, make: MakeConfigs, seconds_left: Callable[[], float], work: Work
 ) -> Choice:
-    """The largest network that can be trained well; `ValueError` where not even the least can.
+    """The largest network that can be trained well; `UserError` where not even the least can.
 
     Args:
       probe: to time steps.
@@ -113,7 +114,7 @@ def choose(
     smallest = NETWORKS[-1]
     least = look(smallest)
     if least is None:
-        raise ValueError(
+        raise UserError(
             f"a step of the smallest network needs more than the {device_memory() / 2**30:.1f} GiB "
             "of the device"
         )
@@ -217,7 +218,7 @@ def _refuse_too_short(choice: Choice, work: Work, seconds: float) -> None:
         return
     training = _least_seconds(choice.timings, work.fine_tunings)
     needed = work.seconds - seconds + choice.overhead + training
-    raise ValueError(
+    raise UserError(
         f"--minutes {work.seconds / 60:g} are too short for the smallest network on this device, "
         f"of which the least training takes {format_seconds(training)}; expected at least "
         f"--minutes {math.ceil(1.1 * needed / 60)}"

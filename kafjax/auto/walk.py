@@ -28,10 +28,12 @@ from kafjax.auto.probe import NAME, Stopped, quiet
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
 from kafjax.data.input_pipeline import labelled_volumes, open_dataset, volumes_for_test
+from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.inference.folders import evaluate_folders
 from kafjax.inference.prediction import load_volume_predictor, predict_file
-from kafjax.inference.prediction_files import list_jobs
+from kafjax.inference.prediction_files import list_requests
+from kafjax.paths import expand
 from kafjax.report.page import report
 from kafjax.training.loop import train
 from kafjax.workdir.lock import locked
@@ -56,10 +58,10 @@ def run_auto(
       None at the end; the number of a signal that stopped it, after a checkpoint.
 
     Raises:
-      ValueError: bad input, all of it at once; a plan of another request; too little time.
+      UserError: bad input, all of it at once; a plan of another request; too little time.
     """
     began = time.perf_counter()
-    folder = Path(output).expanduser().resolve()
+    folder = expand(output).resolve()
     request.check(folder)
     plan = read_plan(folder / _PLAN, request)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -106,8 +108,8 @@ class _Walk:
         """Does what is not done, and says where the results are."""
         stages: dict[str, Callable[[], None]] = {
             "prepare": self._prepare,
-            "pretrain": partial(self._train, "pretrain", self._folder / "pretrain"),
-            "finetune": partial(self._train, "finetune", self._folder / "finetune"),
+            "pretrain": partial(self._train_stage, "pretrain"),
+            "finetune": partial(self._train_stage, "finetune"),
             "estimate": self._estimate,
             "evaluate": self._evaluate,
             "predict": self._predict,
@@ -146,9 +148,9 @@ class _Walk:
             )
         except DatasetError:
             raise
-        except ValueError as error:
+        except UserError as error:
             _, *lines = str(error).splitlines()
-            raise ValueError(
+            raise UserError(
                 f"{self._folder} was prepared from other files, or by another plan; give another "
                 "--output:\n" + "\n".join(lines or [str(error)])
             ) from None
@@ -156,14 +158,18 @@ class _Walk:
     def _config(self, stage: str) -> Any:
         return config_of(self._folder / _PLAN, stage)
 
-    def _train(self, stage: str, workdir: Path, config: Any = None) -> None:
-        config = self._config(stage) if config is None else config
-        received = train(config, workdir, on_step=self._on_step)
+    def _train_stage(self, stage: str) -> None:
+        self._train(self._config(stage), self._folder / stage)
+
+    def _train(self, config: Any, workdir: Path, *, first: float = 0.0, share: float = 1.0) -> None:
+        """Trains a run that is a share of its stage, of which so much is done."""
+
+        def on_step(step: int, last: int) -> None:
+            self._progress.update(first + share * step / last)
+
+        received = train(config, workdir, on_step=on_step)
         if received:
             raise Stopped(received)
-
-    def _on_step(self, step: int, last: int) -> None:
-        self._progress.update(step / last)
 
     def _fold_workdirs(self) -> list[Path]:
         return [self._folder / "estimate" / f"fold{i}" for i in range(self._plan.folds)]
@@ -175,13 +181,7 @@ class _Walk:
             config.data.update({"fold": i, "num_folds": folds})
             # As many steps on fewer volumes.
             config.num_epochs = round(config.num_epochs * folds / (folds - 1))
-            received = train(
-                config,
-                workdir,
-                on_step=lambda step, last, i=i: self._progress.update((i + step / last) / folds),
-            )
-            if received:
-                raise Stopped(received)
+            self._train(config, workdir, first=i / folds, share=1 / folds)
             _score(workdir, "validation")
 
     def _evaluate(self) -> None:
@@ -202,7 +202,7 @@ class _Walk:
         jobs = [
             job
             for folder in self._request.scan_folders()
-            for job in list_jobs(folder, target, preparation).jobs
+            for job in list_requests(folder, target, preparation).requests
         ]
         todo = [job for job in jobs if not job.done]
         if todo:

@@ -23,12 +23,12 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from kafjax.checkpoint.files import (
     STEPS,
     DamagedCheckpointError,
+    DurablePath,
     PyTree,
     describe_state,
     mend_scores,
@@ -37,7 +37,11 @@ from kafjax.checkpoint.files import (
     read_state,
     read_variables,
     scores,
+    steps_in,
 )
+from kafjax.errors import UserError, lost_process
+from kafjax.paths import plain
+from kafjax.processes import gather, together
 
 __all__ = [
     "Checkpointer",
@@ -76,7 +80,8 @@ class Checkpointer:
     ):
         self._workdir = Path(workdir).absolute()
         if keep_newest < 1:
-            raise ValueError(f"keep_newest is {keep_newest}; expected 1 or more")
+            raise UserError(f"keep_newest is {keep_newest}; expected 1 or more")
+        self._workdir.mkdir(parents=True, exist_ok=True)
         if best_metric is not None:
             mend_scores(self._workdir / STEPS, best_metric)
         self._best_metric = best_metric
@@ -85,14 +90,16 @@ class Checkpointer:
         if best_metric is not None:
             keep.append(policies.BestN(get_metric_fn=self._score, n=keep_best))
         self._manager = ocp.CheckpointManager(
-            self._workdir / STEPS,
+            plain(self._workdir) / STEPS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 # Without this Orbax stores no metrics and so forgets the best on resume.
                 best_fn=None if best_metric is None else self._score,
                 cleanup_tmp_directories=True,
+                temporary_path_class=DurablePath,
             ),
         )
+        self._read_back = False
 
     def save(
         self, step: int, state: PyTree, *, metrics: Mapping[str, float], data: Mapping[str, Any]
@@ -102,6 +109,9 @@ class Checkpointer:
         It first waits for the save before, so that one at most is in work. Returns False, and saves
         nothing, if this step or a later one is there already. An error of writing is a `SaveError`,
         raised by the next `check`, `save`, `wait` or `close`.
+
+        The first is waited for, read back and compared: a disk, or a name, from which no checkpoint
+        can be read is a `SaveError` here, and not found out when the run is over.
         """
         arrays = jax.tree.map(np.asarray, state)
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -110,28 +120,38 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         best = None if self._best_metric is None else scores(self._best_metric, numbers)
         with self._telling():
-            return self._manager.save(step, args=args, metrics=best)
+            saved = self._manager.save(step, args=args, metrics=best)
+            if saved and not self._read_back:
+                self._manager.wait_until_finished()
+                with together():
+                    read_state(self._workdir / STEPS / str(step), arrays)
+                self._read_back = True
+            return saved
 
     def restore_latest(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
 
         `template` has the state's structure with arrays or `jax.ShapeDtypeStruct` leaves; the
         state's leaves are NumPy arrays. Newer checkpoints that are damaged are named in a warning
-        and moved aside. Raises `ValueError` listing all differences in tree, shape and dtype, or if
-        every checkpoint is damaged.
+        and moved aside. Raises `UserError` listing all differences in tree, shape and dtype, or if
+        every checkpoint is damaged; on all processes, if one of them cannot read what others can.
         """
         self.wait()
 
         def read(step: int) -> tuple[PyTree, dict[str, Any]]:
             return read_state(self._workdir / STEPS / str(step), template)
 
-        found = newest_good(self._workdir, read)
-        step = -1 if found is None else found[0]
-        if jax.process_count() > 1:
-            step = int(np.min(multihost_utils.process_allgather(np.int32(step))))
-        if found is None or step < 0:
+        with together():
+            found = newest_good(self._workdir, read)
+        steps = gather("" if found is None else str(found[0]))
+        if found is None or not all(steps):
+            if any(steps):  # never a fresh start where another process sees what was learnt
+                told = ", ".join(f"process {i} {s or 'none'}" for i, s in enumerate(steps))
+                raise UserError(f"{self._workdir}: not all processes find a checkpoint: {told}")
             return None
-        state, meta = found[1] if step == found[0] else read(step)
+        step = min(map(int, steps))
+        with together():
+            state, meta = found[1] if step == found[0] else read(step)
         self._move_aside(step)
         return state, meta["data"]
 
@@ -166,7 +186,10 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:400]
+            if lost_process(error):
+                raise
+            reason = " ".join(str(error).split())
+            reason = reason.replace(str(plain(self._workdir)), str(self._workdir))[:400]
             raise SaveError(
                 f"{self._workdir}: a checkpoint could not be saved; those before it are kept, and "
                 "the same command goes on from them when there is room and permission "
@@ -210,7 +233,7 @@ def load_step(
     directory = Path(workdir).absolute() / STEPS
     found = newest_good(Path(workdir), lambda s: read_variables(directory / str(s)), step)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; expected "
             f"the workdir of a run, with checkpoints/{'<step>' if step is None else step}"
         )
@@ -219,14 +242,13 @@ def load_step(
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints in a workdir, good or damaged, in order; none without any."""
-    directory = Path(workdir).absolute() / STEPS
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    return steps_in(Path(workdir).absolute() / STEPS)
 
 
 def check_resumable(workdir: str | os.PathLike[str]) -> None:
     """Raises `ValueError` where there is nothing to resume: never a fresh start by mistake."""
     if not saved_steps(workdir):
-        raise ValueError(
+        raise UserError(
             f"{workdir}: holds no checkpoint to resume from; expected the workdir of a run that "
             "saved one, or a start without --resume"
         )
@@ -236,7 +258,7 @@ def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]
     """The metrics that were saved with each checkpoint whose description is good, by step."""
     directory = Path(workdir).absolute() / STEPS
     metrics = {}
-    for step in sorted(ocp.utils.checkpoint_steps(directory)):
+    for step in steps_in(directory):
         try:
             metrics[step] = read_meta(directory / str(step))["metrics"]
         except DamagedCheckpointError as error:

@@ -7,11 +7,11 @@
 Reading involves no other process. Leaf names are paths, as in `params/head/kernel`.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kafjax.files import checksum, write_text
+from kafjax.cores import usable_cores
+from kafjax.errors import UserError
+from kafjax.files import checksum, sync, sync_tree, write_text
+from kafjax.paths import plain
 
 PyTree = Any
 T = TypeVar("T")
@@ -33,8 +36,19 @@ _VARIABLES = ("params", "batch_stats")
 log = logging.getLogger(__name__)
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(UserError):
     """A checkpoint cannot be read, or is not what was saved; the text names step and fault."""
+
+
+class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder that Orbax fills and renames: on the disk before it counts, and older ones go."""
+
+    async def finalize(self) -> None:
+        """Renames the folder."""
+        await asyncio.to_thread(sync_tree, self.get())
+        await super().finalize()
+        await asyncio.to_thread(sync_tree, self.get_final())
+        await asyncio.to_thread(sync, self.get_final().parent)
 
 
 def scores(best_metric: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -48,12 +62,12 @@ def mend_scores(directory: Path, best_metric: str) -> None:
     Orbax checks nothing there: a flipped bit would stop it, or have it keep another than the best.
     With several processes all of them must make this call.
     """
-    for step in ocp.utils.checkpoint_steps(directory) if directory.is_dir() else ():
+    for step in steps_in(directory):
         path = directory / str(step) / "metrics" / "metrics"
         found = path.read_bytes() if path.is_file() else None
         try:
             metrics = read_meta(directory / str(step))["metrics"]
-        except ValueError:  # which whoever reads the checkpoint will say
+        except UserError:  # which whoever reads the checkpoint will say
             if found is None or _are_metrics(found):
                 continue
             metrics = {}
@@ -91,7 +105,7 @@ def _hash(leaf: np.ndarray) -> str:
 
 def _hashes(tree: PyTree) -> dict[str, str]:
     names, leaves = zip(*_leaves(tree), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # hashing lets other threads run
         return dict(zip(names, threads.map(_hash, leaves), strict=True))
 
 
@@ -110,6 +124,11 @@ def describe_state(
     return {**body, "checksum": checksum(body)}
 
 
+def steps_in(directory: Path) -> list[int]:
+    """The steps of a folder of checkpoints, good or damaged, in order; none without the folder."""
+    return sorted(ocp.utils.checkpoint_steps(plain(directory))) if directory.is_dir() else []
+
+
 def newest_good(
     workdir: Path, read: Callable[[int], T], step: int | None = None
 ) -> tuple[int, T] | None:
@@ -117,8 +136,7 @@ def newest_good(
 
     None where there is no step; `ValueError` where all are damaged.
     """
-    steps = sorted(ocp.utils.checkpoint_steps(workdir.absolute() / STEPS), reverse=True)
-    steps = [s for s in steps if step in (None, s)]
+    steps = [s for s in reversed(steps_in(workdir / STEPS)) if step in (None, s)]
     for candidate in steps:
         try:
             return candidate, read(candidate)
@@ -126,7 +144,7 @@ def newest_good(
             log.warning("%s", error)
     if not steps:
         return None
-    raise ValueError(f"{workdir}: every checkpoint is damaged: {', '.join(map(str, steps))}")
+    raise UserError(f"{workdir}: every checkpoint is damaged: {', '.join(map(str, steps))}")
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
@@ -139,7 +157,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     if checksum(body) != meta.get("checksum"):
         raise DamagedCheckpointError(f"{directory}: damaged, its meta has a wrong checksum")
     if body["format"] != _FORMAT:
-        raise ValueError(f"{directory}: has format {body['format']}; expected {_FORMAT}")
+        raise UserError(f"{directory}: has format {body['format']}; expected {_FORMAT}")
     return body
 
 
@@ -178,7 +196,7 @@ def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTr
         if stored.get(name) != wanted.get(name)
     ]
     if wrong:
-        raise ValueError(f"{directory} does not fit this run's state:\n" + "\n".join(wrong))
+        raise UserError(f"{directory} does not fit this run's state:\n" + "\n".join(wrong))
 
 
 def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -> PyTree:
@@ -214,11 +232,12 @@ def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.Chec
         with ocp.Checkpointer(
             handler(multiprocessing_options=alone), multiprocessing_options=alone
         ) as reader:
-            return reader.restore(directory, args=args)
+            return reader.restore(plain(directory), args=args)
     except MemoryError:
         raise
     except Exception as error:  # damage surfaces as errors of every kind, and all mean the same
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
+        reason = reason.replace(str(plain(directory)), str(directory))[:200]
         raise DamagedCheckpointError(
             f"{directory}: damaged, it cannot be read ({type(error).__name__}: {reason})"
         ) from error

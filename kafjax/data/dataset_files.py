@@ -16,11 +16,14 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from kafjax.errors import UserError
+from kafjax.paths import expand, plain
+
 # Of the classes that may read features. tfds would import whatever module features.json names.
 _FEATURES = "tensorflow_datasets.core.features."
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A shard is missing, truncated or damaged; the text names the file and the record."""
 
 
@@ -29,10 +32,10 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
 
     Raises `ValueError` with the command that prepares the dataset where there is none.
     """
-    data_dir = os.path.expanduser(data_dir)
+    data_dir = expand(data_dir)
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
-        for path in Path(data_dir).glob(f"{glob.escape(name)}/*/dataset_info.json")
+        for path in data_dir.glob(f"{glob.escape(name)}/*/dataset_info.json")
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
@@ -40,8 +43,8 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
         known = name in ("chd", "acdc", "phantom")
         dataset = ["--dataset", *([name] if known else ["nnunet", "--name", name])]
         command = ["kafjax", "prepare", *dataset, *raw, "--data_dir", str(data_dir)]
-        raise ValueError(
-            f"{Path(data_dir) / name}: no prepared dataset here; this command prepares it:\n"
+        raise UserError(
+            f"{data_dir / name}: no prepared dataset here; this command prepares it:\n"
             f"  {shlex.join(command)}"
         )
     return max(prepared)[1]
@@ -53,7 +56,7 @@ def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilde
         raise RecordError(f"{dataset_dir}: no prepared dataset here (no dataset_info.json)")
     with naming_dataset(Path(dataset_dir)):
         _check_features(Path(dataset_dir) / "features.json")
-        builder = tfds.builder_from_directory(os.fspath(dataset_dir))
+        builder = tfds.builder_from_directory(os.fspath(plain(dataset_dir)))
         if builder.info.metadata is not None:
             builder.info.metadata.keys()  # tfds reads them when they are first asked for
         return builder
@@ -88,7 +91,7 @@ def _check_features(path: Path) -> None:
     """Raises `ValueError` for features that are not tfds' own."""
     names = set(_class_names(json.loads(path.read_bytes())))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
-        raise ValueError(f"features.json names {', '.join(foreign)}")
+        raise UserError(f"features.json names {', '.join(foreign)}")
 
 
 def _class_names(value: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from kafjax.cores import usable_cores
 from kafjax.data.patches import (
     PatchSize,
     choose_keypoints,
@@ -32,6 +34,7 @@ from kafjax.data.patches import (
     patch_origin_around,
 )
 from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
+from kafjax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -65,7 +68,7 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {self.batch_size}; expected a positive multiple of the "
                 f"{self.process_count} processes"
             )
@@ -122,13 +125,14 @@ class SliceDataset:
             "version": self.directory.name,
         }
 
+    def volume_of(self, record: int) -> str:
+        """The name of the volume that a record is of."""
+        return next(name for name, records in self.volumes.items() if record in records)
+
     def describe_record(self, record: int) -> str:
         """A record's volume and its slice, counted from 0, for messages."""
-        return next(
-            f"{name} slice {record - records.start}"
-            for name, records in self.volumes.items()
-            if record in records
-        )
+        name = self.volume_of(record)
+        return f"{name} slice {record - self.volumes[name].start}"
 
     def foreground(self, record: int) -> tuple[int, ...]:
         """The classes in a slice's label, the background left out; each label is read once."""
@@ -155,6 +159,11 @@ class SliceDataset:
             label=features["label"][..., 0].astype(np.int32) if with_label else None,
         )
 
+    def read_volume(self, name: str) -> list[Slice]:
+        """All slices of a volume with their labels, read in threads."""
+        with ThreadPoolExecutor(len(usable_cores())) as threads:  # inflating lets other threads run
+            return list(threads.map(partial(self.read, with_label=True), self.volumes[name]))
+
 
 def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
     """Opens the newest prepared version of DATA_DIR/NAME.
@@ -176,7 +185,7 @@ def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
         if name not in dataset.metadata or dataset.metadata[name] != value
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{dataset.directory} was not prepared as the config expects:\n" + "\n".join(wrong)
         )
 
@@ -189,13 +198,13 @@ def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) 
     names = sorted(dataset.volumes if volumes is None else volumes)
     unknown = [name for name in names if name not in dataset.volumes]
     if unknown or not names:
-        raise ValueError(
+        raise UserError(
             f"{dataset.directory} has no volume {', '.join(unknown) or 'selected'}; "
             f"it has {', '.join(dataset.volumes)}"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"volumes named twice: {', '.join(twice)}")
+        raise UserError(f"volumes named twice: {', '.join(twice)}")
     return tuple(names)
 
 
@@ -217,7 +226,7 @@ def steps_per_epoch(
     """Full global batches in one pass over the volumes; `ValueError` if not even one."""
     num_slices = len(_records(dataset, volumes))
     if not 1 <= batch_size <= num_slices:
-        raise ValueError(
+        raise UserError(
             f"batch_size is {batch_size}; expected 1 to {num_slices}, the number of slices"
         )
     return num_slices // batch_size
@@ -225,8 +234,7 @@ def steps_per_epoch(
 
 def neighbour_reach(dataset: SliceDataset, record: int) -> int:
     """Largest distance, in slices, of a slice's neighbour: a fact of its volume's preparation."""
-    volume = next(name for name, records in dataset.volumes.items() if record in records)
-    reach: int = dataset.metadata["volumes"][volume]["reach"]
+    reach: int = dataset.metadata["volumes"][dataset.volume_of(record)]["reach"]
     return reach
 
 
@@ -252,9 +260,10 @@ def make_pair(
     """One pretraining sample: the slice `record` and a neighbour, drawn for (seed, sample).
 
     Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, p, 2], `keypoint_mask` bool [2, p],
-    `correspondence` int32 [p] (view 1's keypoint to view 2's index, or -1), `position` float32 (the
-    anchor's, in (0, 1]), `record` int32 [2], `sample` and `seed` uint32. A slice that is its own
-    neighbour corresponds with itself keypoint by keypoint. p is `patch_keypoints`, or k.
+    `correspondence` int32 [p] (view 1's keypoint to view 2's index, or -1), `position` int32 [2]
+    (the anchor's number, from 1, and the number of slices), `record` int32 [2], `sample` and `seed`
+    uint32. A slice that is its own neighbour corresponds with itself keypoint by keypoint. p is
+    `patch_keypoints`, or k.
     """
     rng = np.random.default_rng((seed, sample))
     anchor = dataset.read(record)
@@ -271,7 +280,7 @@ def make_pair(
     return {
         **{field: np.stack([view[field] for view in views]) for field in views[0]},
         "correspondence": follow_correspondence(_correspondence(anchor, offset), *chosen),
-        "position": np.array((anchor.index + 1) / anchor.num_slices, np.float32),
+        "position": np.array([anchor.index + 1, anchor.num_slices], np.int32),
         "record": np.array([record, record + offset], np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
         "seed": np.array(seed % 2**32, np.uint32),
@@ -462,7 +471,7 @@ def _records(dataset: SliceDataset, volumes: Sequence[str] | None) -> list[int]:
 def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:
     unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
     if unlabelled:
-        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
+        raise UserError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
 
 
 def _correspondence(anchor: Slice, offset: int) -> np.ndarray:

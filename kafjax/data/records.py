@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from kafjax.data.dataset_files import (
     naming_dataset,
     open_builder,
 )
+from kafjax.files import write_text
 
 __all__ = [
     "INDEX_NAME",
@@ -310,15 +310,7 @@ def _store_index(directory: Path, shards: list[Shard]) -> Path:
     body = {"shards": body_of_shards, "descriptions": _describe(directory)}
     document = {"format": _FORMAT, "sha256": _checksum(body), **body}
     path = directory / INDEX_NAME
-    descriptor, temporary = tempfile.mkstemp(prefix=INDEX_NAME, suffix=".tmp", dir=directory)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(document, stream, separators=(",", ":"))
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out a dataset's other users
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(document, separators=(",", ":")))
     return path
 
 

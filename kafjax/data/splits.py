@@ -12,10 +12,12 @@ import os
 import random
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+from kafjax.errors import UserError
+from kafjax.paths import expand
 
 NUM_FOLDS = 5
 PAPER_KINDS = ("chd", "acdc")  # of datasets, whose folds are the paper's
@@ -94,7 +96,7 @@ def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[li
       ValueError: fewer subjects than folds, or fewer than 2 folds.
     """
     if not 2 <= num_folds <= len(subjects):
-        raise ValueError(
+        raise UserError(
             f"{num_folds} folds of {len(subjects)} labelled subjects; expected at least 2 folds, "
             "and at least as many subjects as folds: fewer as config.data.num_folds, or "
             "config.data.fold=None to train on all labelled volumes and validate on none"
@@ -118,7 +120,7 @@ def choose_labeled(subjects: Sequence[T], num_labeled: int) -> list[T]:
       ValueError: there are not as many subjects, or none is asked for.
     """
     if not 1 <= num_labeled <= len(subjects):
-        raise ValueError(
+        raise UserError(
             f"num_labeled is {num_labeled}; expected 1 to {len(subjects)}, the fold's subjects"
         )
     return random.Random(_CHOICE_SEED).sample(list(subjects), k=num_labeled)
@@ -149,7 +151,7 @@ def split_volumes(
       ValueError: there is no such fold, or there are not as many subjects.
     """
     if not 0 <= fold < num_folds:
-        raise ValueError(f"fold is {fold}; expected 0 to {num_folds - 1}")
+        raise UserError(f"fold is {fold}; expected 0 to {num_folds - 1}")
     subject = group_subjects(volumes) if subject is None else subject
     subjects = sorted(set(subject.values()), key=_order)
     train, validation = folds(subjects, num_folds=num_folds)[fold]
@@ -189,11 +191,11 @@ def split_by_names(
     left = [volume for volume in volumes if subject[volume] not in sides]
     chosen = left if train is None else _find(subject, train, "train")
     if both := sorted({subject[volume] for volume in chosen} & sides):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(both)}: on both sides of the split; expected each subject on one"
         )
     if not chosen:
-        raise ValueError("no labelled volume is left to train on; expected at least one")
+        raise UserError("no labelled volume is left to train on; expected at least one")
     subjects = sorted({subject[volume] for volume in chosen}, key=_order)
     if num_labeled is not None:
         subjects = choose_labeled(subjects, num_labeled)
@@ -213,19 +215,19 @@ def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[li
     Raises:
       ValueError: the file is not there or not such a list, or has no such fold.
     """
-    place = Path(path).expanduser()
+    place = expand(path)
     try:
         folds_there = json.loads(place.read_bytes())
         sides = [(list(map(str, f["train"])), list(map(str, f["val"]))) for f in folds_there]
         if not sides:
-            raise ValueError("no fold")
+            raise UserError("no fold")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"config.data.splits_file is {os.fspath(path)!r}, expected nnU-Net's splits_final.json:"
             f' a list of {{"train": [...], "val": [...]}} ({type(error).__name__}: {error})'
         ) from None
     if fold is None or not 0 <= fold < len(sides):
-        raise ValueError(
+        raise UserError(
             f"config.data.fold is {fold}, expected 0 to {len(sides) - 1}, the folds of {place}"
         )
     return sides[fold]
@@ -235,7 +237,7 @@ def _find(subject: Mapping[str, str], names: Sequence[str], side: str) -> list[s
     """The volumes that names stand for, themselves or as their subjects, each once."""
     found = {name: [v for v in subject if name in (v, subject[v])] for name in names}
     if unknown := sorted(name for name, of_name in found.items() if not of_name):
-        raise ValueError(
+        raise UserError(
             f"{side}: no labelled volume or subject {', '.join(unknown)}; there are "
             + ", ".join(sorted(subject))
         )

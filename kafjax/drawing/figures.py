@@ -5,6 +5,7 @@ image. Each figure has a canvas of its own: no display, no global state of pyplo
 input gives the same bytes. Sizes of figures are in inches, `WIDTH` wide as a page of print.
 """
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -20,14 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from kafjax.drawing import colours
 from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.errors import UserError
 from kafjax.files import replacing
-
-# Okabe and Ito's palette, whose colours readers with any colour vision tell apart.
-MATCHED_COLOUR = "#56B4E9"
-UNMATCHED_COLOUR = "#E69F00"
-MASKED_COLOUR = "#CC79A7"
-LINE_COLOUR = "#009E73"
 
 # Sizes in pixels of the picture of a pair.
 GAP = 16
@@ -40,6 +37,7 @@ FONT_SIZE = 7  # points
 _LETTER = 0.0085 * FONT_SIZE  # inches, the usual width of one
 _LINE = 0.0165 * FONT_SIZE  # inches from line to line
 _FILE_DPI = 300
+_OPACITY = 0.65  # of classes over a slice
 # What would differ from one writing to the next, or from one matplotlib to the next.
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
@@ -71,21 +69,34 @@ class Pair(NamedTuple):
 
 
 class SegmentedSlice(NamedTuple):
-    """A row of `draw_segmentations`.
+    """A slice, its reference and what runs predict; class numbers have 0 for the background.
 
     Attributes:
-      title: what stands at its left.
+      title: volume and slice.
       image: [h, w].
-      labels: int [h, w] each, class numbers with 0 the background.
-      notes: what stands below each of the labels.
+      reference: int [h, w].
+      predictions: int [h, w] each.
+      dice: of each prediction; NaN where neither it nor the reference has a class.
+      marks: what stands after each Dice; nothing by default.
       pixel_aspect: height of a pixel over its width.
     """
 
     title: str
     image: np.ndarray
-    labels: Sequence[np.ndarray]
-    notes: Sequence[str]
+    reference: np.ndarray
+    predictions: Sequence[np.ndarray]
+    dice: Sequence[float]
+    marks: Sequence[str] | None = None
     pixel_aspect: float = 1.0
+
+    def panels(self) -> list[tuple[np.ndarray, str]]:
+        """Image, reference and predictions: pictures uint8 [h, w, 3], and the notes below them."""
+        marks = self.marks or [""] * len(self.dice)
+        texts = ["-" if math.isnan(dice) else f"{dice:.3f}" for dice in self.dice]
+        notes = [f"Dice {text}{mark}" for text, mark in zip(texts, marks, strict=True)]
+        labels = (self.reference, *self.predictions)
+        drawn = [draw_labels(self.image, label, opacity=_OPACITY) for label in labels]
+        return list(zip([grey(self.image), *drawn], ["", "", *notes], strict=True))
 
 
 def draw_pair(
@@ -172,14 +183,14 @@ def plot_pair(
     if lines:
         ends = np.stack([centres[i][matches[:, i]] for i in range(2)], axis=1)
         broken = lost[0][matches[:, 0]] | lost[1][matches[:, 1]]
-        for chosen, colour in ((~broken, LINE_COLOUR), (broken, MASKED_COLOUR)):
+        for chosen, colour in ((~broken, colours.CORRESPONDENCE), (broken, colours.MASKED)):
             _plot_lines(axes, ends[chosen], colour, line_width)
     for places, mask, gone, matched in zip(centres, pair.masks, lost, matches.T, strict=True):
         is_matched = np.isin(np.arange(len(mask)), matched)
         for chosen, colour, marker in (
-            (mask & ~gone & ~is_matched, UNMATCHED_COLOUR, "o"),
-            (mask & ~gone & is_matched, MATCHED_COLOUR, "o"),
-            (mask & gone, MASKED_COLOUR, "x"),
+            (mask & ~gone & ~is_matched, colours.UNMATCHED, "o"),
+            (mask & ~gone & is_matched, colours.MATCHED, "o"),
+            (mask & gone, colours.MASKED, "x"),
         ):
             _plot_points(axes, places[chosen], colour, marker, marker_size)
 
@@ -191,29 +202,29 @@ def draw_segmentations(
     *,
     footnote: str = "",
 ) -> Figure:
-    """A grid of slices, each in grey and with each of its labels in colour, and a legend.
+    """A grid of slices, each in grey and with reference and predictions in colour, and a legend.
 
     Args:
       rows: one for each slice.
-      columns: titles of the labels, as many as each row has.
+      columns: titles of the predictions, as many as each row has.
       classes: names of all classes, the background first; the legend has those that are shown.
       footnote: stands beside the legend.
     """
-    shown = np.unique(np.concatenate([np.unique(label) for row in rows for label in row.labels]))
-    colours = class_colours(len(classes)) / 255
-    patches = [Patch(fc=colours[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
+    labels = [label for row in rows for label in (row.reference, *row.predictions)]
+    shown = np.unique(np.concatenate([np.unique(label) for label in labels]))
+    fills = class_colours(len(classes)) / 255
+    patches = [Patch(fc=fills[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
     patches += [Patch(fc="none", ec="none", label=footnote)] if footnote else []
-    heights = [image.shape[0] * aspect / image.shape[1] for _, image, _, _, aspect in rows]
-    shape = len(rows), 1 + len(columns)
-    titles = [wrap(title, WIDTH / shape[1] - 0.2) for title in ("image", *columns)]
+    heights = [row.image.shape[0] * row.pixel_aspect / row.image.shape[1] for row in rows]
+    shape = len(rows), 2 + len(columns)
+    titles = [wrap(title, WIDTH / shape[1] - 0.2) for title in ("image", "reference", *columns)]
     top = 0.06 + _LINE * max(title.count("\n") + 1 for title in titles)
     grid = make_grid(*shape, max(heights), row_gap=0.17, top=top, bottom=0.2, legend=patches)
     for panel, title in zip(grid[0], titles, strict=True):
         write_above(panel, title)
     for row, axes in zip(rows, grid, strict=True):
         write_beside(axes[0], row.title)
-        pictures = [grey(row.image), *(draw_labels(row.image, x, opacity=0.65) for x in row.labels)]
-        for panel, picture, note in zip(axes, pictures, ("", *row.notes), strict=True):
+        for panel, (picture, note) in zip(axes, row.panels(), strict=True):
             panel.imshow(picture, interpolation="nearest", aspect=row.pixel_aspect)
             write_below(panel, note)
     figure: Figure = grid[0, 0].figure
@@ -322,9 +333,18 @@ def _legend_columns(handles: Sequence[Any], width: float) -> int:
 def check_output(path: Path) -> None:
     """Raises `ValueError` unless figures can be written to the path: PNG, PDF or SVG."""
     if path.suffix.lower() not in _METADATA:
-        raise ValueError(f"{path}: expected the extension {', '.join(_METADATA)}")
+        raise UserError(f"{path}: expected the extension {', '.join(_METADATA)}")
     if path.is_dir():
-        raise ValueError(f"{path}: a folder; expected the name of a file")
+        raise UserError(f"{path}: a folder; expected the name of a file")
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as SVG, without the head of an XML file; its texts in the reader's own font."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kafjax", "svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", metadata=_METADATA[".svg"], transparent=True)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -352,7 +372,7 @@ def render(figure: Figure) -> np.ndarray:
 
 def _common_shape(shape: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, int]:
     if other != shape or len(shape) not in (2, 3) or shape[2:] not in ((), (1,)):
-        raise ValueError(
+        raise UserError(
             f"images have shapes {shape} and {other}, expected the same [h, w] or [h, w, 1]"
         )
     return shape[0], shape[1]

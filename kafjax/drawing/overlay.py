@@ -6,10 +6,10 @@ Images are [h, w] of any range, labels [h, w] of class numbers with 0 the backgr
 
 import numpy as np
 
-# Okabe and Ito's palette, whose colours readers with any colour vision tell apart, with white for
-# their black. Class 1 has the first; after the last they begin again, darker, and once more.
-_PALETTE = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7", "FFFFFF")
-_BRIGHT = np.array([list(bytes.fromhex(colour)) for colour in _PALETTE], np.uint8)
+from kafjax.drawing.colours import CLASSES
+
+# After the last the colours begin again, darker, and once more.
+_BRIGHT = np.array([list(bytes.fromhex(colour[1:])) for colour in CLASSES], np.uint8)
 CLASS_COLOURS = np.concatenate([_BRIGHT, _BRIGHT // 2, _BRIGHT // 4])
 
 

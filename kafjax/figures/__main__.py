@@ -10,7 +10,9 @@ from absl.flags import argparse_flags
 
 from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
+from kafjax.errors import UserError
 from kafjax.figures import choice
+from kafjax.paths import expand, path_argument
 from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
 
@@ -72,7 +74,7 @@ def _add_figure(figures: Any, name: str, title: str, text: str) -> argparse.Argu
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="file to write: .png, .pdf or .svg")
+    add("--output", type=path_argument, required=True, help="file to write: .png, .pdf or .svg")
     return parser
 
 
@@ -88,7 +90,12 @@ def _add_keypoints(parser: argparse.ArgumentParser) -> None:
     from kafjax.augment import KEYPOINT_MODES
 
     add = parser.add_argument
-    add("--data_dir", type=Path, default=Path("data"), help="folder of prepared datasets (data)")
+    add(
+        "--data_dir",
+        type=path_argument,
+        default=Path("data"),
+        help="folder of prepared datasets (data)",
+    )
     add("--dataset", help="its name; default: the only one of the folder")
     _add_slice(parser)
     size = "HxW of the patch, as the run's config.data.patch_size; default: the whole slice"
@@ -122,8 +129,19 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
 
 def _add_workdirs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", nargs="+", required=True, metavar="RUN", help="workdirs of runs")
-    add("--data_dir", type=Path, help="where their dataset is; default: where the first run had it")
+    add(
+        "--workdir",
+        type=path_argument,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="workdirs of runs",
+    )
+    add(
+        "--data_dir",
+        type=path_argument,
+        help="where their dataset is; default: where the first run had it",
+    )
 
 
 def _draw_keypoints(arguments: argparse.Namespace) -> Any:
@@ -159,9 +177,9 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
     from kafjax.figures.segmentation import segmentation_figure
 
     if arguments.slice and not arguments.volume:
-        raise ValueError("--slice is given without --volume; expected the volumes of the slices")
+        raise UserError("--slice is given without --volume; expected the volumes of the slices")
     if arguments.num_slices < 1:
-        raise ValueError(f"--num_slices is {arguments.num_slices}; expected 1 or more")
+        raise UserError(f"--num_slices is {arguments.num_slices}; expected 1 or more")
     return segmentation_figure(
         _dataset_of_runs(arguments),
         arguments.workdir,
@@ -173,7 +191,7 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
 
 def _dataset_of_runs(arguments: argparse.Namespace) -> Any:
     data = Workdir(arguments.workdir[0]).read_config()["data"]
-    return choice.open_only_dataset(Path(arguments.data_dir or data["dir"]), data["name"])
+    return choice.open_only_dataset(expand(arguments.data_dir or data["dir"]), data["name"])
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -197,7 +215,7 @@ def _parse_pair(text: str, separator: str, expected: str, *, least: int) -> tupl
 def _draw(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     if getattr(arguments, "seed", 0) < 0:
-        raise ValueError(f"--seed is {arguments.seed}; expected 0 or more")
+        raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     set_up_xla()
     save_figure(arguments.draw(arguments), arguments.output)
     print(f"Wrote {arguments.output}", flush=True)

@@ -6,7 +6,6 @@ what there is.
 
 import itertools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from kafjax.data.input_pipeline import (
 )
 from kafjax.data.patches import PatchSize
 from kafjax.drawing.figures import Pair
+from kafjax.errors import UserError
 from kafjax.tasks.base import sample_keys
 
 _augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
@@ -39,7 +39,7 @@ def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
     names = sorted({path.parts[-3] for path in data_dir.glob("*/*/dataset_info.json")})
     if len(names) != 1:
         found = f"has the datasets {', '.join(names)}" if names else "has no prepared dataset"
-        raise ValueError(f"{data_dir}: {found}; expected one, or its name as --dataset")
+        raise UserError(f"{data_dir}: {found}; expected one, or its name as --dataset")
     return open_dataset(data_dir, names[0])
 
 
@@ -47,7 +47,7 @@ def check_run_dataset(workdir: str | os.PathLike[str], config: Any, dataset: Sli
     """Raises `ValueError` where a run is on another dataset, or on one prepared differently."""
     name = dataset.directory.parent.name
     if config.data.name != name:
-        raise ValueError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
+        raise UserError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
     check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
 
 
@@ -56,20 +56,27 @@ def find_record(dataset: SliceDataset, volume: str, index: int) -> int:
     select_volumes(dataset, [volume])
     records = dataset.volumes[volume]
     if not 0 <= index < len(records):
-        raise ValueError(f"{volume} has the slices 0 to {len(records) - 1}; found --slice {index}")
+        raise UserError(f"{volume} has the slices 0 to {len(records) - 1}; found --slice {index}")
     return records[index]
+
+
+def largest_foreground(dataset: SliceDataset, volume: str) -> int:
+    """The record of a volume's slice with the most labelled pixels, the first of equals."""
+    labels = [one.label for one in dataset.read_volume(volume)]
+    counts = [0 if label is None else int(np.count_nonzero(label)) for label in labels]
+    return dataset.volumes[volume][int(np.argmax(counts))]
 
 
 def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None) -> int:
     """The offset of a slice's neighbour: as given, or else the next slice, or the one before."""
-    records = next(r for r in dataset.volumes.values() if record in r)
+    records = dataset.volumes[dataset.volume_of(record)]
     reach = neighbour_reach(dataset, record)
     near = (1, -1, *range(-reach, reach + 1))
     possible = [o for o in near if o and abs(o) <= reach and record + o in records]
     if not possible:
-        raise ValueError(f"{dataset.describe_record(record)} has no neighbour in its volume")
+        raise UserError(f"{dataset.describe_record(record)} has no neighbour in its volume")
     if offset is not None and offset not in possible:
-        raise ValueError(
+        raise UserError(
             f"{dataset.describe_record(record)} has no neighbour at offset {offset}; expected "
             f"{', '.join(map(str, sorted(set(possible))))}"
         )
@@ -83,7 +90,7 @@ def make_chosen_pair(
 
     Fields as `kafjax.data.input_pipeline.make_pair`, which makes it.
     """
-    records = next(r for r in dataset.volumes.values() if record in r)
+    records = dataset.volumes[dataset.volume_of(record)]
     reach, index = neighbour_reach(dataset, record), record - records.start
     sample = next(
         number
@@ -110,13 +117,3 @@ def as_pair(sample: Batch) -> Pair:
     """A pretraining sample as it is drawn."""
     keypoints, masks = list(sample["keypoints"]), list(sample["keypoint_mask"])
     return Pair(sample["image"][..., 0], keypoints, masks, sample["correspondence"])
-
-
-def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """A short name for each workdir: as much of the end of its path as tells it from the others."""
-    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
-    for count in range(1, max(map(len, parts), default=1)):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return ["/".join(p) for p in parts]

@@ -14,17 +14,8 @@ from matplotlib.lines import Line2D
 from kafjax.augment import AugmentConfig
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.patches import PatchSize
-from kafjax.drawing.figures import (
-    LINE_COLOUR,
-    MASKED_COLOUR,
-    MATCHED_COLOUR,
-    UNMATCHED_COLOUR,
-    Pair,
-    make_grid,
-    plot_pair,
-    write_below,
-    write_beside,
-)
+from kafjax.drawing import colours
+from kafjax.drawing.figures import Pair, make_grid, plot_pair, write_below, write_beside
 from kafjax.figures.choice import as_pair, augment_sample, choose_offset, make_chosen_pair
 
 _GAP = 0.03  # between the two slices, of their height
@@ -79,10 +70,10 @@ def _draw(before: Pair, after: Pair) -> Figure:
     total = height * (2 + _GAP)
     lost = [m & ~kept for m, kept in zip(before.masks, after.masks, strict=True)]
     legend = [
-        _dot(MATCHED_COLOUR, "o", "matched"),
-        _dot(UNMATCHED_COLOUR, "o", "unmatched"),
-        _dot(MASKED_COLOUR, "x", f"masked by the augmentation ({_count(lost)})"),
-        Line2D([], [], color=LINE_COLOUR, linewidth=1, label="correspondence"),
+        _dot(colours.MATCHED, "o", "matched"),
+        _dot(colours.UNMATCHED, "o", "unmatched"),
+        _dot(colours.MASKED, "x", f"masked by the augmentation ({_count(lost)})"),
+        Line2D([], [], color=colours.CORRESPONDENCE, linewidth=1, label="correspondence"),
     ]
     grid = make_grid(1, 4, total / width, top=0.03, bottom=0.2, widest=2.0, legend=legend)
     for i, axes in enumerate(grid[0]):

@@ -6,20 +6,19 @@ prediction has. A star there says that the run was trained on the volume.
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import numpy as np
 from matplotlib.figure import Figure
 
 from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
 from kafjax.data.splits import Split
 from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
-from kafjax.figures.choice import check_run_dataset, find_record, name_runs
+from kafjax.errors import UserError
+from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
 from kafjax.inference.predictor import Predictor, load_predictor
-from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
+from kafjax.segmentation_metrics import slice_dice
 from kafjax.workdir.split import open_split
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import Workdir, name_runs
 
 _SEEN = "*"
 
@@ -61,18 +60,20 @@ def segmentation_figure(
     for i, (name, record, one) in enumerate(zip(names, records, shown, strict=True)):
         assert one.label is not None
         found = [of_run[i] for of_run in predictions]
-        notes = [
-            dice_note(one.label, prediction, len(dataset.classes)) + _SEEN * (name in split.train)
-            for prediction, split in zip(found, splits, strict=True)
-        ]
-        aspect = float(one.spacing[0] / one.spacing[1])
-        title = dataset.describe_record(record)
-        labels = [one.label, *found]
-        rows.append(SegmentedSlice(title, one.image[..., 0], labels, ["", *notes], aspect))
-    columns = ["reference", *name_runs(workdirs)]
-    seen = any(note.endswith(_SEEN) for row in rows for note in row.notes)
+        rows.append(
+            SegmentedSlice(
+                title=dataset.describe_record(record),
+                image=one.image[..., 0],
+                reference=one.label,
+                predictions=found,
+                dice=[slice_dice(p, one.label, len(dataset.classes)) for p in found],
+                marks=[_SEEN * (name in split.train) for split in splits],
+                pixel_aspect=float(one.spacing[0] / one.spacing[1]),
+            )
+        )
+    seen = any(row.marks and _SEEN in row.marks for row in rows)
     footnote = f"{_SEEN} trained on this volume" if seen else ""
-    return draw_segmentations(rows, columns, dataset.classes, footnote=footnote)
+    return draw_segmentations(rows, name_runs(workdirs), dataset.classes, footnote=footnote)
 
 
 def choose_slices(
@@ -86,18 +87,12 @@ def choose_slices(
     select_volumes(dataset, sorted(set(volumes)))
     unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))
     if unlabelled:
-        raise ValueError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
+        raise UserError(f"{dataset.directory}: no labels in the volumes {', '.join(unlabelled)}")
     if slices is None:
-        return [_largest_foreground(dataset, volume) for volume in volumes]
+        return [largest_foreground(dataset, volume) for volume in volumes]
     if len(slices) != len(volumes):
-        raise ValueError(f"{len(slices)} slices of {len(volumes)} volumes; expected one of each")
+        raise UserError(f"{len(slices)} slices of {len(volumes)} volumes; expected one of each")
     return [find_record(dataset, *chosen) for chosen in zip(volumes, slices, strict=True)]
-
-
-def dice_note(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> str:
-    """The Dice of a slice as text, - where neither label nor prediction has a class."""
-    dice = mean_pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
-    return f"Dice {'-' if np.isnan(dice) else format(dice, '.3f')}"
 
 
 def _check_dataset(
@@ -106,7 +101,7 @@ def _check_dataset(
     config = predictor.config
     check_run_dataset(workdir, config, dataset)
     if config.model.num_classes != len(dataset.classes):
-        raise ValueError(
+        raise UserError(
             f"{workdir}: a run of {config.model.num_classes} classes; "
             f"{dataset.directory} has {len(dataset.classes)}"
         )
@@ -115,18 +110,7 @@ def _check_dataset(
 def _held_out(splits: Sequence[Split], dataset: SliceDataset) -> list[str]:
     names = [v for v in dataset.volumes if all(v in split.validation for split in splits)]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"no volume is for validation in the folds of all {len(splits)} runs; expected --volume"
         )
     return names
-
-
-def _largest_foreground(dataset: SliceDataset, volume: str) -> int:
-    def count(record: int) -> int:
-        label = dataset.read(record, with_label=True).label
-        assert label is not None
-        return int(np.count_nonzero(label))
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # inflating lets other threads run
-        counts = list(threads.map(count, dataset.volumes[volume]))
-    return dataset.volumes[volume][int(np.argmax(counts))]

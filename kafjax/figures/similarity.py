@@ -21,24 +21,25 @@ from kafjax.augment import AugmentConfig
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.data.input_pipeline import Batch, SliceDataset
 from kafjax.data.patches import PatchSize, patch_origin
+from kafjax.drawing.colours import VERMILION
 from kafjax.drawing.figures import FONT_SIZE, make_grid, wrap, write_above, write_beside
 from kafjax.drawing.overlay import grey
+from kafjax.errors import UserError
 from kafjax.figures.choice import (
     augment_sample,
     check_run_dataset,
     choose_offset,
     make_chosen_pair,
-    name_runs,
 )
 from kafjax.models import build_model
 from kafjax.models.unet import NUM_LEVELS
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import Workdir, name_runs
 
 LEVELS = range(NUM_LEVELS + 1)
 _MULTIPLE = 2**NUM_LEVELS
 _COLUMNS = ("slice", "neighbour", "slice,\naugmented", "neighbour,\naugmented")
 _COLOUR_MAP = "cividis"
-_RED = "#D55E00"  # of Okabe and Ito, that stands out from grey, blue and yellow
+_RED = VERMILION  # stands out from grey, blue and yellow
 _STAR: dict[str, Any] = {"marker": "*", "mfc": _RED, "mec": "white", "mew": 0.5, "ls": ""}
 _RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _RED, "mew": 1.0, "ls": ""}
 _MOST_LEVELS = 3  # that a page's width holds
@@ -134,7 +135,7 @@ def make_views(
     sample = make_chosen_pair(dataset, record, offset, patch_size=patch_size, seed=seed)
     added = (0, 0) if query is None else query
     if not all(0 <= place < length for place, length in zip(added, size, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"the query is {query}; expected a pixel of {size[0]} rows, {size[1]} columns"
         )
     # The query travels as one more keypoint of both slices.
@@ -166,7 +167,7 @@ def choose_query(counts: np.ndarray, before: Batch, after: Batch) -> int:
     k = len(counts)
     masks = [sample["keypoint_mask"][0, :k] for sample in (before, after)]
     if not masks[0].any():
-        raise ValueError("the slice has no keypoint; expected a point of it as --query")
+        raise UserError("the slice has no keypoint; expected a point of it as --query")
     matched = (before["correspondence"][:k] >= 0) & (after["correspondence"][:k] >= 0)
     middle = np.array(before["image"].shape[1:3]) / 2
     distance = np.linalg.norm(before["keypoints"][0, :k] - middle, axis=-1)
@@ -213,7 +214,7 @@ def _check_levels(levels: Sequence[int]) -> None:
     known = all(level in LEVELS for level in levels)
     if not known or not 1 <= len(levels) <= _MOST_LEVELS:
         given, choices = " ".join(map(str, levels)), ", ".join(map(str, LEVELS))
-        raise ValueError(f"levels are {given}; expected one to {_MOST_LEVELS} of {choices}")
+        raise UserError(f"levels are {given}; expected one to {_MOST_LEVELS} of {choices}")
 
 
 def _append(sample: Batch, place: np.ndarray) -> Batch:

@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from kafjax.data.input_pipeline import (
     volumes_for_test,
 )
 from kafjax.data.splits import equal_images_across
+from kafjax.errors import UserError
 from kafjax.files import write_checked, write_text
 from kafjax.inference.postprocessing import (
     LARGEST,
@@ -117,7 +117,7 @@ def _predict_labelled(
     predictor: Predictor, dataset: SliceDataset, name: str
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """A volume's predicted classes and labels, uint8 [row, col, slice], and its spacing in mm."""
-    slices = _read_volume(dataset, name)
+    slices = dataset.read_volume(name)
     views = [(s.image, s.keypoints, s.mask) for s in slices]
     found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
     spacing = [float(mm) for mm in slices[0].spacing]
@@ -146,17 +146,17 @@ def rules_of_run(
     if rules is not None:
         return rules
     try:
-        dataset = open_dataset(data_dir or config.data.dir, config.data.name)
+        dataset = open_dataset(Path(data_dir or config.data.dir), config.data.name)
         names = open_split(workdir, dataset).names.train
-    except ValueError as error:
-        raise ValueError(
+    except UserError as error:
+        raise UserError(
             f"{workdir}: post-processing has not been chosen for step {predictor.step}; run "
             f"kafjax evaluate where the run's dataset is ({error})"
         ) from None
 
     def labels() -> Iterator[tuple[np.ndarray, float]]:
         for name in names:
-            slices = _read_volume(dataset, name)
+            slices = dataset.read_volume(name)
             yield _label(slices), float(np.prod(slices[0].spacing))
 
     def examples() -> Iterator[Example]:
@@ -235,7 +235,7 @@ def evaluate_run(
       ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     folder = Workdir(workdir)
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
@@ -247,7 +247,7 @@ def evaluate_run(
     volumes = _volumes(recorded, dataset, split)
     if not volumes:
         expected = "labels in labelsTs" if split == "test" else "--split train"
-        raise ValueError(f"{workdir}: the run has no labelled {split} volume; expected {expected}")
+        raise UserError(f"{workdir}: the run has no labelled {split} volume; expected {expected}")
     rules = rules_of_run(folder, predictor, data_dir=data_dir)
     counts, metrics, mm3, seconds = evaluate(predictor, dataset, volumes, rules=rules)
     found, how = folder.select_step(step)
@@ -381,14 +381,6 @@ def format_table(results: Results) -> str:
 
 def _label(slices: Sequence[Slice]) -> np.ndarray:
     return np.stack([s.label for s in slices if s.label is not None], axis=-1).astype(np.uint8)
-
-
-def _read_volume(dataset: SliceDataset, name: str) -> list[Slice]:
-    def read(record: int) -> Slice:
-        return dataset.read(record, with_label=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # inflating lets other threads run
-        return list(threads.map(read, dataset.volumes[name]))
 
 
 def _mean_and_std(values: list[float]) -> dict[str, float | None]:

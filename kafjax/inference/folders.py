@@ -23,6 +23,7 @@ from data_prep.faults import DatasetError, Fault
 from data_prep.folder import file_stem
 from data_prep.nifti import Nifti, read_nifti
 from data_prep.volumes import MAX_CLASSES, grid_faults, label_problem
+from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.evaluation import (
     Results,
@@ -32,6 +33,7 @@ from kafjax.inference.evaluation import (
     write_results,
     write_volumes,
 )
+from kafjax.paths import expand
 from kafjax.segmentation_metrics import count_pixels, volume_metrics
 from kafjax.workdir.environment import describe_environment
 
@@ -61,17 +63,17 @@ def evaluate_folders(
       What `evaluation.json` holds; None without `labels`.
 
     Raises:
-      ValueError: a folder is not there, no names match, or files cannot be compared: all faults.
+      UserError: a folder is not there, no names match, or files cannot be compared: all faults.
     """
-    folder = Path(predictions).expanduser()
+    folder = expand(predictions)
     found, faults = _scans(folder)
     pairs: dict[str, Path | None] = dict.fromkeys(found)
     if labels is not None:
-        references, more = _scans(Path(labels).expanduser(), beside=True)
+        references, more = _scans(expand(labels), beside=True)
         faults += more
         pairs, notes = match_names(found, references)
         if not faults and not any(pairs.values()):
-            raise ValueError(
+            raise UserError(
                 f"no file of {folder} has the name of one of {labels}; expected such as "
                 f"{next(iter(references.values())).name}"
             )
@@ -83,7 +85,7 @@ def evaluate_folders(
     if faults := [*faults, *more]:
         raise DatasetError(faults)
     names = tuple(classes) or tuple(f"class_{number}" for number in numbers[1:])
-    target = folder if output is None else Path(output).expanduser()
+    target = folder if output is None else expand(output)
     target.mkdir(parents=True, exist_ok=True)
     results, mm3 = _compare(found, pairs, numbers, names)
     write_volumes(mm3, target / "volumes.csv")
@@ -147,7 +149,8 @@ def _numbers(
     predictions: Mapping[str, Path], pairs: Mapping[str, Path | None], classes: Sequence[str]
 ) -> tuple[list[int], list[Fault]]:
     """The classes' numbers, the background first, and all faults of the files."""
-    numbers, faults = {0}, []
+    numbers = {0}
+    faults: list[Fault] = []
     for stem, path in predictions.items():
         reference = pairs[stem]
         try:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from kafjax.errors import UserError
 from kafjax.files import read_checked, write_checked
 from kafjax.workdir.workdir import Workdir
 
@@ -101,7 +102,7 @@ def write_rules(workdir: Workdir, step: int | None, rules: Rules) -> None:
 def read_rules(workdir: Workdir, step: int | None) -> Rules | None:
     """The recorded rules of a checkpoint; None where they have not been chosen.
 
-    Raises `ValueError` where the file was changed.
+    Raises `UserError` where the file was changed.
     """
     try:
         found: dict[str, Any] = read_checked(workdir.postprocessing_file)
@@ -109,7 +110,7 @@ def read_rules(workdir: Workdir, step: int | None) -> Rules | None:
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{workdir.postprocessing_file}: damaged ({error})") from None
+        raise UserError(f"{workdir.postprocessing_file}: damaged ({error})") from None
 
 
 def common_rules(of_runs: Sequence[Rules]) -> Rules:
@@ -137,7 +138,7 @@ def _kept(mask: np.ndarray, rule: str | float, voxel: float) -> np.ndarray:
     if rule == LARGEST:
         keep = np.arange(len(sizes)) == (sizes.argmax() if sizes.any() else -1)
     else:
-        keep = sizes * voxel >= rule
+        keep = sizes * voxel >= float(rule)
     keep[0] = False
     return keep[labelled]
 

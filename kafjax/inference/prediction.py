@@ -27,11 +27,14 @@ from data_prep.faults import DatasetError
 from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
+from kafjax.cores import usable_cores
+from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.evaluation import rules_of_run
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
-from kafjax.inference.prediction_files import Job, list_jobs, write_like
+from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
+from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 from kafjax.workdir.workdir import Workdir
 
@@ -154,23 +157,23 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
         keypoints = np.pad(found, ((0, places - len(found)), (0, 0)))
         return normalised, keypoints, np.arange(places) < len(found)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # OpenCV lets other threads run
+    with ThreadPoolExecutor(len(usable_cores())) as threads:  # OpenCV lets other threads run
         return list(threads.map(view, range(volume.image.shape[2])))
 
 
-def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> None:
-    """Segments a NIfTI file and writes labels, and probabilities if the job has a place for them.
+def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "") -> None:
+    """Segments a NIfTI file and writes labels, and probabilities if the request has a place for it.
 
     Shows progress by slice under `title`. Raises `DatasetError` for a file that cannot be used and
     `OSError` where results cannot be written.
     """
     reader = predictor.reader
-    volume = reader.read(job.source)
-    _note_plane(job.source.image, volume, predictor)
+    volume = reader.read(request.source)
+    _note_plane(request.source.image, volume, predictor)
     rows, columns, num_slices = volume.image.shape
     labels = np.empty((rows, columns, num_slices), np.uint8)
     kept = None
-    if job.probabilities is not None:  # by far the larger
+    if request.probabilities is not None:  # by far the larger
         kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
@@ -183,13 +186,13 @@ def predict_file(job: Job, predictor: VolumePredictor, *, title: str = "") -> No
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
-    labels = predictor.clear_up(labels, volume.spacing)
-    like = open_header(job.source.image)
+    labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
+    like = open_header(request.source.image)
     plane = reader.plane(like.affine)
     # Labels last: where they are, all is there.
-    if job.probabilities is not None and kept is not None:
-        write_like(job.probabilities, from_slices(kept, like.affine, plane), like)
-    write_like(job.labels, from_slices(reader.raw_labels(labels), like.affine, plane), like)
+    if request.probabilities is not None and kept is not None:
+        write_like(request.probabilities, from_slices(kept, like.affine, plane), like)
+    write_like(request.labels, from_slices(labels, like.affine, plane), like)
 
 
 def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
@@ -231,34 +234,36 @@ def predict_files(
         are all listed when the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    source, target = (Path(os.path.expanduser(path)) for path in (source, target))
-    jobs, left_out = list_jobs(source, target, preparation, probabilities=probabilities)
-    todo = [job for job in jobs if overwrite or not job.done]
-    if len(todo) < len(jobs):
-        print(f"Skipped {len(jobs) - len(todo)} of {len(jobs)} files: their results are there.")
+    source, target = map(expand, (source, target))
+    requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
+    todo = [request for request in requests if overwrite or not request.done]
+    if len(todo) < len(requests):
+        print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results are there.")
     faults = [f"  {fault}" for fault in left_out]
     if todo:
         predictor = load_volume_predictor(
             workdirs, step=step, mirror=mirror, data_dir=data_dir, batch_size=batch_size
         )
-        for number, job in enumerate(todo, start=1):
+        for number, request in enumerate(todo, start=1):
             try:
-                predict_file(job, predictor, title=f"{number}/{len(todo)} {job.source.image.name}")
+                predict_file(
+                    request, predictor, title=f"{number}/{len(todo)} {request.source.image.name}"
+                )
             except DatasetError as error:
                 faults += [f"  {fault}" for fault in str(error).splitlines()]
-                faulty = printable(job.source.image)
+                faulty = printable(request.source.image)
                 print(f"{faulty}: could not be predicted, going on", flush=True)
             else:
-                print(f"Wrote {printable(job.labels)}", flush=True)
+                print(f"Wrote {printable(request.labels)}", flush=True)
     if faults:
-        raise ValueError("\n".join(["these files could not be predicted:", *faults]))
+        raise UserError("\n".join(["these files could not be predicted:", *faults]))
 
 
 def _read_preparations(
     workdirs: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
 ) -> Preparation:
     if not workdirs:
-        raise ValueError("no workdir is given; expected that of a segmentation run, or several")
+        raise UserError("no workdir is given; expected that of a segmentation run, or several")
     found = {os.fspath(w): read_preparation(w, data_dir=data_dir) for w in workdirs}
     check_alike(found)
     return next(iter(found.values()))
@@ -266,16 +271,16 @@ def _read_preparations(
 
 def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id: str) -> Volume:
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
-        raise ValueError(
+        raise UserError(
             f"the volume is {array.dtype} of shape {array.shape}; expected integers or floats, "
             "[row, col, slice]"
         )
     if len(spacing) != 3 or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
-        raise ValueError(f"spacing is {spacing}; expected mm between rows, columns and slices")
+        raise UserError(f"spacing is {spacing}; expected mm between rows, columns and slices")
     if array.dtype.kind == "f":
         array = array.astype(np.float32)  # as files of floats are read
         if not np.isfinite(array).all():
-            raise ValueError("the volume has values that are NaN or infinite")
+            raise UserError("the volume has values that are NaN or infinite")
     elif array.dtype.itemsize == 8:
         narrow = np.abs(array).max() <= np.iinfo(np.int32).max
         array = array.astype(np.int32 if narrow else np.float32)

@@ -27,6 +27,8 @@ from data_prep.faults import DatasetError, Fault
 from data_prep.folder import split_name
 from data_prep.nifti import open_header, read_nifti
 from data_prep.volumes import Source
+from kafjax.errors import UserError
+from kafjax.files import replacing
 from kafjax.workdir.preparation import Preparation
 
 # Level 1 takes a third of the time of the default and hardly more space.
@@ -46,7 +48,7 @@ _LONGEST_NAME = 230  # in bytes, of the system's 255: a file that is being writt
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """A scan, and where its labels and, if wanted, its class probabilities go."""
 
     source: Source
@@ -65,9 +67,9 @@ class Job:
 
 
 class Listing(NamedTuple):
-    """The jobs of a prediction, and what is left out of it, with the reason."""
+    """The requests of a prediction, and what is left out of it, with the reason."""
 
-    jobs: list[Job]
+    requests: list[Request]
     left_out: list[Fault]
 
 
@@ -76,7 +78,7 @@ class _Name(NamedTuple):
     result: str  # without suffix
 
 
-def list_jobs(
+def list_requests(
     source: Path, target: Path, preparation: Preparation, *, probabilities: bool = False
 ) -> Listing:
     """The scan, or those of a folder in order of name, each with its results' places.
@@ -92,25 +94,25 @@ def list_jobs(
     if not source.is_dir():
         paths = [source]
         if not os.path.lexists(source):
-            raise ValueError(f"{source}: no such file or folder")
+            raise UserError(f"{source}: no such file or folder")
         if not is_scan_name(source.name):
-            raise ValueError(f"{source}: is no .nii.gz or .nii file")
+            raise UserError(f"{source}: is no .nii.gz or .nii file")
         if problem := scan_problem(source):
             raise DatasetError([problem])
     else:
         paths, faults = _list_folder(source, target, preparation)
         if not paths and not faults:
-            raise ValueError(f"{source}: holds no scan; expected files .nii.gz or .nii")
-    jobs = []
+            raise UserError(f"{source}: holds no scan; expected files .nii.gz or .nii")
+    requests = []
     for path in paths:
         if name := _name(path, preparation):
-            jobs.append(_job(path, name, target, probabilities=probabilities))
+            requests.append(_request(path, name, target, probabilities=probabilities))
         elif not _belongs_to_one_of(path, paths, preparation):
             faults.append(_no_scan(path, preparation))
-    jobs = _without_results(jobs, preparation)
-    wrong = _wrong_places(jobs)
+    requests = _without_results(requests, preparation)
+    wrong = _wrong_places(requests)
     faults += wrong.values()
-    return Listing([job for job in jobs if job not in wrong], faults)
+    return Listing([request for request in requests if request not in wrong], faults)
 
 
 def write_like(path: Path, array: np.ndarray, like: Any) -> None:
@@ -125,34 +127,29 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
     header.set_data_dtype(array.dtype)
     image = type(like)(array, like.affine, header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            if path.suffix == ".gz":
-                # Without name and time, so that the same labels give the same bytes.
-                with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
-                    image.to_stream(stream)
-            else:
-                image.to_stream(file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        if path.suffix == ".gz":
+            # Without name and time, so that the same labels give the same bytes.
+            with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
+                image.to_stream(stream)
+        else:
+            image.to_stream(file)
 
 
 def _check_target(target: Path, *, folder_given: bool) -> None:
     if target.is_dir():
         return
     if folder_given and (is_scan_name(target.name) or target.exists()):
-        raise ValueError(f"output is {target}; expected a folder, as the input is one")
+        raise UserError(f"output is {target}; expected a folder, as the input is one")
     if target.name.endswith(SCAN_ENDINGS):
         return
     if target.name.lower().endswith(_FILE_ENDINGS):
-        raise ValueError(
+        raise UserError(
             f"output is {target}, a file's name; expected one that ends in "
             f"{' or '.join(SCAN_ENDINGS)}, or a folder: make it first if that is its name"
         )
     if target.exists():
-        raise ValueError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
+        raise UserError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
 
 
 def _list_folder(
@@ -209,12 +206,12 @@ def _no_scan(path: Path, preparation: Preparation) -> Fault:
     return Fault(path, found, "rename it if it is one")
 
 
-def _job(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Job:
+def _request(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Request:
     labels = target
     if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
         suffix = path.name.removeprefix(_SUFFIX.sub("", path.name))
         labels = target / f"{name.result}{suffix}"
-    return Job(
+    return Request(
         Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
     )
 
@@ -223,20 +220,20 @@ def _probabilities(labels: Path) -> Path:
     return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
 
 
-def _without_results(jobs: list[Job], preparation: Preparation) -> list[Job]:
-    """The jobs but those whose scan is an earlier result of another: it lies on that scan."""
+def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
+    """The requests but those whose scan is an earlier result of another: it lies on that scan."""
     values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
     maker = {
-        place.resolve(): job
-        for job in jobs
-        for place in (job.labels, _probabilities(job.labels))
-        if place.resolve() != job.source.image.resolve()
+        place.resolve(): request
+        for request in requests
+        for place in (request.labels, _probabilities(request.labels))
+        if place.resolve() != request.source.image.resolve()
     }
     return [
-        job
-        for job in jobs
-        if (made := maker.get(job.source.image.resolve())) is None
-        or not _is_result(job.source.image, made.source.image, values)
+        request
+        for request in requests
+        if (made := maker.get(request.source.image.resolve())) is None
+        or not _is_result(request.source.image, made.source.image, values)
     ]
 
 
@@ -254,13 +251,13 @@ def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
         return False
 
 
-def _wrong_places(jobs: list[Job]) -> dict[Job, Fault]:
-    """The jobs whose results would lie on scans or on each other, or have no place."""
-    scans = {job.source.image.resolve() for job in jobs}
-    counts = Counter(place.resolve() for job in jobs for place in job.places)
+def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
+    """The requests whose results would lie on scans or on each other, or have no place."""
+    scans = {request.source.image.resolve() for request in requests}
+    counts = Counter(place.resolve() for request in requests for place in request.places)
     wrong = {}
-    for job in jobs:
-        for place in job.places:
+    for request in requests:
+        for place in request.places:
             found = None
             if place.resolve() in scans:
                 found = f"its result, {place}, would lie on a scan"
@@ -271,5 +268,7 @@ def _wrong_places(jobs: list[Job]) -> dict[Job, Fault]:
             elif len(os.fsencode(place.name)) > _LONGEST_NAME:
                 found = f"its result's name, {place.name}, is too long"
             if found:
-                wrong[job] = Fault(job.source.image, found, "choose another output, or rename it")
+                wrong[request] = Fault(
+                    request.source.image, found, "choose another output, or rename it"
+                )
     return wrong

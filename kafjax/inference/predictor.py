@@ -25,6 +25,7 @@ from kafjax.data.patches import (
     keypoints_inside,
     tile_origins,
 )
+from kafjax.errors import UserError
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.step import make_predict
 from kafjax.workdir.workdir import Workdir
@@ -60,7 +61,7 @@ class Predictor:
         if batch_size is None:
             batch_size = math.ceil(config.batch_size / devices) * devices
         if batch_size < 1 or batch_size % devices:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {batch_size}, expected a positive multiple of the {devices} devices"
             )
         self.config = config

@@ -7,15 +7,15 @@ A cross-validation's folder stands for its runs. What a workdir lacks is said on
 
 from absl import app, flags
 
-from kafjax.commands import parse_flags, run_command
+from kafjax.commands import define_path, define_paths, expand_list, parse_flags, run_command
 from kafjax.report.page import NUM_SAMPLES, report
 from kafjax.xla import set_up_xla
 
-_WORKDIR = flags.DEFINE_list(
+_WORKDIR = define_paths(
     "workdir", None, "Workdirs of runs or cross-validations: A B C, or A,B,C.", required=True
 )
-_OUTPUT = flags.DEFINE_string("output", "report.html", "The page's file.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: where the runs had their datasets.")
+_OUTPUT = define_path("output", "report.html", "The page's file.")
+_DATA_DIR = define_path("data_dir", None, "Default: where the runs had their datasets.")
 _SAMPLES = flags.DEFINE_integer(
     "samples", NUM_SAMPLES, "Slices of each dataset that the runs segment for the page; 0: none."
 )
@@ -24,10 +24,12 @@ _SAMPLES = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Dispatches to `report`; what stands after a workdir is another one."""
     set_up_xla()
-    workdirs = [*_WORKDIR.value, *argv[1:]]
     run_command(
         lambda: report(
-            workdirs, _OUTPUT.value, data_dir=_DATA_DIR.value, num_samples=_SAMPLES.value
+            [*_WORKDIR.value, *(path for text in argv[1:] for path in expand_list(text))],
+            _OUTPUT.value,
+            data_dir=_DATA_DIR.value,
+            num_samples=_SAMPLES.value,
         )
     )
 

@@ -4,22 +4,22 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from kafjax.errors import UserError
 from kafjax.files import flatten, write_text
+from kafjax.report.charts import Curve, chart, curve_legend
 from kafjax.report.html import (
     Child,
-    Curve,
     Element,
-    chart,
     details,
     element,
-    legend,
+    figure,
     note,
     number,
     page,
-    picture,
     table,
 )
 from kafjax.report.pictures import read_board, show_samples
@@ -57,10 +57,10 @@ def report(
         or a negative number of samples.
     """
     if num_samples < 0:
-        raise ValueError(f"samples is {num_samples}, expected 0 or more")
+        raise UserError(f"samples is {num_samples}, expected 0 or more")
     target = Path(output)
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise ValueError(f"{output}: expected a file in a folder that exists")
+        raise UserError(f"{output}: expected a file in a folder that exists")
     places, tables = expand([Path(workdir) for workdir in workdirs])
     runs = read_runs(places)
     sections = {
@@ -73,7 +73,7 @@ def report(
         "Configuration": _configuration(runs),
         "Environment": _environment(runs),
     }
-    text = page("kafjax: report of runs", *_body(sections))
+    text = page(*_body(sections))
     # A file name that is not Unicode still makes a page.
     write_text(target, text, errors="xmlcharrefreplace")
     print(f"{output}: {len(runs)} runs, {len(text) / 2**20:.1f} MiB", flush=True)
@@ -82,7 +82,6 @@ def report(
 def _body(sections: Mapping[str, Sequence[Child]]) -> Iterator[Element]:
     names = {title: title.split()[0].strip(",").lower() for title in sections}
     links = [element("li", element("a", title, href=f"#{names[title]}")) for title in sections]
-    yield element("h1", "Report of runs")
     yield element("nav", element("ul", *links), aria_label="Sections")
     for title, parts in sections.items():
         name = names[title]
@@ -121,13 +120,11 @@ def _progress(run: Run) -> tuple[str | None, str | None, str | None]:
         row["time"]["seconds_per_step"] * (row["step"] - start)
         for start, row in zip(starts, logged, strict=False)
     )
-    return f"{logged[-1]['step']:,}", number(logged[-1].get("epoch"), 1), _duration(seconds)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+    return (
+        f"{logged[-1]['step']:,}",
+        number(logged[-1].get("epoch"), 1),
+        str(timedelta(seconds=round(seconds))),
+    )
 
 
 def _scores(run: Run) -> tuple[str | None, str | None, str | None]:
@@ -155,7 +152,7 @@ def _curves(runs: Sequence[Run]) -> list[Element]:
         shown, folded = _charts(group)
         parts += [
             element("h3", _TASKS.get(task, task)),
-            legend({run.number: run.name for run in group}),
+            curve_legend({run.number: run.name for run in group}),
             element("div", *shown, class_="charts"),
         ]
         if folded:
@@ -202,14 +199,14 @@ def _board(runs: Sequence[Run]) -> list[Element]:
     for run in runs:
         try:
             found = read_board(run.workdir)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             parts.append(note(f"{run.name}: {error}"))
             continue
         if not found:
             parts.append(note(f"{run.name}: no pictures in TensorBoard's files."))
         for name, (step, image) in found.items():
             told = f"{run.name}: {name}, step {step:,}"
-            shown.append(picture(image, told, told))
+            shown.append(figure(image, told, told))
     return [element("div", *shown, class_="pictures wide"), *parts] if shown else parts
 
 

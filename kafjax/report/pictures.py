@@ -9,43 +9,25 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
-from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.drawing.figures import SegmentedSlice
+from kafjax.drawing.overlay import class_colours
+from kafjax.errors import UserError
+from kafjax.figures.choice import largest_foreground
 from kafjax.inference.predictor import load_predictor
-from kafjax.report.html import Element, element, note, number, picture, swatch
+from kafjax.report.html import Element, element, figure, legend, note
 from kafjax.report.runs import Fields, Run, mean_dice
-from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice
+from kafjax.segmentation_metrics import slice_dice
 from kafjax.workdir.scores import SPLITS
 from kafjax.workdir.workdir import Workdir
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class Sample(NamedTuple):
-    """A labelled slice of a volume; `place` counts from 0."""
-
-    volume: str
-    place: int
-    slice: Slice
-
-    @property
-    def label(self) -> np.ndarray:
-        """Class numbers, uint8 [h, w]."""
-        assert self.slice.label is not None
-        return self.slice.label.astype(np.uint8)
-
-
-class Prediction(NamedTuple):
-    """Class numbers, uint8 [h, w], and Dice, the mean over classes; None where there are none."""
-
-    label: np.ndarray
-    dice: float | None
 
 
 def show_samples(
@@ -74,7 +56,7 @@ def show_samples(
     for (folder, name), group in groups.items():
         try:
             parts += _show_dataset(open_dataset(folder, name), name, group, most)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             parts.append(note(f"{name}: the dataset is not at hand, so no slices: {error}"))
     return parts
 
@@ -91,34 +73,17 @@ def choose_volumes(scores: Sequence[Mapping[str, float]], *, most: int) -> list[
     return list(dict.fromkeys(chosen))[:most]
 
 
-def read_sample(dataset: SliceDataset, volume: str) -> Sample:
-    """The volume's slice with the most labelled pixels, the first of equals."""
-    records = dataset.volumes[volume]
-    slices = (dataset.read(record, with_label=True) for record in records)
-    sizes = [0 if s.label is None else np.count_nonzero(s.label) for s in slices]
-    place = max(range(len(sizes)), key=lambda i: sizes[i])
-    return Sample(volume, place, dataset.read(records[place], with_label=True))
-
-
-def predict_samples(
-    workdir: str | os.PathLike[str],
-    samples: Sequence[Sample],
-    *,
-    num_classes: int,
-    step: int | None = None,
-) -> list[Prediction]:
-    """Predicts slices by a run, as it was at `step`, by default its best.
+def predict_slices(
+    workdir: str | os.PathLike[str], slices: Sequence[Slice], *, step: int | None = None
+) -> list[np.ndarray]:
+    """The class numbers, int [h, w], that a run as it was at `step` (its best) predicts.
 
     Raises:
       ValueError: the run has no such checkpoint, or a damaged one.
     """
     predictor = load_predictor(workdir, step=step)
-    views = [(s.slice.image, s.slice.keypoints, s.slice.mask) for s in samples]
-    labels = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
-    return [
-        Prediction(label, _mean_dice(label, sample.label, num_classes))
-        for label, sample in zip(labels, samples, strict=True)
-    ]
+    views = [(s.image, s.keypoints, s.mask) for s in slices]
+    return [probabilities.argmax(axis=-1) for probabilities in predictor.probabilities(views)]
 
 
 def read_board(workdir: str | os.PathLike[str]) -> dict[str, tuple[int, bytes]]:
@@ -142,50 +107,60 @@ def _show_dataset(
 ) -> list[Element]:
     scores = [mean_dice(_evaluation(run)) for run in runs]
     volumes = choose_volumes(scores, most=most)
-    samples = [read_sample(dataset, v) for v in volumes if v in dataset.volumes]
-    shown: dict[str, dict[str, Prediction]] = {}
     faults = [note(f"{v}: not in {dataset.directory}") for v in volumes if v not in dataset.volumes]
+    records = {v: largest_foreground(dataset, v) for v in volumes if v in dataset.volumes}
+    slices = {v: dataset.read(record, with_label=True) for v, record in records.items()}
+    predicted: dict[str, dict[str, np.ndarray]] = {volume: {} for volume in slices}
     for run, of_run in zip(runs, scores, strict=True):
-        own = [sample for sample in samples if sample.volume in of_run]
+        own = [volume for volume in slices if volume in of_run]
         print(f"Segmenting {len(own)} slices by {run.name}", flush=True)
         try:
             check_facts(dataset, {"max_keypoints": run.config["data"]["max_keypoints"]})
             step = _evaluation(run).get("step")
-            found = predict_samples(run.workdir, own, num_classes=len(dataset.classes), step=step)
-        except (ValueError, OSError) as error:
+            found = predict_slices(run.workdir, [slices[volume] for volume in own], step=step)
+        except (UserError, OSError) as error:
             faults.append(note(f"{run.name}: {error}"))
             continue
-        shown[run.name] = {s.volume: p for s, p in zip(own, found, strict=True)}
+        # A run has no prediction of other volumes: it may have trained on them.
+        for volume, label in zip(own, found, strict=True):
+            predicted[volume][run.name] = label
     explained = note(
         f"{name}: of each run the volume with the lowest and the one with the highest mean Dice, "
-        f"{len(samples)} in all, each by its slice with the most labelled pixels; below a "
+        f"{len(slices)} in all, each by its slice with the most labelled pixels; below a "
         "prediction, that slice's Dice, mean over classes."
     )
-    rows = [part for sample in samples for part in _show_sample(sample, shown)]
+    rows = [
+        part
+        for volume, one in slices.items()
+        for part in _show_slice(dataset, records[volume], one, predicted[volume])
+    ]
     return [explained, _class_legend(dataset.classes), *rows, *faults]
 
 
-def _show_sample(sample: Sample, shown: Mapping[str, Mapping[str, Prediction]]) -> list[Element]:
-    place = f"{sample.volume}, slice {sample.place + 1} of {sample.slice.num_slices}"
-    image = sample.slice.image[..., 0]
-    figures = [
-        picture(grey(image), f"{place}: image", "image"),
-        picture(draw_labels(image, sample.label), f"{place}: reference labels", "reference"),
-    ]
-    for run, predictions in shown.items():
-        if sample.volume not in predictions:
-            continue  # not among the run's evaluated volumes; it may have trained on it
-        found = predictions[sample.volume]
-        told = f"{run}: Dice {number(found.dice, 3) or '-'}"
-        drawn = draw_labels(image, found.label)
-        figures.append(picture(drawn, f"{place}: prediction of {told}", told))
-    return [element("h3", place), element("div", *figures, class_="pictures pixels")]
+def _show_slice(
+    dataset: SliceDataset, record: int, one: Slice, predicted: Mapping[str, np.ndarray]
+) -> list[Element]:
+    assert one.label is not None
+    num_classes = len(dataset.classes)
+    drawn = SegmentedSlice(
+        title=dataset.describe_record(record),
+        image=one.image[..., 0],
+        reference=one.label,
+        predictions=list(predicted.values()),
+        dice=[slice_dice(label, one.label, num_classes) for label in predicted.values()],
+    )
+    names = ["image", "reference", *(f"{run}: " for run in predicted)]
+    figures = []
+    for name, (picture, dice) in zip(names, drawn.panels(), strict=True):
+        what = f"prediction of {name}{dice}" if dice else name
+        figures.append(figure(picture, f"{drawn.title}: {what}", name + dice))
+    return [element("h3", drawn.title), element("div", *figures, class_="pictures pixels")]
 
 
 def _class_legend(classes: Sequence[str]) -> Element:
     colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(classes))]
-    entries = [swatch(*entry) for entry in zip(colours[1:], classes[1:], strict=True)]
-    return element("ul", *entries, class_="legend")
+    swatches = [element("i", style=f"background:{c}", class_="swatch") for c in colours]
+    return legend(list(zip(swatches, classes, strict=True))[1:])
 
 
 def _evaluation(run: Run) -> Fields:
@@ -205,9 +180,4 @@ def _read_events(path: Path) -> Iterator[Any]:
             try:
                 yield Event.FromString(body[:length])
             except DecodeError as error:
-                raise ValueError(f"{path}: damaged ({error})") from None
-
-
-def _mean_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> float | None:
-    dice = mean_pooled_dice(np.asarray(count_pixels(prediction, label, num_classes)))
-    return None if np.isnan(dice) else dice
+                raise UserError(f"{path}: damaged ({error})") from None

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kafjax.errors import UserError
 from kafjax.files import read_checked
 from kafjax.workdir.metrics import read_metrics
 from kafjax.workdir.scores import SPLITS, read_scores
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import Workdir, name_runs
 
 Fields = dict[str, Any]
 
@@ -55,11 +56,11 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
     for workdir in workdirs:
         try:
             configs.append(Workdir(workdir).read_config())
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("; ".join(faults))
-    names = _short_names(workdirs)
+        raise UserError("; ".join(faults))
+    names = name_runs(workdirs)
     return [
         _read_run(name, number, workdir, config)
         for number, (name, workdir, config) in enumerate(zip(names, workdirs, configs, strict=True))
@@ -92,7 +93,7 @@ def expand(workdirs: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, Field
             continue
         document, faults = _read_json(path, ("folds", "rows", "missing"))
         if faults:
-            raise ValueError(faults[0])
+            raise UserError(faults[0])
         tables.append((workdir, document))
         runs = [path for path in workdir.iterdir() if Workdir(path).config_file.exists()]
         places += sorted(runs, key=_by_numbers)
@@ -105,16 +106,6 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
-def _short_names(workdirs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [workdir.absolute().parts for workdir in workdirs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(workdir) for workdir in workdirs]
-
-
 def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
     folder = Workdir(workdir)
     evaluations: dict[str, Fields] = {}
@@ -123,11 +114,11 @@ def _read_run(name: str, number: int, workdir: Path, config: Fields) -> Run:
         try:
             if found := read_scores(folder, split):
                 evaluations[split] = found
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     try:
         metrics = read_metrics(workdir)
-    except ValueError as error:
+    except UserError as error:
         metrics = []
         faults.append(f"{folder.metrics_file}: damaged ({error})")
     preparation, wrong = _read_json(folder.preparation_file)

@@ -6,9 +6,9 @@ __all__, __getattr__ = public(
     __name__,
     {
         ".cross_validation": ("cross_validate",),
-        ".experiment": ("make_experiment",),
+        ".experiment": ("Experiment", "make_experiment"),
         ".plan": (
-            "Experiment",
+            "Row",
             "Table",
         ),
     },

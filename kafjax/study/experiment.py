@@ -5,26 +5,271 @@
 
 The table's jobs are `kafjax.main` and `kafjax.cross_validate` commands, which are printed and can
 be repeated by hand. One runs on each local device, or each core of a CPU. What is complete, for
-this table or another, is not run again, and what was stopped goes on. `--shard 2/8` takes every
-8th job, from the 2nd on, of a workdir that machines share. `--rows 1-3,5` takes a part of the
-table, beside the row that differences are from. `--plan` tells what there is to do,
-`--collect` makes the table of what there is, and neither runs anything.
+this table or another, is not run again, and what was stopped resumes. `--shard 2/8` takes every
+8th job, from the 2nd on, of a workdir that machines share; a shard that needs a job that failed
+elsewhere stops and names it. `--rows 1-3,5` takes a part of the table, plus the row that
+differences are from. `--plan` lists what is left to do, `--collect` makes the table of the runs
+that are complete, and neither runs anything.
 
-    runs/experiments/chd/table1.{md,csv,png,svg}    the table, with standard errors
-    runs/experiments/chd/{pretrain,segment,logs}/   the runs (`kafjax.study.plan`)
+    runs/experiments/chd/table1.{md,csv,json,png,svg}    the table (`kafjax.study.results`)
+    runs/experiments/chd/pretrain/kaf_unet_kaf_seed0/    runs of kafjax.main
+    runs/experiments/chd/segment/kaf_unet_kaf/           runs of kafjax.cross_validate
+    runs/experiments/chd/logs/                           what they print
+
+The names of workdirs state what was run, so that rows and tables with a run in common share it.
 
 `--small` is for CPUs: DATASET_small's configs, and two folds by default.
 Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signal when stopped.
 """
 
+import functools
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from kafjax.checkpoint.checkpointer import saved_steps
 from kafjax.config_files import load_config
-from kafjax.study.plan import Experiment, Planned, Table
+from kafjax.data.dataset_files import find_dataset
+from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.splits import subject_of
+from kafjax.errors import UserError
+from kafjax.files import flatten
+from kafjax.models import PRETRAINING_HEADS
+from kafjax.paths import expand
+from kafjax.study.jobs import Job
+from kafjax.study.plan import SCRATCH, Row, Study, Table
+from kafjax.study.runs import (
+    RunKey,
+    complete_scores,
+    has_trained,
+    listed,
+    plan_runs,
+    run_config,
+)
+from kafjax.training.config_checks import check_fields
+from kafjax.training.describe import count_parameters
+from kafjax.training.preflight import with_classes
+from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.workdir import Workdir
 
 _SMALL_FOLDS = (0, 1)
+# The method whose encoder another one starts from.
+_STAGES = {"glcl": "gcl"}
+
+
+class Phantoms(NamedTuple):
+    """A dataset of synthetic subjects that is prepared where it is missing."""
+
+    num_subjects: int
+    size: str
+    max_keypoints: int
+
+
+PHANTOMS = {
+    "phantom": Phantoms(10, "64x64x24", 64),
+    "phantom_small": Phantoms(10, "48x48x16", 24),
+}
+# Subjects, and slices of each, for a plan without the dataset: ACDC's two frames have about 9.5
+# each, CHD's volumes 130 to 340.
+_NOMINAL = {"acdc": (100, 19), "chd": (68, 235)}
+# What jobs take, in the order of --step_seconds.
+_WORK = ("steps of pretraining", "steps of training with labels", "batches of validation")
+
+
+class ConfigCommand(NamedTuple):
+    """A config file with its variant (after a colon), and what is changed in it, by dotted path."""
+
+    file: str
+    changes: Mapping[str, Any]
+
+    def config(self) -> Any:
+        """The run's config; `ValueError` where there is no such file, or a field is refused."""
+        config = load_config(self.file)
+        try:
+            config.update_from_flattened_dict(self.changes)
+            check_fields(config)
+        except (AttributeError, KeyError, TypeError, UserError) as error:
+            text = str(error) if isinstance(error, UserError) else str(error.args[0])
+            raise UserError(f"{self.file}: {'; '.join(text.splitlines())}") from None
+        return config
+
+    def arguments(self) -> list[str]:
+        """The same on the command line; what the file says by itself is left out."""
+        fields = flatten(load_config(self.file).to_dict())
+        changed = {name: x for name, x in self.changes.items() if fields.get(name) != x}
+        texts = {name: f"{x:g}" if isinstance(x, float) else x for name, x in changed.items()}
+        return ["--config", self.file, *(f"--config.{name}={x}" for name, x in texts.items())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Study):
+    """A table on a dataset, whose configs are `configs/DATASET_pretrain.py` and `_finetune.py`.
+
+    Attributes:
+      data_dir: where the prepared dataset is.
+      fold_jobs: whether each fold is a job, and not all folds of a row and a seed together.
+    """
+
+    data_dir: str
+    fold_jobs: bool
+
+    def row_dir(self, row: Row) -> Path:
+        """The folder of the row's runs, which rows with the same network and pretraining share."""
+        return self.root / "segment" / row.workdir
+
+    def config(self, row: Row, seed: int) -> Any:
+        """What the row's runs of a seed have in common."""
+        return self.segmentation(row, seed).config()
+
+    def segmentation(self, row: Row, seed: int) -> ConfigCommand:
+        """What the row's runs of a seed have in common."""
+        if row.pretraining == SCRATCH:
+            return self._command("finetune", "scratch", {"model.name": row.model})
+        start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
+        return self._command("finetune", "", start)
+
+    def pretraining(self, row: Row, seed: int) -> ConfigCommand:
+        """The row's pretraining."""
+        changes: dict[str, Any] = {"seed": seed, "model.name": row.model}
+        if stage := _earlier(row):
+            changes["init_from"] = str(self._pretraining_dir(stage, seed))
+        weights = zip(PRETRAINING_HEADS, row.weights or (), strict=False)
+        changes |= {f"loss.weights.{name}": float(weight) for name, weight in weights}
+        return self._command("pretrain", row.pretraining, changes)
+
+    def parameters(self) -> dict[str, int]:
+        """By row's name; none where the dataset, which knows the number of classes, is missing."""
+        counts: dict[str, int] = {}
+        for row in self.table.rows:
+            if row.model not in counts:
+                try:
+                    config = with_classes(self.config(row, self.seeds[0]))
+                except UserError:
+                    return {}
+                counts[row.model] = sum(count_parameters(config).values())
+        return {row.name: counts[row.model] for row in self.table.rows}
+
+    def plan(self) -> list[Job]:
+        """All jobs, each once, after those that it needs; nothing is run or written.
+
+        Raises:
+          ValueError: configs that are refused, workdirs that hold runs of others; all are named.
+        """
+        rows = list(itertools.product(self.table.rows, self.seeds))
+        makers: list[Callable[[], Iterator[Job]]] = [
+            self._preparation,
+            *(partial(self._pretraining_jobs, row, seed) for row, seed in rows),
+            *(partial(self._segmentation_jobs, row, seed) for row, seed in rows),
+        ]
+        planned: dict[str, Job] = {}
+        faults: dict[str, None] = {}  # each once, in order
+        for make in makers:
+            try:
+                planned |= {job.name: job for job in make()}
+            except UserError as error:
+                faults[str(error)] = None
+        if faults:
+            raise UserError("\n".join(faults))
+        return list(planned.values())
+
+    def check_dataset(self) -> None:
+        """Raises `ValueError` where the dataset is missing, and is not one that jobs prepare."""
+        if self.dataset not in PHANTOMS:
+            find_dataset(self.data_dir, self.base.data.name)
+
+    def _preparation(self) -> Iterator[Job]:
+        if self.dataset not in PHANTOMS:
+            return
+        phantoms, name = PHANTOMS[self.dataset], self.base.data.name
+        command = (
+            *("-m", "data_prep.main", "--dataset", "phantom", "--name", name),
+            *("--data_dir", self.data_dir, "--raw_dir", f"{self.data_dir}/raw/{name}"),
+            *("--num_subjects", str(phantoms.num_subjects), "--size", phantoms.size),
+            *("--max_keypoints", str(phantoms.max_keypoints)),
+        )
+        yield self._job(f"prepare/{name}", command, partial(_is_prepared, self.data_dir, name))
+
+    def _pretraining_jobs(self, row: Row, seed: int) -> Iterator[Job]:
+        if row.pretraining == SCRATCH:
+            return
+        needs = self._prepared()
+        if stage := _earlier(row):
+            yield from self._pretraining_jobs(stage, seed)
+            needs = (_pretraining_name(stage, seed),)
+        command, workdir = self.pretraining(row, seed), self._pretraining_dir(row, seed)
+        config = command.config()
+        Workdir(workdir).check_config(config.to_dict())
+        subjects, slices = self._size()
+        steps = config.num_epochs * int(subjects * slices // config.batch_size)
+        arguments = ("-m", "kafjax.main", *command.arguments(), "--workdir", str(workdir))
+        is_done = partial(is_pretrained, config, workdir)
+        work = {row.model: (min(steps, config.num_steps or steps), 0, 0)}
+        yield self._job(_pretraining_name(row, seed), arguments, is_done, needs, work)
+
+    def _segmentation_jobs(self, row: Row, seed: int) -> Iterator[Job]:
+        self.check_workdirs(row, seed)
+        root, config = self.row_dir(row), self.config(row, seed)
+        is_scratch = row.pretraining == SCRATCH
+        needs = self._prepared() if is_scratch else (_pretraining_name(row, seed),)
+        for folds in [(fold,) for fold in self.folds] if self.fold_jobs else [self.folds]:
+            name = f"segment/{row.workdir}_seed{seed}"
+            if self.fold_jobs:
+                name += f"_fold{folds[0]}"
+            command = (
+                *("-m", "kafjax.cross_validate", *self.segmentation(row, seed).arguments()),
+                *("--folds", listed(folds), "--num_labeled", listed(self.num_labeled)),
+                *("--seeds", str(seed), "--workdir", str(root)),
+            )
+            runs = [run for run in self.runs if run.seed == seed and run.fold in folds]
+            is_done = partial(_are_complete, config, root, runs)
+            work = {row.model: self._segmentation_work(config, runs)}
+            yield self._job(name, command, is_done, needs, work)
+
+    def _segmentation_work(self, config: Any, runs: Sequence[RunKey]) -> tuple[int, int, int]:
+        subjects, slices = self._size()
+        every, epochs = config.every.validation_epochs, config.num_epochs
+        # The last step validates too, and then the best checkpoint is evaluated.
+        times = (math.ceil(epochs / every) if every else 1) + 1
+        held_out = subjects / config.data.num_folds * slices
+        steps = sum(int(run.num_labeled * slices // config.batch_size) for run in runs) * epochs
+        return 0, steps, len(runs) * times * math.ceil(held_out / config.batch_size)
+
+    def _job(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        is_done: Callable[[], bool],
+        needs: tuple[str, ...] = (),
+        work: Mapping[str, tuple[int, ...]] = {},
+    ) -> Job:
+        log = self.root / "logs" / f"{name.replace('/', '_')}.log"
+        return Job(name, command, log, is_done, needs, work)
+
+    def _command(self, kind: str, variant: str, changes: Mapping[str, Any]) -> ConfigCommand:
+        file = ":".join(filter(None, (f"configs/{self.dataset}_{kind}.py", variant)))
+        return ConfigCommand(file, {"data.dir": self.data_dir, **changes})
+
+    def _prepared(self) -> tuple[str, ...]:
+        return (f"prepare/{self.base.data.name}",) if self.dataset in PHANTOMS else ()
+
+    def _pretraining_dir(self, row: Row, seed: int) -> Path:
+        return self.root / "pretrain" / f"{row.workdir}_seed{seed}"
+
+    def _size(self) -> tuple[int, float]:
+        """Subjects, and slices of each: of the dataset, or about, where it is missing."""
+        name = self.base.data.name
+        if _is_prepared(self.data_dir, name):
+            return _count(str(find_dataset(self.data_dir, name)))
+        if phantoms := PHANTOMS.get(self.dataset):
+            return phantoms.num_subjects, int(phantoms.size.split("x")[2])
+        return _NOMINAL.get(name, (0, 0))
 
 
 def make_experiment(
@@ -62,18 +307,17 @@ def make_experiment(
     if num_labeled is None:
         base = name.split("_")[0]
         if base not in table.num_labeled:
-            raise ValueError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
+            raise UserError(f"the table has no M for {base}; expected --num_labeled, as in 2,6")
         num_labeled = table.num_labeled[base]
-    if folds is None:
-        folds = _SMALL_FOLDS if small else range(config.data.num_folds)
+    if folds is None and small:
+        folds = _SMALL_FOLDS
     return Experiment(
         table=table,
         dataset=name,
-        root=Path(workdir) / name,
+        root=expand(workdir) / name,
+        runs=plan_runs(config, num_labeled=num_labeled, folds=folds, seeds=seeds),
+        base=config,
         data_dir=data_dir,
-        num_labeled=tuple(num_labeled),
-        folds=tuple(folds),
-        seeds=tuple([config.seed] if seeds is None else seeds),
         # Small ones spend their time on starting; large ones should keep many devices busy.
         fold_jobs=not small,
     )
@@ -82,8 +326,8 @@ def make_experiment(
 def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
     total = len(table.rows)
     if unknown := [n for n in numbers if not 1 <= n <= total]:
-        raise ValueError(
-            f"--rows: found {', '.join(map(str, unknown))}, expected numbers from 1 to {total}"
+        raise UserError(
+            f"--rows: found {listed(unknown, ', ')}, expected numbers from 1 to {total}"
         )
     kept = (
         row for i, row in enumerate(table.rows, 1) if i in numbers or row.name == table.reference
@@ -95,37 +339,64 @@ def parse_shard(text: str) -> tuple[int, int]:
     """Of '2/8' the first job, from 0, and the step; `ValueError` for other text."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard: found {text!r}, expected 1/N to N/N")
+        raise UserError(f"--shard: found {text!r}, expected 1/N to N/N")
     return int(match[1]) - 1, int(match[2])
 
 
-def format_plan(
-    planned: Sequence[Planned], step_seconds: tuple[float, float, float] | None = None
-) -> str:
+def format_plan(jobs: Sequence[Job], step_seconds: tuple[float, float, float] | None = None) -> str:
     """The jobs, what is done, and how much work is left for each network.
 
     Args:
-      planned: of `Experiment.plan`.
+      jobs: of `Experiment.plan`.
       step_seconds: of a step of pretraining, one of fine-tuning and a batch of validation, on one
-        device; with them the hours are told.
+        device, to print hours.
     """
     lines: list[str] = []
-    left: dict[str, list[int]] = {}
-    for job, work in planned:
+    left: dict[str, Any] = {}
+    for job in jobs:
         is_done = job.is_done()
         lines.append(f"{'done' if is_done else 'to do':<6} {job.name}\n       {job}")
-        if work is None or is_done:
-            continue
-        model, *counts = work
-        left[model] = [a + b for a, b in zip(left.get(model, (0, 0, 0)), counts, strict=True)]
+        for model, counts in {} if is_done else job.work.items():
+            left[model] = left.get(model, 0) + np.array(counts)
     lines.append("")
     for model, counts in left.items():
-        what = ("steps of pretraining", "steps of training with labels", "batches of validation")
-        told = ", ".join(f"{n:,} {name}" for n, name in zip(counts, what, strict=True))
+        work = ", ".join(f"{n:,} {name}" for n, name in zip(counts, _WORK, strict=True))
         if step_seconds is not None:
-            seconds = sum(n * s for n, s in zip(counts, step_seconds, strict=True))
-            told += f": {seconds / 3600:.1f} device hours"
-        lines.append(f"to do for {model}, about: {told}")
+            work += f": {np.dot(counts, step_seconds) / 3600:.1f} device hours"
+        lines.append(f"to do for {model}, about: {work}")
     if not left:
         lines.append("nothing is left to do but the table")
     return "\n".join(lines)
+
+
+def is_pretrained(config: Any, workdir: Path) -> bool:
+    """Whether a pretraining run has come to the end that `config` sets, and saved it."""
+    if not has_trained(config, workdir):
+        return False
+    return read_metrics(workdir)[-1]["step"] in saved_steps(workdir)
+
+
+def _earlier(row: Row) -> Row | None:
+    """The row from whose pretraining this one's starts."""
+    method = _STAGES.get(row.pretraining)
+    return None if method is None else row._replace(pretraining=method)
+
+
+def _pretraining_name(row: Row, seed: int) -> str:
+    return f"pretrain/{row.workdir}_seed{seed}"
+
+
+def _are_complete(config: Any, root: Path, runs: Sequence[RunKey]) -> bool:
+    return all(complete_scores(run_config(config, run), root / run.name) for run in runs)
+
+
+def _is_prepared(data_dir: str, name: str) -> bool:
+    return any(expand(data_dir).glob(f"{name}/*/dataset_info.json"))
+
+
+@functools.cache
+def _count(directory: str) -> tuple[int, float]:
+    """Subjects of a prepared dataset, and slices of each in the mean."""
+    dataset = SliceDataset(Path(directory))
+    subjects = len({subject_of(volume) for volume in dataset.volumes})
+    return subjects, sum(map(len, dataset.volumes.values())) / subjects

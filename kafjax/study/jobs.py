@@ -1,25 +1,38 @@
 """Runs commands that need each other on slots: devices of this machine, or cores of its CPU.
 
-A job is a command in a process of its own that goes on where it was stopped, and a test of whether
-its work is done, which may be the work of another process on a shared disk. Output goes to a log.
+A job is a command in a process of its own that resumes where it was stopped, and a test of whether
+its work is done, which may be the work of another process on a shared disk.
+
+    LOGS/NAME.log       its output, locked while it runs
+    LOGS/NAME.failed    why and where it failed, for the shards that wait for it; its shard's next
+                        start removes it
 """
 
 import contextlib
 import enum
 import fcntl
 import os
+import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
+
+from kafjax.cores import usable_cores
+from kafjax.errors import UserError
+from kafjax.files import read_text, write_text
 
 _POLL_SECONDS = 0.2
 # Between looks at work of other machines, which are reads from a shared disk.
 _LOOK_SECONDS = 5.0
+# For shards that are started anew together: how long one believes that the marks of failures that
+# it finds are about to be removed.
+_GRACE_SECONDS = 30.0
 _QUERY = "import jax; print(jax.default_backend(), jax.local_device_count())"
 # What makes the one device of a slot all that its process sees.
 _VISIBLE = {"gpu": ("CUDA_VISIBLE_DEVICES",), "tpu": ("TPU_VISIBLE_CHIPS",)}
@@ -35,6 +48,7 @@ class Job(NamedTuple):
       log: the file that takes its output, after that of earlier starts.
       is_done: whether nothing is left to do.
       needs: names of the jobs that must be done before.
+      work: of a network by name, how much of each kind, for a plan.
     """
 
     name: str
@@ -42,6 +56,12 @@ class Job(NamedTuple):
     log: Path
     is_done: Callable[[], bool]
     needs: tuple[str, ...] = ()
+    work: Mapping[str, tuple[int, ...]] = {}
+
+    @property
+    def mark(self) -> Path:
+        """The file that is there after a failure; see the module."""
+        return self.log.with_suffix(".failed")
 
     def __str__(self) -> str:
         return shlex.join(("python", *self.command))
@@ -58,8 +78,8 @@ class Slot(NamedTuple):
 class Outcome(NamedTuple):
     """How it ended: names of jobs that failed, and the signal that stopped the rest, if any."""
 
-    failed: tuple[str, ...]
-    received: int | None
+    failed: tuple[str, ...] = ()
+    received: int | None = None
 
 
 class _State(enum.Enum):
@@ -89,14 +109,14 @@ def find_slots(number: int | None = None) -> list[Slot]:
         [sys.executable, "-c", _QUERY], capture_output=True, text=True, check=False
     )
     if found.returncode:
-        raise ValueError(f"JAX finds no device: {_last_line(found.stderr)}")
+        raise UserError(f"JAX finds no device: {_last_line(found.stderr)}")
     backend, count = found.stdout.split()[-2:]
-    cores = _cores()
+    cores = usable_cores()
     most = len(cores) if backend == "cpu" else int(count)
     number = most if number is None else number
     if not 1 <= number <= most:
         what = "cores" if backend == "cpu" else f"{backend} devices"
-        raise ValueError(f"slots is {number}, expected 1 to {most}, the {what} there are")
+        raise UserError(f"slots is {number}, expected 1 to {most}, the {what} there are")
     if backend == "cpu":
         # A job on a core of its own is faster than threads of several jobs over all.
         return [Slot(f"core {i}", {}, tuple(cores[i::number])) for i in range(number)]
@@ -111,9 +131,9 @@ def run_jobs(
 ) -> Outcome:
     """Runs what is not done, as soon as a slot is free and what it needs is done.
 
-    A job that fails is named with its log's last line, and so are those that need it; the others
-    go on. SIGTERM and Ctrl-C are passed on to the running jobs, whose ends are waited for. A job
-    that another process of this machine or disk is running is waited for.
+    A job that fails is named with its log's last line, and so are those that need it, in every
+    shard; the others still run. SIGTERM and Ctrl-C are passed on to the running jobs, whose ends
+    are waited for. A job that another process of this machine or disk is running is waited for.
 
     Args:
       jobs: a job comes after those that it needs.
@@ -140,9 +160,13 @@ class _Scheduler:
         self._total = sum(state is _State.WAITING for state in self._states.values())
         self._started = 0
         self._running: dict[str, _Running] = {}
-        self._looks: dict[str, tuple[float, bool]] = {}
+        self._looks: dict[str, tuple[float, _State]] = {}
         self._said: set[str] = set()
         self._signals: list[int] = []
+        self._begin = time.monotonic()
+        for name in self._states:
+            self._jobs[name].mark.unlink(missing_ok=True)
+        self._old_marks = {job.name: _stamp(job.mark) for job in jobs}
 
     def __enter__(self) -> Self:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -193,7 +217,7 @@ class _Scheduler:
             self._end(self._jobs[name], status, time.monotonic() - running.begin)
 
     def _end(self, job: Job, status: int, seconds: float) -> None:
-        spent = f"{job.name} after {_duration(seconds)}"
+        spent = f"{job.name} after {timedelta(seconds=round(seconds))}"
         if status == 0 and job.is_done():
             self._states[job.name] = _State.DONE
             left = len(self._names(_State.WAITING)) + len(self._running)
@@ -202,38 +226,57 @@ class _Scheduler:
             self._states[job.name] = _State.WAITING
             _say(f"stopped  {spent}")
         else:
-            self._states[job.name] = _State.FAILED
             what = f"status {status}" if status else "its work is not done"
-            _say(f"FAILED   {spent} ({what}): {_last_line(_tail(job.log))} [{job.log}]")
+            self._fail(job, spent, f"({what}): {_last_line(_tail(job.log))} [{job.log}]")
 
     def _start_ready(self) -> None:
         for name in self._names(_State.WAITING):
             job = self._jobs[name]
-            if failed := [n for n in job.needs if self._states.get(n) is _State.FAILED]:
-                self._states[name] = _State.FAILED
-                _say(f"FAILED   {name}: not started, it needs {', '.join(failed)}")
-            elif self._free and all(map(self._is_there, job.needs)):
+            states = {needed: self._state_of(needed) for needed in job.needs}
+            if failed := [n for n, state in states.items() if state is _State.FAILED]:
+                reasons = ", ".join(map(self._describe_failure, failed))
+                self._fail(job, f"{name}:", f"not started, it needs {reasons}")
+            elif self._free and set(states.values()) <= {_State.DONE}:
                 self._start(job)
 
-    def _is_there(self, name: str) -> bool:
-        """Whether a job that another needs is done; says once that somebody else's is not."""
-        if name in self._states:
-            return self._states[name] is _State.DONE
-        if not self._look(name):
-            self._say_once(name, f"waiting  for {name}, which another shard runs")
-            return False
-        return True
+    def _fail(self, job: Job, what: str, why: str) -> None:
+        self._states[job.name] = _State.FAILED
+        _say(f"FAILED   {what} {why}")
+        job.mark.parent.mkdir(parents=True, exist_ok=True)
+        write_text(job.mark, f"on {platform.node()}: {why}\n")
 
-    def _look(self, name: str) -> bool:
-        """Whether the work is done as of the last look; looks again only after some time."""
-        due, done = self._looks.get(name, (0.0, False))
-        if not done and time.monotonic() >= due:
-            done = self._jobs[name].is_done()
-            self._looks[name] = (time.monotonic() + _LOOK_SECONDS, done)
-        return done
+    def _describe_failure(self, name: str) -> str:
+        """The name of a failed job, with the reason where another shard ran it."""
+        if name in self._states:
+            return name
+        return f"{name}, which failed {read_text(self._jobs[name].mark).strip()}"
+
+    def _state_of(self, name: str) -> _State:
+        """The state of a job that another needs; says once that it is another shard's."""
+        if name in self._states:
+            return self._states[name]
+        state = self._look(name)
+        if state is _State.WAITING:
+            self._say_once(name, f"waiting  for {name}, which another shard runs")
+        return state
+
+    def _look(self, name: str) -> _State:
+        """What another process has done, as of the last look; looks again only after some time."""
+        due, state = self._looks.get(name, (0.0, _State.WAITING))
+        if state is not _State.DONE and time.monotonic() >= due:
+            job = self._jobs[name]
+            failed = _State.FAILED if self._is_marked(job) else _State.WAITING
+            state = _State.DONE if job.is_done() else failed
+            self._looks[name] = (time.monotonic() + _LOOK_SECONDS, state)
+        return state
+
+    def _is_marked(self, job: Job) -> bool:
+        stamp = _stamp(job.mark)
+        grace = time.monotonic() < self._begin + _GRACE_SECONDS
+        return stamp is not None and not (grace and stamp == self._old_marks[job.name])
 
     def _start(self, job: Job) -> None:
-        if self._looks.get(job.name, (0.0, False))[0] > time.monotonic():
+        if self._looks.get(job.name, (0.0,))[0] > time.monotonic():
             return  # another process had it a moment ago
         log = _claim(job.log)
         if log is None:
@@ -247,7 +290,7 @@ class _Scheduler:
             return
         slot = self._free.pop(0)
         self._started += 1
-        log.write(f"$ {job}\n".encode())
+        log.write(f"$ {job}\n".encode(errors="backslashreplace"))
         log.flush()
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
         process = subprocess.Popen(
@@ -295,10 +338,11 @@ def _environment(backend: str, index: int) -> dict[str, str]:
     return environment
 
 
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def _stamp(mark: Path) -> int | None:
+    """Tells a mark from one that replaces it; None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return mark.stat().st_mtime_ns
+    return None
 
 
 def _tail(path: Path) -> str:
@@ -310,12 +354,6 @@ def _tail(path: Path) -> str:
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _say(text: str) -> None:

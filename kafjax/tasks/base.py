@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment
+from kafjax.errors import UserError
 from kafjax.intensity import IntensityConfig
 from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
 
@@ -106,7 +107,7 @@ def apply_training(
 
     size = inputs[0].shape[0]
     if size % num_microbatches:
-        raise ValueError(
+        raise UserError(
             f"config.num_microbatches is {num_microbatches}, "
             f"expected a divisor of the {size} samples of each device"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kafjax.augment import KEYPOINT_MODES, AugmentConfig
+from kafjax.errors import UserError
 from kafjax.files import flatten
 from kafjax.intensity import IntensityConfig
 from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE, SEGMENTATION_LOSSES
@@ -187,7 +188,7 @@ def check_fields(config: Any) -> None:
     fields = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
     task: Any = fields.get("task")
     if not _COMMON["task"].holds(task):
-        raise ValueError(_line("task", fields, _COMMON["task"]))
+        raise UserError(_line("task", fields, _COMMON["task"]))
     needed = {**_COMMON, **_OF_TASK[task]}
     if fields.get("optimizer.name") == "sgd":
         needed["optimizer.momentum"] = _OPTIONAL[task]["optimizer.momentum"]
@@ -206,7 +207,7 @@ def check_fields(config: Any) -> None:
     # What goes together can be asked only of values that are right by themselves.
     faults = faults or _disagreements(fields)
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
 
 
 def _line(path: str, fields: Mapping[str, Any], rule: Rule) -> str:

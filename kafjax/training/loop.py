@@ -21,6 +21,8 @@ import optax
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.input_pipeline import BatchOptions, SliceDataset, steps_per_epoch
 from kafjax.data.splits import Split
+from kafjax.files import checksum, flatten
+from kafjax.processes import check_same, together
 from kafjax.tasks.base import Task
 from kafjax.tasks.registry import TASKS
 from kafjax.training.cadence import Cadence
@@ -57,6 +59,9 @@ from kafjax.workdir.preparation import write_preparation
 from kafjax.workdir.split import describe_later, write_split
 from kafjax.workdir.workdir import Workdir
 
+# Fields of the config that may differ between the processes of a run.
+_OF_HOST = ("data.dir", "data.num_threads")
+
 
 def train(
     config: Any, workdir: str | os.PathLike[str], *, on_step: OnStep | None = None
@@ -75,33 +80,41 @@ def train(
       ValueError: the config, the dataset and the workdir do not fit each other.
       FloatingPointError: the loss is not finite; the message names the step and the slices.
     """
-    check_fields(config)
-    check_devices(config)
-    dataset = open_run_dataset(config)
-    config = complete_config(config, dataset)
-    folder, fields = Workdir(workdir), config.to_dict()
-    folder.check_config(fields)
-    split = open_run_split(config, folder, dataset)
-    # Before the workdir is made: a mistake in the config leaves none.
-    run = _make_run(config, folder, dataset, split.names, on_step)
+    with together():
+        check_fields(config)
+        check_devices(config)
+        dataset = open_run_dataset(config)
+        config = complete_config(config, dataset)
+        folder, fields = Workdir(workdir), config.to_dict()
+        folder.check_config(fields)
+        split = open_run_split(config, folder, dataset)
+        # Before the workdir is made: a mistake in the config leaves none.
+        run = _make_run(config, folder, dataset, split.names, on_step)
+    check_same("the config", checksum({**flatten(fields), **dict.fromkeys(_OF_HOST)}))
+    check_same("the dataset", checksum({**dataset.identity(), **dataset.contents()}))
+    check_same("the split", split.digest)
     is_first = jax.process_index() == 0
     keep = config.checkpoint
-    with folder.lock() if is_first else contextlib.nullcontext():
-        if is_first:
-            folder.write_config(fields)
-            write_split(folder, split)
-            write_preparation(folder, dataset.metadata)
-            write_environment(folder)
-            if later := describe_later(split, dataset):
-                print(later, flush=True)
-        with Checkpointer(
-            folder,
-            keep_newest=keep.keep_newest,
-            keep_best=keep.keep_best,
-            best_metric=run.task.best_metric,
-            best_mode=run.task.best_mode,
-        ) as checkpointer:
-            received = _take_steps(run, checkpointer)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first:
+                stack.enter_context(folder.lock())
+                folder.write_config(fields)
+                write_split(folder, split)
+                write_preparation(folder, dataset.metadata)
+                write_environment(folder)
+                if later := describe_later(split, dataset):
+                    print(later, flush=True)
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                folder,
+                keep_newest=keep.keep_newest,
+                keep_best=keep.keep_best,
+                best_metric=run.task.best_metric,
+                best_mode=run.task.best_mode,
+            )
+        )
+        received = _take_steps(run, checkpointer)
     if received is None and is_first:
         _summarize(folder, run.task.best_metric, fields)
     return received

@@ -33,6 +33,7 @@ from kafjax.data.splits import (
     split_by_names,
     split_volumes,
 )
+from kafjax.errors import UserError
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
 from kafjax.tasks.registry import TASKS
 from kafjax.training.config_checks import check_fields
@@ -67,29 +68,34 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
     def find(name: str, see: Callable[[], str]) -> None:
         try:
             findings.append(Finding(name, see()))
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (UserError, OSError, FloatingPointError) as error:
             findings.append(Finding(name, str(error), wrong=True))
 
     find("config", lambda: _see_config(config))
     if findings[0].wrong:
         return findings
     dataset: SliceDataset | None = None
+    completed = config
 
     def see_dataset() -> str:
-        nonlocal dataset
-        dataset = open_run_dataset(config)
+        nonlocal completed, dataset
+        opened = open_run_dataset(config)
+        completed = complete_config(config, opened)
+        dataset = opened
         return _see_dataset(dataset)
 
     find("dataset", see_dataset)
     if dataset is not None:
-        opened, completed = dataset, complete_config(config, dataset)
+        opened: SliceDataset = dataset
         find("volumes", lambda: _see_volumes(completed, Workdir(workdir), opened))
         find("memory", lambda: _see_memory(completed, opened))
     find("devices", lambda: check_devices(config))
     find("workdir", lambda: _see_workdir(config, Path(workdir)))
-    find("disk", lambda: _see_disk(config, Path(workdir)))
+    if config.task == "segment" and completed.model.get("num_classes") is None:
+        return findings  # without the dataset the network is not known
+    find("disk", lambda: _see_disk(completed, Path(workdir)))
     if "init_from" in config and not saved_steps(workdir):
-        find("init_from", lambda: _see_start(config))
+        find("init_from", lambda: _see_start(completed))
     return findings
 
 
@@ -98,7 +104,7 @@ def open_run_dataset(config: Any) -> SliceDataset:
     try:
         dataset = open_dataset(config.data.dir, config.data.name)
     except OSError as error:  # a name that is too long, a folder without permission
-        raise ValueError(
+        raise UserError(
             f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
             f"{config.data.name!r} that can be read: {error}"
         ) from error
@@ -106,7 +112,7 @@ def open_run_dataset(config: Any) -> SliceDataset:
     check_facts(dataset, {name: value for name, value in given.items() if value is not None})
     num_classes = config.model.get("num_classes")
     if num_classes not in (None, len(dataset.classes)):
-        raise ValueError(
+        raise UserError(
             f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
             f"{dataset.directory} has {', '.join(dataset.classes)}"
         )
@@ -145,7 +151,7 @@ def with_classes(config: Any) -> Any:
     try:
         return complete_config(config, open_run_dataset(config))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
         ) from None
 
@@ -203,7 +209,7 @@ def check_devices(config: Any) -> str:
     devices, parts = jax.device_count(), config.num_microbatches
     if config.batch_size % (devices * parts):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size}, "
             f"expected a multiple of the {devices} devices{times}"
         )
@@ -266,7 +272,7 @@ def _see_memory(config: Any, dataset: SliceDataset) -> str:
     needed, there = estimate_memory(config, dataset), device_memory()
     text = f"about {_gib(needed)} on each device by estimate, which has {_gib(there)}"
     if needed > there:
-        raise ValueError(
+        raise UserError(
             f"{text}; expected less: a smaller config.batch_size or more config.num_microbatches"
         )
     return text
@@ -290,14 +296,14 @@ def _see_workdir(config: Any, workdir: Path) -> str:
 def _see_disk(config: Any, workdir: Path) -> str:
     there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there}: cannot be written to; expected a folder for the run")
+        raise UserError(f"{there}: cannot be written to; expected a folder for the run")
     keep = config.checkpoint
     # One more is being written before another is removed.
     copies = max(1, keep.keep_newest + keep.keep_best + 1 - len(saved_steps(workdir)))
     needed, free = copies * _state_bytes(config), shutil.disk_usage(there).free
     text = f"{copies} checkpoints to come of {_gib(_state_bytes(config))}, and {_gib(free)} free"
     if needed > free:
-        raise ValueError(f"{there}: {text}; expected room for all of them")
+        raise UserError(f"{there}: {text}; expected room for all of them")
     return text
 
 

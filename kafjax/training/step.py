@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kafjax.errors import UserError
 from kafjax.tasks.base import Batch, Task
 
 AXIS_NAME = "batch"
@@ -80,7 +81,7 @@ def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.Gradie
     elif config.name == "adam":
         rule = optax.scale_by_adam()
     else:
-        raise ValueError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
+        raise UserError(f"config.optimizer.name is {config.name!r}, expected sgd or adam")
     steps = [optax.add_decayed_weights(config.weight_decay), rule, optax.scale(-1.0)]
     if frozen:
         stays = optax.masked(optax.set_to_zero(), lambda params: {n: n in frozen for n in params})

@@ -17,6 +17,7 @@ import flax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
+from kafjax.errors import UserError
 from kafjax.files import differences, flatten
 from kafjax.workdir.workdir import Workdir
 
@@ -93,7 +94,7 @@ def transfer_encoder(
     ]
     if faults:
         title = f"the pretrained {' and '.join(taken)} does not fit, {len(faults)} of its arrays:"
-        raise ValueError("\n  ".join([title, *faults]))
+        raise UserError("\n  ".join([title, *faults]))
     loaded = {name: np.asarray(offered[name], array.dtype) for name, array in wanted.items()}
     report = TransferReport(
         _count_by_module(wanted),
@@ -106,12 +107,12 @@ def transfer_encoder(
 def check_architecture(workdir: str | os.PathLike[str] | None, config: Any) -> None:
     """Raises `ValueError` listing how the network of another run differs from `config`'s."""
     if workdir is None:
-        raise ValueError(
+        raise UserError(
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(--config NAME_finetune:scratch starts without one)"
         )
     if differing := _differences(Workdir(workdir).read_config(), config, _ARCHITECTURE):
-        raise ValueError(
+        raise UserError(
             f"config.init_from is {workdir}, the run of another network:\n" + "\n".join(differing)
         )
 

@@ -107,10 +107,9 @@ class Validation:
         return {**labelled, "valid": np.array(True)}
 
     def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> SegmentedSlice:
-        note = f"Dice {mean_pooled_dice(self._counts[record]):.3f}"
-        labels, title = [sample["label"], prediction], self._dataset.describe_record(record)
-        return SegmentedSlice(title, sample["image"][..., 0], labels, ["", note])
+        title, dice = self._dataset.describe_record(record), mean_pooled_dice(self._counts[record])
+        image = sample["image"][..., 0]
+        return SegmentedSlice(title, image, sample["label"], [prediction], [dice])
 
     def _draw(self, rows: Sequence[SegmentedSlice]) -> np.ndarray:
-        columns = ("reference", "prediction")
-        return render(draw_segmentations(rows, columns, self._dataset.classes))
+        return render(draw_segmentations(rows, ["prediction"], self._dataset.classes))

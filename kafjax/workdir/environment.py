@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import kafjax
+from kafjax.cores import usable_cores
 from kafjax.files import write_text
 
 _LIBRARIES = (
@@ -39,7 +40,7 @@ def describe_environment(*, devices: bool = True) -> Environment:
         **{name: version for name, version in versions.items() if version or name in _LIBRARIES},
         "system": _system(),
         "processor": _processor(),
-        "processors": str(os.cpu_count()),
+        "processors": str(len(usable_cores())),
     }
     if devices:
         import jax  # slow to import

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kafjax.errors import UserError
 
-class LockedError(ValueError):
+
+class LockedError(UserError):
     """Another process holds a folder; the text names it."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from kafjax.errors import UserError
 from kafjax.files import read_text, write_text
 from kafjax.workdir.workdir import Workdir
 
@@ -58,12 +59,19 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     *ended, last = text.split("\n")
     for number, line in enumerate([*ended, last] if last else ended, start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(_row(line))
         except ValueError as error:
             if number > len(ended):
                 break
-            raise ValueError(f"{path}, line {number}: not metrics ({error})") from None
+            raise UserError(f"{path}, line {number}: not metrics ({error})") from None
     return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError("no step")
+    return row
 
 
 class MetricWriter:
@@ -114,6 +122,7 @@ class MetricWriter:
             return
         self._file.write(json.dumps({"step": step, **metrics, "time": dict(time)}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # before a checkpoint that follows
         for name, value in {**metrics, **{f"time/{n}": v for n, v in time.items()}}.items():
             self._board.add_scalar(name, value, step)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

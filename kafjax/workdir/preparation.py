@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kafjax.data.records import find_dataset, open_builder
+from kafjax.errors import UserError
 from kafjax.files import read_checked, write_checked
 from kafjax.workdir.workdir import Workdir
 
@@ -64,7 +65,7 @@ def check_alike(preparations: Mapping[str, Preparation]) -> None:
         if wanted.get(name) != found.get(name)
     ]
     if differing:
-        raise ValueError("the runs' datasets were prepared differently:\n" + "\n".join(differing))
+        raise UserError("the runs' datasets were prepared differently:\n" + "\n".join(differing))
 
 
 def _find(
@@ -75,8 +76,8 @@ def _find(
     place = config["data"]["dir"] if data_dir is None else data_dir
     try:
         return find_dataset(place, config["data"]["name"])
-    except ValueError as error:
-        raise ValueError(
+    except UserError as error:
+        raise UserError(
             f"{workdir} has no preparation.json, which records how its dataset was prepared, and "
             f"the dataset {config['data']['name']} is not in {place}; give its folder as "
             f"--data_dir ({error})"
@@ -87,13 +88,13 @@ def _read_file(path: Path) -> Preparation:
     try:
         return read_checked(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not a dataset's metadata ({error})") from None
+        raise UserError(f"{path}: not a dataset's metadata ({error})") from None
 
 
 def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
     missing = [name for name in _NEEDED if name not in found]
     if missing:
-        raise ValueError(f"{place}: does not tell {', '.join(missing)}; prepare the dataset again")
+        raise UserError(f"{place}: does not tell {', '.join(missing)}; prepare the dataset again")
     pairs = {
         "max_keypoints": (found["max_keypoints"], config["data"]["max_keypoints"]),
         "number of classes": (len(found["classes"]), config["model"]["num_classes"]),
@@ -104,4 +105,4 @@ def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
         if there != here
     ]
     if wrong:
-        raise ValueError(f"{place} is not how the run's dataset was prepared:\n" + "\n".join(wrong))
+        raise UserError(f"{place} is not how the run's dataset was prepared:\n" + "\n".join(wrong))

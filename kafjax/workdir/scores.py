@@ -11,6 +11,7 @@ Scores say which checkpoint, split and run they are of, and nobody takes them fo
 from collections.abc import Mapping
 from typing import Any
 
+from kafjax.errors import UserError
 from kafjax.files import differences, read_checked
 from kafjax.workdir.split import read_split
 from kafjax.workdir.workdir import Workdir
@@ -55,15 +56,15 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it and {again}") from None
+        raise UserError(f"{path}: damaged ({error}); remove it and {again}") from None
     if "run" not in found and "fold" in found:
         return None  # of kafjax 0.1, whose scores do not say whose they are
     if missing := [name for name in _NEEDED if name not in found]:
-        raise ValueError(f"{path}: damaged (no {', '.join(missing)}); remove it and {again}")
+        raise UserError(f"{path}: damaged (no {', '.join(missing)}); remove it and {again}")
     there = {**found["run"], "side": found["split"]}
     here = {**describe_run(workdir, workdir.read_config()), "side": split}
     if differing := differences(there, here):
-        raise ValueError(
+        raise UserError(
             f"{path}: the scores of another run; remove it and {again}:\n" + "\n".join(differing)
         )
     selected, _ = workdir.select_step()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import Split
+from kafjax.errors import UserError
 from kafjax.files import checksum, read_checked, write_checked
 from kafjax.workdir.workdir import Workdir
 
@@ -75,7 +76,7 @@ def read_split(workdir: Workdir) -> RunSplit | None:
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{workdir.split_file}: not a run's split ({error})") from None
+        raise UserError(f"{workdir.split_file}: not a run's split ({error})") from None
 
 
 def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
@@ -87,7 +88,7 @@ def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
     """
     split = read_split(workdir)
     if split is None:
-        raise ValueError(
+        raise UserError(
             f"{workdir}: has no {workdir.split_file.name}, which runs of kafjax 0.1 did not write. "
             "If the dataset is still the one that the run was trained on, record its split with "
             f"kafjax evaluate --record_split --workdir {workdir}"
@@ -114,7 +115,7 @@ def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> Non
             if contents.get(name, content) != content
         ]
     if faults:
-        raise ValueError(
+        raise UserError(
             f"{dataset.directory} is not the dataset that the run in {workdir} was trained on; "
             "give that one's folder as --data_dir, or train in another workdir:\n"
             + "\n".join(faults)

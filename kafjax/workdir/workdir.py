@@ -17,12 +17,14 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kafjax.checkpoint.checkpointer import saved_metrics
+from kafjax.errors import UserError
 from kafjax.files import differences, flatten, read_checked, write_checked
+from kafjax.paths import expand
 from kafjax.workdir.lock import locked
 
 # How long, how often, where and what follows: a run may be resumed with other values of these.
@@ -59,7 +61,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -69,27 +71,27 @@ class Workdir:
 
     @property
     def config_file(self) -> Path:
-        """See the module."""
+        """The run's config."""
         return self.path / "config.json"
 
     @property
     def split_file(self) -> Path:
-        """See the module."""
+        """The volumes it trains and validates on."""
         return self.path / "split.json"
 
     @property
     def preparation_file(self) -> Path:
-        """See the module."""
+        """How its dataset was prepared."""
         return self.path / "preparation.json"
 
     @property
     def environment_file(self) -> Path:
-        """See the module."""
+        """What its last start ran on."""
         return self.path / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
-        """See the module."""
+        """Its numbers, a JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -99,12 +101,12 @@ class Workdir:
 
     @property
     def tensorboard(self) -> Path:
-        """See the module."""
+        """The folder of its scalars and pictures."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """See the module."""
+        """The folder of its states."""
         return self.path / "checkpoints"
 
     def read_config(self, *, task: str | None = None) -> dict[str, Any]:
@@ -119,11 +121,11 @@ class Workdir:
         try:
             config = read_checked(self.config_file)
         except FileNotFoundError:
-            raise ValueError(f"{self}: has no config.json; expected the workdir of a run") from None
+            raise UserError(f"{self}: has no config.json; expected the workdir of a run") from None
         except ValueError as error:
-            raise ValueError(f"{self.config_file}: not a run's config ({error})") from None
+            raise UserError(f"{self.config_file}: not a run's config ({error})") from None
         if task is not None and config.get("task") != task:
-            raise ValueError(f"{self}: a run of task {config.get('task')!r}; expected {task!r}")
+            raise UserError(f"{self}: a run of task {config.get('task')!r}; expected {task!r}")
         return config
 
     def check_config(
@@ -139,7 +141,7 @@ class Workdir:
         except FileNotFoundError:
             return
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.config_file}: not a run's config ({error}); without the file the config "
                 "that is given holds"
             ) from None
@@ -147,7 +149,7 @@ class Workdir:
         filled = {name for name in FROM_DATASET if here.get(name) is None}
         differing = differences(there, here, ignore={*may_change, *filled})
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{self} holds a run of another config; give another workdir or the same config:\n"
                 + "\n".join(differing)
             )
@@ -184,7 +186,7 @@ class Workdir:
         if str(choice).isdecimal():
             return int(choice), f"step {int(choice)}"
         if choice not in CHOICES:
-            raise ValueError(f"step is {choice!r}, expected {' or '.join(CHOICES)} or a number")
+            raise UserError(f"step is {choice!r}, expected {' or '.join(CHOICES)} or a number")
         best = self.best_step() if choice == "best" else None
         return (None, "last") if best is None else (best, "best on the validation volumes")
 
@@ -203,3 +205,13 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "lock"):
             yield
+
+
+def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A short name for each workdir: as much of the end of its path as tells it from the others."""
+    parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
+    for count in range(1, max(map(len, parts), default=1)):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(Path(*p)) for p in parts]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import Checkpointer, check_resumable, load_variables
+from kafjax.errors import UserError
 from kafjax.workdir.preparation import read_preparation, write_preparation
 from kafjax.workdir.workdir import Workdir
 from tests.campaigns.campaign import Settings, Tally
@@ -211,7 +212,7 @@ def _another(good: Path, place: Path) -> Tally:
         try:
             with open_checkpointer(place, config) as checkpointer:
                 restored = checkpointer.restore_latest(template)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             absent = [word for word in words if word not in str(error)]
             tally.expect(not absent, f"{name}: no {', '.join(absent)} in: {error}")
         except Exception as error:
@@ -230,7 +231,7 @@ def _expect_no_fresh_start(tally: Tally, place: Path) -> None:
     for name in ("no folder", "an empty folder"):
         try:
             check_resumable(place)
-        except ValueError as error:
+        except UserError as error:
             tally.expect(str(place) in str(error), f"{name}: {error}")
         else:
             tally.add("silent", f"{name}: would start afresh")
@@ -264,7 +265,7 @@ def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
             # Damage to the name of the checksum leaves a field too many, and every value as it was.
             same = all(a.items() <= b.items() for a, b in zip((config, facts), found, strict=True))
             tally.add("harmless" if same else "silent", f"{kind} of {path.name}, try {i}: {found}")
-        except ValueError as error:
+        except UserError as error:
             tally.expect(path.name in str(error), f"{kind} of {path.name}: {error}")
         path.unlink()
     return tally

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from kafjax.configs import phantom_pretrain, phantom_scratch
+from kafjax.errors import UserError
 from kafjax.training.config_checks import check_fields
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
@@ -103,7 +104,7 @@ def _configs(
         done = change_fields(config, rng)
         try:
             check_fields(config)
-        except ValueError as error:
+        except UserError as error:
             unclear = [line for line in str(error).splitlines() if not _LINE.match(line)]
             tally.expect(not unclear, f"{done}: {unclear}")
             continue
@@ -126,7 +127,7 @@ def _build(config: ml_collections.ConfigDict) -> str:
     try:
         check_devices(config)
         split_run(config, open_run_dataset(config))
-    except ValueError:
+    except UserError:
         pass  # of what the machine and the dataset have
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -135,8 +136,8 @@ def _build(config: ml_collections.ConfigDict) -> str:
         make_optimizer(config.optimizer)
         learning_rates(config.optimizer, 10)
         json.dumps(config.to_dict())
-    except ValueError as error:
-        return "" if str(error).startswith("config.") else f"ValueError: {error}"
+    except UserError as error:
+        return "" if str(error).startswith("config.") else f"UserError: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -170,7 +171,7 @@ def _steps(accepted: list[ml_collections.ConfigDict], settings: Settings, count:
         try:
             with redirect_stdout(io.StringIO()):
                 train(config, workdir)
-        except ValueError as error:
+        except UserError as error:
             tally.expect(bool(wrong), f"refused though the check found nothing wrong: {error}")
         except Exception as error:
             tally.add("unclear", f"{type(error).__name__}: {error}")

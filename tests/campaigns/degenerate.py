@@ -60,15 +60,16 @@ def _one_slice_volume(batch: Batch, rng: np.random.Generator) -> None:
     for field in ("image", "keypoints", "keypoint_mask"):
         batch[field][:, 1] = batch[field][:, 0]
     batch["correspondence"][:] = np.where(batch["keypoint_mask"][:, 0], np.arange(_PLACES), -1)
-    batch["position"][:] = 1
+    batch["position"][:] = 1, 1
 
 
 def _no_positive_pair(batch: Batch, rng: np.random.Generator) -> None:
-    batch["position"][:] = (np.arange(_SIZE) + 1) / _SIZE
+    batch["position"][:, 0] = np.arange(_SIZE) + 1
+    batch["position"][:, 1] = _SIZE
 
 
 def _all_positive(batch: Batch, rng: np.random.Generator) -> None:
-    batch["position"][:] = 0.5
+    batch["position"][:] = 1, 2
 
 
 def _no_correspondence(batch: Batch, rng: np.random.Generator) -> None:
@@ -104,7 +105,8 @@ def uncounted(batch: Batch, metrics: dict[str, np.ndarray], threshold: float) ->
     """
     without_keypoints = ~batch["keypoint_mask"].any(axis=-1)
     without_correspondence = (batch["correspondence"] < 0).all(axis=-1)
-    apart = np.abs(batch["position"][:, None] - batch["position"]) >= threshold
+    position = batch["position"][:, 0] / batch["position"][:, 1]
+    apart = np.abs(position[:, None] - position) >= threshold
     alone = apart.sum(axis=1) == len(apart) - 1
     least = {
         "slices_without_keypoints": without_keypoints.mean(),

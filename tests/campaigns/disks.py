@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kafjax.errors import UserError
 from tests.campaigns.campaign import Settings, Tally
 from tests.campaigns.checkpoints import make_state, open_checkpointer, same_bits
 
@@ -127,7 +128,7 @@ def _expect_error(action: Callable[[], object], *words: str) -> str:
     """What was wrong with the error of an action that must fail."""
     try:
         action()
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         absent = [word for word in words if word not in str(error)]
         return f"no {', '.join(absent)} in: {error}" if absent else ""
     except Exception as error:

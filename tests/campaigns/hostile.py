@@ -23,6 +23,7 @@ from data_prep.main import main as prepare
 from kafjax.configs import phantom_pretrain
 from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.records import INDEX_NAME
+from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
 from tests.campaigns.checkpoints import make_state, open_checkpointer, save_run
@@ -215,7 +216,7 @@ def _linked_step(place: _Place) -> object:
             checkpointer.save(number, state, metrics={"loss": 0.1}, data={"step": number})
     refused = restored[1] == {"step": 2}
     if refused:
-        raise ValueError("the linked step was not believed")
+        raise UserError("the linked step was not believed")
     return restored
 
 
@@ -256,7 +257,7 @@ def run(settings: Settings) -> Iterator[Tally]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 attempt(place)
-        except (ValueError, OSError):
+        except (UserError, OSError):
             refused = True
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -283,4 +284,4 @@ def _trace(place: _Place) -> str:
 
 def _raise(status: int, errors: str) -> None:
     if status == 2 and "Traceback" not in errors:
-        raise ValueError(errors)
+        raise UserError(errors)

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import multiprocessing
-import os
 import platform
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kafjax.cores import usable_cores
 from tests.campaigns.campaign import Settings, Tally, as_json, as_markdown
 
 # By name: the module and its function. Quick ones first.
@@ -37,6 +37,7 @@ CAMPAIGNS = {
     "datasets": ("tests.campaigns.datasets", "run"),
     "checkpoints": ("tests.campaigns.checkpoints", "run"),
     "disks": ("tests.campaigns.disks", "run"),
+    "paths": ("tests.campaigns.paths", "run"),
     "hostile": ("tests.campaigns.hostile", "run"),
     "configs": ("tests.campaigns.configs", "run"),
     "degenerate": ("tests.campaigns.degenerate", "run"),
@@ -109,7 +110,7 @@ def run_campaign(name: str, settings: Settings) -> list[Tally]:
 def _title(arguments: argparse.Namespace, minutes: float) -> str:
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     count = "" if arguments.count is None else f", {arguments.count} tries each"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{platform.machine()}, {len(usable_cores())} cores"
     how = f"{minutes:.0f} minutes, {arguments.jobs} campaigns at a time"
     return f"{when}, seed {arguments.seed}{count}, {machine}, {how}"
 
@@ -121,7 +122,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=functools.partial(_at_least, 0), default=0)
     parser.add_argument("--count", type=positive, help="tries of each campaign")
     parser.add_argument(
-        "--jobs", type=positive, default=os.cpu_count(), help="campaigns at a time (default: cores)"
+        "--jobs",
+        type=positive,
+        default=len(usable_cores()),
+        help="campaigns at a time (default: cores)",
     )
     parser.add_argument("--output", type=Path, help="folder for faults.md and faults.json")
     return parser.parse_args(argv)

@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.faults import DatasetError
 from data_prep.main import main as prepare
 from data_prep.nifti import Nifti, read_nifti
+from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
 from tests.campaigns.damage import DAMAGES
@@ -76,7 +77,7 @@ def run_prediction(settings: Settings) -> Iterator[Tally]:
     tally, errors = Tally("damaged .nii.gz in prediction"), ""
     try:
         predict_files([workdir], folder, output)
-    except ValueError as error:
+    except UserError as error:
         errors = str(error)
     written = {path.name for path in output.glob("*.nii*")}
     for path in damaged:

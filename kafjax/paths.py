@@ -1,0 +1,95 @@
+"""Paths that users give: `~`, lists of them, and names that libraries take for patterns or URLs."""
+
+import argparse
+import os
+import re
+import tempfile
+import threading
+from pathlib import Path
+
+from kafjax.errors import UserError
+
+# What Orbax, TensorStore, etils and tfds take as it stands: no pattern, no scheme, valid UTF-8.
+_PLAIN = re.compile(r"[\w/ .,=+@%-]*")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MOST_PLAIN = 1024  # characters; libraries add theirs, and systems take 4096 in all
+_lock = threading.Lock()
+_links: dict[tuple[int, str], Path] = {}  # by process and path
+_folders: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by process: a fork has its own
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with a leading `~` or `~user` as that user's home.
+
+    Raises:
+      UserError: there is no such user, or it is the URL of a bucket and no path.
+    """
+    if _URL.match(os.fspath(path)):
+        raise UserError(f"{path}: a URL; expected the path of a file or folder of this machine")
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
+        raise UserError(
+            f"{path}: that user's home is not known; expected another path (a folder of that very "
+            f"name is ./{path})"
+        )
+    # ./~ is a folder of that name, which pathlib would write as ~.
+    found = Path(text)
+    return found.absolute() if str(found).startswith("~") else found
+
+
+def path_argument(text: str) -> Path:
+    """`expand` as a type of argparse, which shows no other error's text."""
+    try:
+        return expand(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def split_list(text: str) -> list[str]:
+    """The paths of a list A,B,C. A comma inside an existing folder's name belongs to the name."""
+    parts = text.split(",")
+    for count in range(len(parts), 0, -1):
+        first = ",".join(parts[:count])
+        if first and expand(first).is_dir():
+            rest = ",".join(parts[count:])
+            return [first, *(split_list(rest) if rest else [])]
+    return [text]
+
+
+def plain(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or one to the same place that libraries take as it stands.
+
+    Orbax and tfds glob folders, so that `[` in a name hides its files; TensorStore takes no name
+    that is not UTF-8; etils takes `gs:` in a name for another file system. For such names this
+    is a link in a folder of temporary files, which goes when the process ends. The place need not
+    exist yet.
+
+    Raises:
+      UserError: the folder of temporary files has such a name too.
+    """
+    absolute = os.path.abspath(path)
+    if _is_plain(absolute):
+        return Path(absolute)
+    with _lock:
+        key = os.getpid(), absolute
+        if key not in _links:
+            link = Path(_folder()) / str(len(_links))
+            link.symlink_to(absolute)
+            _links[key] = link
+        return _links[key]
+
+
+def _is_plain(path: str) -> bool:
+    return bool(_PLAIN.fullmatch(path)) and len(path) <= _MOST_PLAIN
+
+
+def _folder() -> str:
+    if os.getpid() not in _folders:
+        where = tempfile.gettempdir()
+        if not _is_plain(where):
+            raise UserError(
+                f"the folder of temporary files is {where}; expected one whose name has no special "
+                "characters: set TMPDIR"
+            )
+        _folders[os.getpid()] = tempfile.TemporaryDirectory(prefix="kafjax-")
+    return _folders[os.getpid()].name
