@@ -9,8 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_prep.check import survey_dataset
 from data_prep.faults import DatasetError
 from data_prep.phantom.subjects import render
+from kafjax.auto import plan as planning
 from kafjax.auto import sizes, walk
 from kafjax.auto.plan import read_plan
 from kafjax.auto.probe import Timing
@@ -142,6 +144,7 @@ def test_a_folder_of_scans_ends_in_labels_for_all(
         run_auto(request, out)
 
 
+@pytest.mark.slow
 def test_one_of_four_labelled_scans_is_kept_for_the_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +158,7 @@ def test_one_of_four_labelled_scans_is_kept_for_the_score(
     assert "on scan_3 (validation)" in said
 
 
+@pytest.mark.slow
 def test_an_estimate_leaves_each_labelled_scan_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +175,19 @@ def test_an_estimate_leaves_each_labelled_scan_out(
     last = read_split(Workdir(out / "finetune"))
     assert last is not None
     assert list(last.train) == SCANS[:2]
+
+
+def test_labelled_subjects_are_kept_or_left_out_by_their_number(tmp_path: Path) -> None:
+    request = write_scans(tmp_path, labelled=4)
+    reader = request.open_reader()
+    survey, _ = survey_dataset(reader, Path(request.images), num_workers=0)
+    kept = planning._count_slices(survey, request)
+    assert kept == (36, 36, 3 * 6, "scan_3", 0)
+    left_out = planning._count_slices(survey, request._replace(estimate=True))
+    assert left_out == (36, 36, 4 * 6, None, 4)
+    (tmp_path / "labels" / "scan_3.nii.gz").unlink()
+    fewer, _ = survey_dataset(request.open_reader(), Path(request.images), num_workers=0)
+    assert planning._count_slices(fewer, request) == (36, 36, 3 * 6, None, 0)
 
 
 # What is refused before any work.
