@@ -88,8 +88,8 @@ _SECTIONS = {
 _MEANINGS = {
     "task": "What is learnt; a config file decides it.",
     "seed": "Of initial values, the order of the data and augmentation.",
-    "postprocess": "Of a class the largest component only, or none that are small, in 3-D: what raises "
-    "its Dice on the training volumes. Evaluation and prediction apply it.",
+    "postprocess": "Of a class the largest component only, or none that are small, in 3-D: what "
+    "raises its Dice on the training volumes. Evaluation and prediction apply it.",
     "init_from": "Workdir of a pretraining run or an import, whose encoder it begins with (glcl: "
     "of the `gcl` run).",
     "num_epochs": "How long, and the length of the learning rate's schedule.",
@@ -99,7 +99,7 @@ _MEANINGS = {
     "data.patch_size": "What of a slice the network sees, in pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
-    "data.include_test": "Whether the volumes of the test set, nnU-Net's `imagesTs`, are pretrained on.",
+    "data.include_test": "Whether the test set, nnU-Net's `imagesTs`, is pretrained on too.",
     "data.validation": "Names of volumes or subjects to validate on, in place of folds.",
     "data.splits_file": "nnU-Net's `splits_final.json`, whose fold `data.fold` is taken.",
     "data.num_folds": "How many folds the labelled subjects are cut into.",
