@@ -1,5 +1,5 @@
-# `make demo`, `make test`, `make lint`: each first makes .venv with all that it needs.
-# PYTHON chooses the interpreter (3.11 or later); CONSTRAINTS=constraints/py311.txt repeats our versions.
+# `make demo`, `make test`, `make lint`: each first creates .venv with its dependencies.
+# PYTHON chooses the interpreter (3.11 or later); CONSTRAINTS=constraints/py311.txt pins our versions.
 PYTHON ?= python3
 CONSTRAINTS ?=
 VENV ?= .venv
@@ -43,15 +43,15 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# Without PyTorch only ours is timed: pip install '.[bench]' adds the peers.
+# Without PyTorch only kafjax is timed: pip install '.[bench]' adds the peers.
 bench: $(INSTALLED)
 	$(RUN) benchmarks.main
 
-# Damages files, fills disks and kills runs; the table is printed and written.
+# Damages files, fills disks and kills runs; prints and writes the table.
 faults: $(INSTALLED)
 	$(RUN) tests.campaigns.main --output faults_table
 
-# The reference of all functions, from their docstrings.
+# The API reference, from docstrings.
 docs: $(INSTALLED)
 	$(RUN) pdoc --docformat google --output-directory build/docs kafjax data_prep
 	@echo "build/docs/index.html"

@@ -3,7 +3,7 @@
     kafjax train --config chd_finetune --config.init_from=runs/chd_pretrain \
         --config.data.fold=0 --config.data.num_labeled=2 --workdir runs/chd_fold0_M2
 
-and without pretraining, what it is compared with (the appendix's tables 1 and 3;
+and without pretraining, for comparison (the appendix's tables 1 and 3;
 `--config.model.name=unet`, `unet_c2` or `kaf_unet` for table 1):
 
     kafjax train --config chd_finetune:scratch \
@@ -24,7 +24,7 @@ STARTS = ("pretrained", "scratch")
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """The pretraining run's data and encoder, with a decoder and labels.
 
-    `scratch` starts from fresh variables, and has no `init_from`.
+    `scratch` starts from fresh variables and has no `init_from`.
     """
     if start not in STARTS:
         raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}")
@@ -33,20 +33,20 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     config.batch_size = 10  # slices, over all devices
     config.num_epochs = 101
     if start == "pretrained":
-        # The workdir of a pretraining run or of an import, whose encoder this run starts with.
+        # The workdir of a pretraining run or of an import that provides the encoder.
         config.init_from = config_dict.placeholder(str)
-    # The fold of the paper's kind, from 0; None trains on all labelled volumes. Instead of folds:
-    # names of the volumes or subjects to validate on, or nnU-Net's splits_final.json.
+    # The paper's fold, from 0; None trains on all labelled volumes. Instead of folds: names of the
+    # volumes or subjects to validate on, or nnU-Net's splits_final.json.
     config.data.fold = 0
     config.data.num_folds = 5
     config.data.validation = config_dict.placeholder(tuple)
     config.data.splits_file = config_dict.placeholder(str)
-    # M, labelled volumes to train on; all of the fold's if not given.
+    # M, labelled volumes to train on; by default all of the fold's.
     config.data.num_labeled = config_dict.placeholder(int)
-    # Of a batch, slices that surely show another class than the background.
+    # Fraction of each batch guaranteed to show a class other than the background.
     config.data.foreground_share = 0.0
 
-    # CHD's, with the background, checked against the dataset; None takes the dataset's number.
+    # CHD's, with the background, checked against the dataset. None: the dataset's number.
     config.model.num_classes = 8
     for field in ("embedding", "num_matcher_layers", "num_sinkhorn_iterations"):
         del config.model[field]
@@ -54,15 +54,15 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
         "weights": {"cross_entropy": 1.0, "dice": 0.0},
         "class_weights": config_dict.placeholder(tuple),
     }
-    # CHD's slices are cropped at random, and nothing else.
+    # CHD's slices are only cropped at random.
     config.augment.transform.update({"mirror_probability": 0.0, "spatial_probability": 0.0})
 
     del config.optimizer.momentum
     config.optimizer.update(
         {"name": "adam", "learning_rate": 5e-5, "final_learning_rate": 5e-6, "weight_decay": 1e-5}
     )
-    # In epochs, beside the last step, which always validates. The best by mean Dice is kept, and
-    # the newest.
+    # In epochs, in addition to the last step, which always validates. The best by mean Dice and the
+    # newest are kept.
     config.every.validation_epochs = 2
     config.checkpoint.keep_newest = 1
     return config

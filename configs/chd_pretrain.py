@@ -4,7 +4,8 @@
 
 512 x 512, batches of 32 pairs, 51 epochs. Wall time and score: not yet measured.
 
-What the paper compares with, by the same loop, data and augmentation (docs/method.md 6):
+The methods that the paper compares with, with the same loop, data and augmentation
+(docs/method.md 6):
 
     kafjax train --config chd_pretrain:simclr     # or gcl, or pcl
     kafjax train --config chd_pretrain:glcl \
@@ -16,7 +17,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-# The global loss alone, of the plain UNet: what SimCLR, GCL and PCL are, but for their positives.
+# Only the global loss, of the plain UNet: SimCLR, GCL and PCL differ only in their positives.
 _GLOBAL = {"cnn": 1.0, "kaf": 0.0, "matching": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "kaf": {},
@@ -37,13 +38,13 @@ _OF_PAIRS = {
 
 
 def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
-    """Every field of a pretraining run; other configs import this one and change what differs."""
+    """Every field of a pretraining run; other configs import this one and state the differences."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     config = _kaf()
     config.update(METHODS[method])
     if config.task == "local_contrast":
-        # The workdir of the `gcl` run, whose encoder this run takes.
+        # The workdir of the `gcl` run that provides the encoder.
         config.init_from = config_dict.placeholder(str)
         for part, fields in _OF_PAIRS.items():
             for field in fields:
@@ -57,21 +58,21 @@ def _kaf() -> ml_collections.ConfigDict:
             "task": "pretrain",
             "seed": 0,
             "batch_size": 32,  # pairs, over all devices
-            # Parts of a device's batch, one in memory at a time; batch norm sees a part at a time.
+            # Parts of a device's batch, one in memory at a time; batch norm covers one part.
             "num_microbatches": 1,
             "num_epochs": 51,
-            # Stops earlier than num_epochs, whose learning rate schedule stays.
+            # Stops early; the schedule still spans num_epochs.
             "num_steps": config_dict.placeholder(int),
-            # Batch statistics over all devices; the release keeps each device's own.
+            # Batch statistics over all devices; the release uses separate ones.
             "sync_batch_norm": True,
             "data": {
                 "name": "chd",
                 "dir": "data",
                 "patch_size": (512, 512),
-                # Places for keypoints and the radius of correspondences, px. The dataset has them:
-                # given here, they are checked against it.
+                # Slots for keypoints, and the radius of correspondences, px. Default: the
+                # dataset's; different values are an error.
                 "max_keypoints": config_dict.placeholder(int),
-                # Places for the keypoints of a patch; by default its share of the slice's.
+                # Slots for the keypoints of a patch; by default its share of the slice's.
                 "patch_keypoints": config_dict.placeholder(int),
                 "radius": config_dict.placeholder(int),
                 "num_threads": 16,
@@ -85,7 +86,7 @@ def _kaf() -> ml_collections.ConfigDict:
                 "num_sinkhorn_iterations": 100,
                 "norm": "batch",
                 "dtype": "float32",
-                # Blocks are computed again in the backward pass: on accelerators, less memory.
+                # Recompute blocks in the backward pass: less memory on accelerators.
                 "remat": False,
             },
             "augment": {
@@ -117,7 +118,7 @@ def _kaf() -> ml_collections.ConfigDict:
                 },
             },
             "loss": {
-                "method": "pcl",  # or gcl, simclr: which slices are positives
+                "method": "pcl",  # or gcl, simclr: the rule for positive pairs
                 "position_threshold": 0.1,
                 "temperature": 0.1,
                 "weights": {"cnn": 1.0, "kaf": 1.0, "matching": 0.01},
@@ -128,14 +129,14 @@ def _kaf() -> ml_collections.ConfigDict:
                 "weight_decay": 1e-5,
                 "learning_rate": 0.002,
                 "final_learning_rate": 0.0,
-                # Share of the steps over which the rate rises to its start.
+                # Fraction of the steps over which the rate rises to its start.
                 "warmup": 0.0,
-                # Share of the averaged weights that a step keeps; with 0 there are none.
+                # Fraction of the averaged weights that a step keeps; 0 disables averaging.
                 "average_decay": 0.0,
             },
             # In steps; picture 0 draws none.
             "every": {"log": 20, "checkpoint": 200, "picture": 500},
-            # Which of them evaluation and prediction take: the best by validation, or the last.
+            # Checkpoint for evaluation and prediction: the best by validation, or the last.
             "checkpoint": {"keep_newest": 2, "keep_best": 1, "select": "best"},
         }
     )

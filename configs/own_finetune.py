@@ -1,9 +1,9 @@
-"""Few-label segmentation of your own scans: what a strong baseline has, on the paper's networks.
+"""Few-label segmentation of your own scans: a strong baseline's recipe for the paper's networks.
 
     kafjax train --config own_finetune --config.init_from=runs/own_pretrain \
         --config.data.num_labeled=2
 
-and from fresh variables, `--config own_finetune:scratch`. Each piece below was measured by itself:
+and from fresh variables, `--config own_finetune:scratch`. Each piece below was measured separately:
 docs/results.md, "What the recipe for own data is made of".
 """
 
@@ -20,7 +20,7 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     for field in ("name", "patch_size"):
         config.data[field] = pretraining.data[field]
     config.model.norm = pretraining.model.norm
-    # Turns of a patient, not any angle: where an organ lies tells what it is.
+    # Rotations as patients turn, not any angle: an organ's position identifies it.
     config.augment.transform.update(
         {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
     )

@@ -1,4 +1,4 @@
-"""Pretraining on your own scans: the paper's networks and losses, sizes that suit most data.
+"""Pretraining on your own scans: the paper's networks and losses, with sizes that suit most data.
 
     kafjax prepare --dataset nnunet --raw_dir RAW --name own
     kafjax train --config own_pretrain

@@ -5,7 +5,7 @@
     kafjax train --config phantom_finetune \
         --config.init_from=runs/phantom_pretrain --config.data.num_labeled=2
 
-Each of five folds needs its subject. 240 steps take 3 to 4 minutes on one core. Measured with ten
+Each of five folds needs a subject. 240 steps take 3 to 4 minutes on one core. Measured with ten
 subjects (README, "Does pretraining help?"): mean Dice 0.696 +- 0.017, and 0.515 +- 0.035 by
 `phantom_finetune:scratch`.
 """
@@ -23,7 +23,7 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
         config.data[field] = pretraining.data[field]
     for field in ("filters", "num_attention_layers"):
         config.model[field] = pretraining.model[field]
-    # A hundredth of the paper's steps: at its rate, and still at 1e-3, hardly a class is found.
+    # A hundredth of the paper's steps: at its rate, and still at 1e-3, hardly any class is learnt.
     config.optimizer.update({"learning_rate": 5e-3, "final_learning_rate": 5e-4})
     config.num_epochs = 60
     config.every.update({"log": 20, "checkpoint": 120, "picture": 120, "validation_epochs": 10})

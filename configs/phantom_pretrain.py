@@ -20,7 +20,7 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config.data.num_threads = 2
     config.model.update({"filters": 8, "num_attention_layers": 2, "embedding": 64})
     # In a hundredth of the paper's steps SGD does not leave the start, where all embeddings of the
-    # CNN head are alike; Adam does.
+    # CNN head are equal; Adam does.
     config.optimizer.update({"name": "adam", "learning_rate": 1e-3})
     config.every.update({"log": 10, "checkpoint": 60, "picture": 60})
     return config

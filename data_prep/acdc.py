@@ -43,7 +43,7 @@ _Files = dict[tuple[int, bool], list[Path]]
 class AcdcReader(Reader):
     """Folders `patient001`, ... in RAW, or in `training` and `testing` there.
 
-    With `cine` the frames of the 4-d files are volumes without labels, beside the labelled ones.
+    With `cine` the other frames of the 4-d files become volumes without labels.
     `pixel_spacing` is in mm; the paper's is 1.25. `radius` follows from it: 37.5 mm.
     """
 
@@ -52,22 +52,22 @@ class AcdcReader(Reader):
     radius: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a spacing that is no size of pixels."""
+        """Raises `ValueError` for a spacing outside 0.1 to 10 mm."""
         if not 0.1 <= self.pixel_spacing <= 10:
             raise UserError(f"pixel_spacing is {self.pixel_spacing:g}; expected 0.1 to 10 mm")
         object.__setattr__(self, "radius", round(_RADIUS / self.pixel_spacing))
 
     kind = "acdc"
     classes = ("background", "right_ventricle", "myocardium", "left_ventricle")
-    one_plane = False  # short axes lie between the planes
+    one_plane = False  # short axes are oblique to the body's planes
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The grid."""
+        """The pixel size of the grid."""
         return {"pixel_spacing": self.pixel_spacing}
 
     def plane(self, affine: np.ndarray) -> Plane:
-        """Across the coarsest axis: short-axis slices are oblique, and their files vary."""
+        """The plane across the coarsest axis: short-axis slices are oblique, and files vary."""
         return slice_plane(affine)
 
     def reach(self, num_slices: int) -> int:
@@ -75,13 +75,13 @@ class AcdcReader(Reader):
         return max(1, min(18 * num_slices // 100, 2))
 
     def prepare(self, volume: Volume) -> Prepared:
-        """Resamples slices; the image as float32 with its own mean and deviation."""
+        """Resamples slices, float32, with the volume's own mean and deviation."""
         return with_moments(resample(volume, self.pixel_spacing))
 
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
-        """The frames of all patients, by number of patient and frame."""
+        """The frames of all patients, in order of patient and frame number."""
         if not raw_dir.is_dir():
-            return [], [Fault(raw_dir, "is not a folder", "give the folder of the patients")]
+            return [], [Fault(raw_dir, "is not a folder", "give the patients' parent folder")]
         folders, faults = _find_folders(raw_dir)
         if not folders:
             faults.append(Fault(raw_dir, "holds no patient's folder", f"expected {_EXPECTED}"))
@@ -99,7 +99,7 @@ class AcdcReader(Reader):
         files, broken, faults = _sort_files(number, folder)
         named, more = _read_info(folder / _INFO)
         faults += more
-        # Without Info.cfg the files' own faults are still to be found.
+        # Without Info.cfg the other files are still checked.
         frames = named or sorted({frame for frame, _ in files if frame != _CINE})
         sources, more = _labelled_frames(number, folder, frames, files)
         faults += more
@@ -113,7 +113,7 @@ class AcdcReader(Reader):
 def resample(volume: Volume, pixel: float) -> Volume:
     """The volume on a grid of `pixel` mm in plane (`data_prep.resampling`), float32.
 
-    Raises `DatasetError` for a spacing that leaves no slice, or one of absurd size.
+    Raises `DatasetError` for a spacing that leaves no slice, or slices larger than `MAX_EDGE`.
     """
     rows, columns, _ = volume.image.shape
     size = size_at((rows, columns), volume.spacing[:2], pixel)
@@ -139,7 +139,7 @@ def _name(number: int, frame: int) -> str:
 
 
 def _find_folders(raw_dir: Path) -> tuple[dict[int, list[Path]], list[Fault]]:
-    """Patients' folders by number, in the folder and its parts, and what else lies there."""
+    """Patients' folders by number, in `raw_dir` and its parts, and faults of everything else."""
     folders: dict[int, list[Path]] = defaultdict(list)
     faults: list[Fault] = []
     for parent in (raw_dir, *(raw_dir / part for part in _PARTS)):
@@ -150,14 +150,14 @@ def _find_folders(raw_dir: Path) -> tuple[dict[int, list[Path]], list[Fault]]:
                 folders[int(match[1])].append(path)
             elif "patient" in path.name.lower():
                 remedy = "rename it to patient<number>, or move it away"
-                faults.append(Fault(path, "its name is not one of a patient", remedy))
+                faults.append(Fault(path, "its name is not a patient's", remedy))
             else:
                 faults.append(unused_folder(path, _EXPECTED))
     return folders, faults
 
 
 def _sort_files(number: int, folder: Path) -> tuple[_Files, frozenset[Path], list[Fault]]:
-    """A patient's NIfTI files by what they are, one each; those of them that cannot be read."""
+    """A patient's NIfTI files by frame and kind, the unreadable ones, and faults."""
     files: _Files = defaultdict(list)
     entries = list_entries(folder, used=(_INFO,))
     faults = [*entries.faults, *(unused_folder(path, _EXPECTED) for path in entries.folders)]
@@ -165,7 +165,7 @@ def _sort_files(number: int, folder: Path) -> tuple[_Files, frozenset[Path], lis
         match = _FILE.fullmatch(path.name)
         if match is None or int(match[1]) != number:
             remedy = f"expected {_EXPECTED}; rename it, or move it away"
-            faults.append(Fault(path, "its name is not one of this patient's", remedy))
+            faults.append(Fault(path, "its name does not match this patient's files", remedy))
         elif files[key := (int(match[2] or _CINE), bool(match[3]))]:
             found = f"is a second {files[key][0].name}"
             faults.append(Fault(path, found, "move one of them away"))
@@ -195,7 +195,7 @@ def _read_info(path: Path) -> tuple[list[int], list[Fault]]:
 def _labelled_frames(
     number: int, folder: Path, frames: list[int], files: _Files
 ) -> tuple[list[Source], list[Fault]]:
-    """The frames that Info.cfg names; labels are there for all of them or for none."""
+    """The frames that Info.cfg names; either all of them have labels or none."""
     sources, faults = [], []
     labelled = any(is_label for _, is_label in files)
     for frame in frames:
@@ -209,7 +209,7 @@ def _labelled_frames(
             sources.append(Source(name, image[0], label[0] if label else None))
     for (frame, _), paths in files.items():
         if frame not in (*frames, _CINE):
-            found = f"is of another frame than Info.cfg's, {' and '.join(map(str, frames))}"
+            found = f"its frame is not one of Info.cfg's, {' and '.join(map(str, frames))}"
             faults.append(Fault(paths[0], found, "correct Info.cfg, or move it away"))
     return sources, faults
 
@@ -217,7 +217,7 @@ def _labelled_frames(
 def _cine_frames(
     number: int, folder: Path, frames: list[int], files: _Files
 ) -> tuple[list[Source], list[Fault]]:
-    """All frames of the cine but those that have files of their own."""
+    """All frames of the cine except those that have their own files."""
     cine = files.get((_CINE, False))
     if not cine:
         missing = f"patient{number:03d}_4d.nii.gz"

@@ -2,8 +2,8 @@
 
 A dataset has one split per volume, one shard per split and one record per slice, in slice order.
 Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds encodes features
-and serialises them as tf.train.Example by itself, and a TFRecord is the frame of
-`kafjax.data.records` around each. Nothing written depends on the time, the host or the worker.
+and serialises them as tf.train.Example by itself, and `kafjax.data.records` frames each as a
+TFRecord. The output does not depend on the time, the host or the worker.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a shard depends on beside its source files."""
+    """Everything that a shard depends on, apart from its source files."""
 
     name: str  # of the dataset
     reader: Reader
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def parameters(self) -> Metadata:
-        """The plan as it is written into metadata."""
+        """The plan as written to the metadata."""
         return {
             "format_version": VERSION,
             "kind": self.reader.kind,
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def _order(self) -> Metadata:
-        """Marks keypoints in order of strength; datasets of before that order have no mark."""
+        """Marks keypoints sorted by strength; datasets from before that order have no mark."""
         return (
             {"keypoint_order": "strength"} if self.options.keypoint_selection == "strongest" else {}
         )
@@ -104,18 +104,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A finished shard, and what made it; kept as JSON beside the unfinished dataset."""
+    """A finished shard and its inputs, stored as JSON next to the unfinished dataset."""
 
     volume_id: str
     file: str
     sha256: str
     records: str  # `kafjax.data.records.records_digest`
-    num_bytes: int  # of the records' data, without frames
+    num_bytes: int  # of the records' data, without framing
     keypoints_found: list[int]  # by slice, before the choice of K
     size: list[int]  # rows, columns
     labelled: bool
     reach: int  # slices to the farthest neighbour, by the dataset's rule
-    case: str | None  # the volume's own name, where its id cannot be that
+    case: str | None  # the volume's own name if it differs from the id
     sources: dict[str, str]  # SHA-256 by file name
     parameters: Metadata
 
@@ -126,7 +126,7 @@ class WrittenShard:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose results are in the records."""
+    """Versions of the libraries that determine the records."""
     return {
         "opencv": cv2.__version__,
         **{library: importlib.metadata.version(library) for library in _LIBRARIES},
@@ -134,7 +134,7 @@ def library_versions() -> dict[str, str]:
 
 
 def shard_name(dataset: str, volume_id: str) -> str:
-    """The file name that tfds expects of a split's only shard."""
+    """The file name that tfds expects for a split with one shard."""
     return f"{dataset}-{volume_id}.tfrecord-00000-of-00001"
 
 
@@ -143,7 +143,7 @@ def write_shard(
 ) -> WrittenShard:
     """Prepares one volume and writes its shard, which appears only when it is whole.
 
-    `sha256` is what the source files had when the dataset was checked. Raises `DatasetError` for
+    `sha256` holds the source files' hashes from the dataset check. Raises `DatasetError` for
     a bad or changed file and `OSError`, with the shard's path, where it cannot be written.
     """
     prepared = plan.reader.prepare(plan.reader.read(source))
@@ -178,7 +178,7 @@ def write_dataset_files(
     sources: list[Source],
     facts: Mapping[str, Facts],
 ) -> None:
-    """Writes what makes a folder of finished shards a dataset: tfds' JSON files and the index.
+    """Turns a folder of finished shards into a dataset: writes tfds' JSON files and the index.
 
     `sources` and `facts` are of the same volumes, the latter by id.
     """
@@ -245,19 +245,19 @@ def _features(max_keypoints: int, reach: int, dtype: str) -> tfds.features.Featu
 
     return tfds.features.FeaturesDict(
         {
-            "image": tensor((None, None, 1), dtype, "clipped; normalised is (image - mean) / std"),
+            "image": tensor((None, None, 1), dtype, "clipped; normalise by (image - mean) / std"),
             "label": tensor((None, None, 1), "uint8", "classes; all 0 where has_label is false"),
             "has_label": scalar(np.bool_, "whether the volume has labels"),
             "keypoints": tensor((max_keypoints, 2), "int16", "(row, col) in pixels, padded with 0"),
-            "num_keypoints": scalar(np.int32, "how many places of keypoints are real"),
+            "num_keypoints": scalar(np.int32, "number of real keypoints; the rest is padding"),
             "correspondences": tensor(
                 (2 * reach, max_keypoints),
                 "int16",
-                "by neighbour offset -R..-1, 1..R: index of that slice's keypoint, or -1",
+                "by neighbour offset -R..-1, 1..R: index of the matching keypoint there, or -1",
             ),
-            "slice_index": scalar(np.int32, "from 0, upwards in the patient"),
+            "slice_index": scalar(np.int32, "from 0, towards the patient's head"),
             "num_slices": scalar(np.int32, "of the volume"),
-            "volume_id": tfds.features.Text(doc="the volume's name, also that of its split"),
+            "volume_id": tfds.features.Text(doc="name of the volume and of its split"),
             "mean": scalar(np.float32, "of the clipped volume"),
             "std": scalar(np.float32, "of the clipped volume"),
             "spacing": tfds.features.Tensor(
@@ -328,7 +328,7 @@ def _examples(
 
 
 def _serialise(features: tfds.features.FeaturesDict, example: dict[str, Any]) -> bytes:
-    """A tf.train.Example as tfds writes it, but for the compression level and a fixed order."""
+    """A tf.train.Example as tfds writes it, except the compression level and a fixed order."""
     encoded = {
         name: {"shape": value.shape, "value": zlib.compress(value.tobytes(), _DEFLATE_LEVEL)}
         if name in ("image", "label")

@@ -15,7 +15,7 @@ _PHANTOMS = "phantom.json"  # how the phantoms in the folder were made
 
 
 class ChdReader(Reader):
-    """Congenital heart disease CT: `ct_1001_image.nii.gz` beside `ct_1001_label.nii.gz`."""
+    """Congenital heart disease CT: `ct_1001_image.nii.gz` next to `ct_1001_label.nii.gz`."""
 
     kind = "chd"
     classes = (
@@ -46,7 +46,7 @@ class ChdReader(Reader):
                 files[int(match[1]), match[2]].append(path)
             else:
                 remedy = f"rename it to {self._EXPECTED}, or move it away"
-                faults.append(Fault(path, "its name is not one of this layout's", remedy))
+                faults.append(Fault(path, "its name does not fit this layout", remedy))
         if not entries.scans:
             faults.append(Fault(raw_dir, "holds no volume", f"expected {self._EXPECTED}"))
         sources, faults = self._pair(files, faults)
@@ -65,7 +65,7 @@ class ChdReader(Reader):
             if not images or not labels:
                 path, missing = (images or labels)[0], "label" if images else "image"
                 remedy = f"add ct_{number}_{missing}.nii.gz, or move this file away"
-                faults.append(Fault(path, f"has no {missing} beside it", remedy))
+                faults.append(Fault(path, f"has no {missing} next to it", remedy))
             for image in images[:1]:
                 sources.append(Source(f"ct_{number}", image, labels[0] if labels else None))
         return sources, faults
@@ -75,7 +75,7 @@ class ChdReader(Reader):
         return max(1, num_slices // 20)
 
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
-        """Raw labels above 7, structures that the method leaves out, become background."""
+        """Maps raw labels above 7, which the method does not segment, to background."""
         return np.where(raw < len(self.classes), raw, 0).astype(np.uint8)
 
     def prepare(self, volume: Volume) -> Prepared:

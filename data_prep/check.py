@@ -1,8 +1,8 @@
-"""What is in a raw dataset, and what is wrong with it, found without preparing anything.
+"""Surveys a raw dataset and reports its faults without preparing anything.
 
-Sizes, spacings, intensities and classes are those of whole volumes; keypoints are sought in some
-slices of each, evenly spaced. Sizes are in pixels and spacings in mm, both of the prepared grid, in
-(row, column, slice) order; intensities are those of the files.
+Sizes, spacings, intensities and classes cover whole volumes; keypoints are detected in a few evenly
+spaced slices of each. Sizes are in pixels and spacings in mm, both of the prepared grid, in (row,
+column, slice) order; intensities are those of the files.
 """
 
 import functools
@@ -22,7 +22,7 @@ from data_prep.volumes import Facts, Reader, Source, facts_of
 
 SAMPLED_SLICES = 8  # of each volume, for keypoints
 PERCENTILES = (0, 1, 50, 99, 100)
-# Attention and matching take memory by the square of K.
+# The memory of attention and matching grows with the square of K.
 _MAX_SUGGESTED_KEYPOINTS = 1024
 _MAX_SUGGESTED_EDGE = 512  # the paper's; larger slices are cropped in training
 _AXES = ("rows", "columns", "slices")
@@ -30,7 +30,7 @@ _AXES = ("rows", "columns", "slices")
 
 @dataclass(frozen=True)
 class VolumeSurvey:
-    """What one sound volume is like."""
+    """The statistics of one sound volume."""
 
     facts: Facts
     spacing: tuple[float, float, float]  # mm
@@ -85,7 +85,7 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
 
 
 def _count_classes(label: np.ndarray | None, num_classes: int) -> list[np.ndarray]:
-    """Voxels of each class, by slice; nothing without labels, or if the classes are not known."""
+    """Voxels of each class, by slice; empty without labels or if the classes are unknown."""
     slices = () if label is None or not num_classes else np.moveaxis(label, 2, 0)
     return [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
 
@@ -95,7 +95,7 @@ def _num_keypoints(image: np.ndarray) -> int:
 
 
 def suggest_max_keypoints(keypoints: Sequence[int]) -> int:
-    """Places enough for 99 % of slices with so many keypoints: a multiple of 64, at most 1024."""
+    """The K that holds all keypoints of 99 % of the slices: a multiple of 64, at most 1024."""
     enough = float(np.percentile(keypoints, 99, method="inverted_cdf"))
     return min(max(64, 64 * math.ceil(enough / 64)), _MAX_SUGGESTED_KEYPOINTS)
 
@@ -133,7 +133,7 @@ def _as_dict(fault: Fault) -> dict[str, str]:
 
 
 def fingerprint(survey: Survey) -> dict[str, Any]:
-    """What the sound volumes are like together; needs at least one of them."""
+    """The statistics of all sound volumes together; needs at least one volume."""
     volumes = list(survey.volumes.values())
     sizes = [(*volume.facts.size, volume.facts.num_slices) for volume in volumes]
     keypoints = [n for volume in volumes for n in volume.keypoints]
@@ -164,7 +164,7 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
 
 
 def _classes(survey: Survey) -> list[dict[str, Any]]:
-    """For each class how many volumes, slices and voxels show it; empty without labels."""
+    """The number of volumes, slices and voxels that show each class; empty without labels."""
     labelled = [volume for volume in survey.volumes.values() if volume.voxels]
     if not labelled:
         return []
@@ -196,7 +196,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _round(value: float) -> float:
-    """Six digits, as many as float32 has; whole numbers stay whole."""
+    """Rounds to six digits, float32's precision; whole numbers stay whole."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
@@ -223,8 +223,8 @@ def as_text(survey: Survey) -> str:
         _spread_line("keypoints in a slice", sampled),
         *_class_lines(found["classes"], found["num_labelled"]),
         "",
-        f"Keypoints were sought in {sampled['sampled_slices']} slices, at most {SAMPLED_SLICES} of "
-        "a volume. Suggested:",
+        f"Keypoints were counted in {sampled['sampled_slices']} slices, at most {SAMPLED_SLICES} "
+        "of a volume. Suggested:",
         f"  --max_keypoints {suggestion['max_keypoints']}: enough for "
         f"{suggestion['slices_within']:.1%} of them",
         f"  --config.data.patch_size='{tuple(suggestion['patch_size'])}' in training: holds the "
@@ -245,7 +245,7 @@ def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
 
 
 def _spread_line(name: str, spread: dict[str, float]) -> str:
-    """Rounded so that any number fits its column, as small as those of normalised images may be."""
+    """A line of the table; rounding fits any number into its column, however small."""
     texts = [f"{spread[key]:g}" for key in ("min", "median", "max")]
     return _line(name, *(text if len(text) < 10 else f"{float(text):.3g}" for text in texts))
 

@@ -1,7 +1,7 @@
-"""What lies in a folder of scans. Nothing is passed over: each entry is a scan, or has a line.
+"""Lists a folder of scans. Nothing is skipped silently: each entry is a scan or is reported.
 
-Harmless without a line are what systems leave behind (`.DS_Store`, `._name`, `Thumbs.db`, ...) and
-the side-car JSON of a scan, `name.json` next to `name.nii.gz`.
+Only files that operating systems leave behind (`.DS_Store`, `._name`, `Thumbs.db`, ...) and a
+scan's side-car JSON, `name.json` next to `name.nii.gz`, are harmless and not reported.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.faults import Fault, finding
 
 SCAN_ENDINGS = (".nii.gz", ".nii")
-# Images that are no NIfTI: whoever has them among scans expects them to be read.
+# Images in other formats: a user who keeps them among scans expects them to be read.
 OTHER_IMAGES = (
     *(".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima", ".img", ".img.gz", ".hdr", ".mgz", ".mgh"),
     *(".mnc", ".gipl", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
@@ -27,13 +27,13 @@ _OF_SYSTEMS = re.compile(
 
 @dataclass(frozen=True)
 class Entries:
-    """What a folder holds, in order of name.
+    """The entries of a folder, sorted by name.
 
     Attributes:
-      scans: all that is named as NIfTI, whether it can be read or not.
-      broken: those of `scans` that cannot be: links to nothing, folders, devices.
+      scans: all entries named as NIfTI, readable or not.
+      broken: the unreadable ones among `scans`: dangling links, folders, devices.
       folders: other folders; the caller uses or reports them.
-      faults: what is said of `broken` and of the rest.
+      faults: those of `broken` and of all other entries.
     """
 
     scans: tuple[Path, ...]
@@ -43,11 +43,11 @@ class Entries:
 
 
 def list_entries(folder: Path, *, used: Collection[str] = ()) -> Entries:
-    """Looks through a folder; one that is not there is empty.
+    """Lists a folder; a missing folder counts as empty.
 
     Args:
-      folder: is not searched any deeper.
-      used: names of the layout's own entries, which the caller looks at.
+      folder: not searched recursively.
+      used: names of the layout's own entries, which the caller handles.
     """
     if not os.path.lexists(folder):
         return Entries((), frozenset(), (), ())
@@ -65,7 +65,7 @@ def list_entries(folder: Path, *, used: Collection[str] = ()) -> Entries:
             continue
         if name.lower() in wanted:
             remedy = f"rename it to {wanted[name.lower()]}: capitals matter"
-            faults.append(Fault(path, "its name is not one of this layout's", remedy))
+            faults.append(Fault(path, "its name does not fit this layout", remedy))
         elif is_scan_name(name):
             scans.append(path)
             if problem := scan_problem(path):
@@ -79,41 +79,41 @@ def list_entries(folder: Path, *, used: Collection[str] = ()) -> Entries:
 
 
 def is_scan_name(name: str) -> bool:
-    """Whether a name is that of a NIfTI file, in capitals too, and not hidden."""
+    """Whether a name is a NIfTI file's, in any case, and not hidden."""
     return name.lower().endswith(SCAN_ENDINGS) and not name.startswith(".")
 
 
 def _is_harmless(path: Path, described: Collection[str]) -> bool:
-    """Whether an entry is of a system, or JSON about the scan of that name without ending."""
+    """Whether an operating system left the entry, or it is a scan's side-car JSON."""
     if path.name.endswith(".json") and path.name.removesuffix(".json") in described:
         return os.path.isfile(path)
     return _OF_SYSTEMS.fullmatch(path.name) is not None
 
 
 def scan_problem(path: Path) -> Fault | None:
-    """Why what is named as a scan cannot be read as a file, or nothing."""
+    """Why an entry named as a scan cannot be read as a file, or None."""
     if os.path.isdir(path):
         remedy = "move the file out of it, or rename the folder"
-        return Fault(path, "is a folder, though it is named as a scan", remedy)
+        return Fault(path, "is a folder with the name of a scan", remedy)
     if link := _dangling(path):
         return link
     if not os.path.isfile(path):
         return Fault(path, "is neither a file nor a link to one", "move it away")
     if not path.name.endswith(SCAN_ENDINGS):
         right = path.name[: -len(_ending(path.name))] + _ending(path.name).lower()
-        taken = ", if that is no other scan" if os.path.lexists(path.with_name(right)) else ""
+        taken = ", unless that is another scan" if os.path.lexists(path.with_name(right)) else ""
         return Fault(path, "its ending has capitals", f"expected the name {right}{taken}")
     return None
 
 
 def unused_folder(path: Path, expected: str) -> Fault:
-    """A finding about a folder that is no part of the layout."""
+    """A finding about a folder outside the layout."""
     inside = f", with {count} scans" if (count := _count_scans(path)) else ""
     return finding(path, f"is a folder that is not used{inside}", f"expected {expected}")
 
 
 def misplaced(paths: Sequence[Path], expected: str) -> list[Fault]:
-    """Faults about scans that lie where the layout has none."""
+    """Faults of scans outside the layout's folders."""
     return [
         Fault(path, "lies outside the layout's folders", f"expected {expected}") for path in paths
     ]
@@ -132,8 +132,8 @@ def _other(path: Path) -> Fault:
 def _dangling(path: Path) -> Fault | None:
     if not os.path.islink(path) or os.path.exists(path):
         return None
-    remedy = "fetch its file (such as `datalad get`), or take the link away"
-    return Fault(path, f"is a link to {os.readlink(path)}, which is not there", remedy)
+    remedy = "fetch its file (such as `datalad get`), or remove the link"
+    return Fault(path, f"is a link to {os.readlink(path)}, which does not exist", remedy)
 
 
 def _ending(name: str) -> str:

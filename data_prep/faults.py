@@ -1,4 +1,4 @@
-"""What is wrong with a dataset's files, or worth knowing, said so that its owner can act on it."""
+"""Faults and findings in a dataset's files, worded so that its owner can act on them."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from kafjax.errors import UserError
 class Fault:
     """One fault: the file or folder, what was found there, and what to do about it.
 
-    A finding is a fault that stops nothing: it is reported, and preparation goes on.
+    A finding is a fault that stops nothing: it is reported, and preparation continues.
     """
 
     path: Path
@@ -41,7 +41,7 @@ def finding(path: Path, found: str, remedy: str) -> Fault:
 
 
 def sort_faults(faults: Iterable[Fault], *, strict: bool = False) -> list[Fault]:
-    """By file, and each once: the frames of one damaged file have the same fault.
+    """Sorts by file and drops duplicates: the frames of one damaged file share its fault.
 
     With `strict` every finding stops.
     """
@@ -51,14 +51,14 @@ def sort_faults(faults: Iterable[Fault], *, strict: bool = False) -> list[Fault]
 
 
 def refuse(faults: Sequence[Fault]) -> tuple[Fault, ...]:
-    """Raises `DatasetError` with all faults if one of them stops; else gives them back."""
+    """Raises `DatasetError` with all faults if one of them stops; else returns them."""
     if any(fault.stops for fault in faults):
         raise DatasetError(faults)
     return tuple(faults)
 
 
 def findings_text(findings: Iterable[Fault]) -> Iterator[str]:
-    """A line for each finding; what is said of many files of one name is said once."""
+    """A line for each finding; equal findings about files of one name share a line."""
     alike: dict[tuple[str, str, str], list[Fault]] = {}
     for fault in findings:
         alike.setdefault((fault.path.name, fault.found, fault.remedy), []).append(fault)

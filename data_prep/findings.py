@@ -1,4 +1,4 @@
-"""What is worth knowing of a dataset as a whole: equal images, and volumes cut in other planes."""
+"""Findings about a whole dataset: equal images, and volumes cut in different planes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ def dataset_findings(
     groups: Iterable[Sequence[str]],
     plane_of: Mapping[str, str],
 ) -> list[Fault]:
-    """A finding for each image that an earlier volume has, and for each plane of the fewer.
+    """A finding for each repeated image, and for each volume outside the most common plane.
 
     Args:
       reader: of the volumes.
-      sources: of them all.
+      sources: of all volumes.
       groups: ids of volumes with equal images.
       plane_of: planes of the volumes by id.
     """
@@ -52,7 +52,7 @@ def dataset_findings(
         for id, plane in plane_of.items():
             if plane != usual:
                 what = f"is cut in {plane} slices, most other volumes in {usual} ones"
-                remedy = "a network sees both as one kind of image; move it away if that is wrong"
+                remedy = "the network treats both alike; move it away if that is wrong"
                 found.append(finding(known[id].image, what, remedy))
     return found
 
@@ -60,7 +60,7 @@ def dataset_findings(
 def findings_of(
     reader: Reader, sources: Iterable[Source], facts: Mapping[str, Facts]
 ) -> list[Fault]:
-    """`dataset_findings` of volumes that were read."""
+    """`dataset_findings` for volumes just read."""
     plane_of = {id: fact.plane for id, fact in facts.items()}
     return dataset_findings(reader, sources, equal_images(facts.values()), plane_of)
 
@@ -68,7 +68,7 @@ def findings_of(
 def recorded_findings(
     reader: Reader, sources: Iterable[Source], metadata: Mapping[str, Any]
 ) -> list[Fault]:
-    """`dataset_findings` of a prepared dataset."""
+    """`dataset_findings` for a prepared dataset."""
     volumes = metadata["volumes"].items()
     plane_of = {id: volume["plane"] for id, volume in volumes if "plane" in volume}
     return dataset_findings(reader, sources, metadata.get("equal_images", ()), plane_of)

@@ -31,10 +31,10 @@ examples:
   kafjax prepare --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
   kafjax prepare --dataset folder --raw_dir scans --labels labels --classes liver,tumour --name own
 
-A command that was stopped is finished by running it again.
+Rerun an interrupted command to finish it.
 """
 
-# Flags that mean something for some datasets only, and their values there if they are not given.
+# Flags of some datasets only, with their defaults there.
 _OWN = ("folder", "nnunet")
 _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "cine": (("acdc",), False),
@@ -50,7 +50,7 @@ _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; what is right for one dataset only is left to `refuse_stray`."""
+    """The parser; `refuse_stray` handles the flags that belong to one dataset."""
     parser = argparse.ArgumentParser(
         prog="kafjax prepare",
         description="Turns raw volumes into records with keypoints and correspondences.",
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def refuse_stray(arguments: argparse.Namespace) -> None:
-    """Fills in the defaults of the dataset's own flags; `ValueError` for those of another one."""
+    """Fills in defaults of the dataset's own flags; raises `ValueError` for another dataset's."""
     stray = []
     for flag, (datasets, default) in _DEFAULTS.items():
         given = getattr(arguments, flag) is not None
@@ -103,24 +103,24 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--name",
-        help="of the prepared dataset (default: as --dataset, or acdc_cine with --cine)",
+        help="name of the prepared dataset (default: --dataset, or acdc_cine with --cine)",
     )
-    add("--overwrite", action="store_true", help="replace a dataset of other options or sources")
+    add("--overwrite", action="store_true", help="replace a dataset with other options or sources")
     add(
         "--check",
         action="store_true",
-        help="only read RAW: all its faults, what is in it, and which K and patch would suit it",
+        help="only read RAW; report its contents and faults, and suggest K and a patch size",
     )
     add(
         "--strict",
         action="store_true",
-        help="refuse what otherwise is a note: equal images, other planes, entries without use",
+        help="treat notes as errors: equal images, other planes, unused entries",
     )
     add(
         "--json",
         type=path_argument,
         metavar="FILE",
-        help="with --check: write its findings there too",
+        help="with --check: also write the findings to FILE",
     )
 
 
@@ -131,26 +131,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=Options.max_keypoints,
         metavar="K",
-        help="places for keypoints in a slice; more are cut, fewer padded (default: %(default)s)",
+        help="keypoints per slice; more are cut, fewer padded (default: %(default)s)",
     )
     add(
         "--keypoint_selection",
         choices=sift.SELECTIONS,
         default=Options.keypoint_selection,
-        help="which keypoints stay where there are more than K (default: %(default)s)",
+        help="which keypoints to keep where there are more than K (default: %(default)s)",
     )
     add(
         "--seed",
         type=int,
         default=Options.seed,
-        help="of the choice of keypoints, and of phantoms (default: %(default)s)",
+        help="seed of the keypoint selection and of phantoms (default: %(default)s)",
     )
     add(
         "--num_workers",
         type=int,
         default=len(usable_cores()),
         metavar="N",
-        help="processes, 0 for none but this; the result is the same (default: one per core)",
+        help="worker processes; 0: this process only; same result (default: one per core)",
     )
 
 

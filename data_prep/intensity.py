@@ -1,6 +1,6 @@
-"""How a volume's intensities are prepared: clipped as CT is, or left as they are.
+"""Intensity preparation of a volume: clipped as for CT, or left unchanged.
 
-Either way the volume comes with its mean and standard deviation, and is normalised when read.
+Either way the volume gets its mean and standard deviation, and is normalised when read.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Intensity = Literal["ct", "zscore"]
 
 
 def clip_percentiles(volume: Volume) -> Prepared:
-    """Clips to the volume's 1st and 99th percentile; integers are truncated to integers."""
+    """Clips to the volume's 1st and 99th percentile; integer images stay integer."""
     low, high = np.percentile(volume.image, [1, 99]).tolist()
     if volume.image.dtype.kind in "iu":
         # The same as clipping and then truncating, without a float copy of the volume.
@@ -28,7 +28,7 @@ def clip_percentiles(volume: Volume) -> Prepared:
 
 
 def with_moments(volume: Volume, *, constant: str = "is constant") -> Prepared:
-    """Adds mean and standard deviation; `DatasetError`, so worded, if the image is constant."""
+    """Adds mean and standard deviation; `DatasetError`, worded as `constant`, if it is 0."""
     slices = np.moveaxis(volume.image, 2, 0)  # one by one, to save memory
     mean = np.mean([s.mean(dtype=np.float64) for s in slices])
     std = np.sqrt(np.mean([((s - mean) ** 2).mean() for s in slices]))

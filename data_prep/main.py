@@ -35,7 +35,7 @@ from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
 from kafjax.files import show_any_name, write_text
 
-_LONGEST_NAME = 60  # it is a part of file names
+_LONGEST_NAME = 60  # the name is part of file names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _report(error, MISTAKE)
     except OSError as error:
-        # A write to a full disk does not name its file.
+        # The error of a full disk does not name its file.
         where = error.filename or arguments.data_dir
         return _report(f"{where}: {error.strerror or error}{kept}", 1)
     except KeyboardInterrupt:
-        return _report(f"stopped{'; the same command goes on from here' if kept else ''}", 130)
+        return _report(f"stopped{'; rerun the command to resume' if kept else ''}", 130)
     except Exception as error:
         print(describe_fault(error), file=sys.stderr, flush=True)
         return FAULT
@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
-    """Prints what is in the raw folder and findings. Raises `DatasetError` with its faults."""
+    """Prints the survey of the raw folder and its findings. Raises `DatasetError` for faults."""
     survey, faults = survey_dataset(
         reader, raw_dir, num_workers=arguments.num_workers, strict=arguments.strict
     )

@@ -1,11 +1,11 @@
-"""Reading NIfTI files with every byte checked, and turning volumes to (row, col, slice).
+"""Verified reading of NIfTI files, and reorienting volumes to (row, col, slice).
 
-Volumes are worked on as [row, col, slice]. In axial slices rows run to the patient's back, columns
-to the left and slices to the head, so that a slice looks as on a radiologist's screen whatever
-order the file has; coronal and sagittal slices are upright likewise.
-NIfTI's axes are (x, y, z), in a typical axial scan columns, rows and slices. Axes are only permuted
-and flipped, by the nearest match to the affine, never resampled: `from_slices` is the exact way
-back. Affines map voxel indices to NIfTI's millimetres (x to the right, y to the front, z up).
+Volumes are [row, col, slice]. In axial slices rows run to the patient's back, columns to the left
+and slices to the head, so that a slice looks as on a radiologist's screen whatever the file's axis
+order; coronal and sagittal slices are upright too. NIfTI's axes are (x, y, z), in a typical axial
+scan columns, rows and slices. Axes are only permuted and flipped, by the nearest match to the
+affine, never resampled: `from_slices` is the exact way back. Affines map voxel indices to NIfTI's
+millimetres (x to the right, y to the front, z up).
 """
 
 import functools
@@ -26,7 +26,7 @@ from data_prep.nifti_header import header_kind, header_problem, without_remarks
 
 Plane = Literal["axial", "coronal", "sagittal"]
 
-# Where rows, columns and slices run to: posterior, left, superior, inferior, anterior.
+# Directions of rows, columns and slices: posterior, left, superior, inferior, anterior.
 _DIRECTIONS: dict[Plane, np.ndarray] = {
     "axial": orientations.axcodes2ornt(("P", "L", "S")),
     "coronal": orientations.axcodes2ornt(("I", "L", "A")),
@@ -53,10 +53,10 @@ def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
     """Reads a `.nii` or `.nii.gz` of three dimensions, or one frame (from 0) of a 4-d one.
 
     A compressed file is read to its end first, so that its checksum is verified: nibabel by itself
-    accepts most damaged files. Whether it is compressed, its content decides and not its name. What
-    nibabel would mend or remark is a fault or nothing (`nifti_header`). Integers stay integers; a
-    scaled file whose values are all whole becomes int16 or int32, any other float32. Raises
-    `DatasetError` with one fault.
+    accepts most damaged files. The content, not the name, decides whether it is compressed. Headers
+    that nibabel would repair or warn about are either faults or sound (`nifti_header`). Integers
+    stay integers; a scaled file whose values are all whole becomes int16 or int32, any other
+    float32. Raises `DatasetError` with one fault.
     """
     if frame is None:
         return _read(path, 3)
@@ -69,18 +69,18 @@ def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
 
 
 def count_frames(path: Path) -> int:
-    """The number of frames in a 4-d file, by its header. Raises `DatasetError` with one fault."""
+    """The number of frames in a 4-d file's header. Raises `DatasetError` with one fault."""
     try:
         shape: tuple[int, ...] = open_header(path).shape
     except DatasetError:
         shape = ()
     if len(shape) != 4 or 0 in shape:
-        return _read(path, 4).array.shape[3]  # which says what is wrong
+        return _read(path, 4).array.shape[3]  # which reports the fault
     return shape[3]
 
 
 def open_header(path: Path) -> nib.Nifti1Image:
-    """An image with a file's header, affine and shape, whose values cannot be read.
+    """An image with a file's header, affine and shape, but without its values.
 
     Raises `DatasetError` with one fault.
     """
@@ -98,7 +98,7 @@ def open_header(path: Path) -> nib.Nifti1Image:
 
 
 def slice_plane(affine: np.ndarray) -> Plane:
-    """The plane in which a volume was scanned: across its axis that is far coarser than the others.
+    """The plane in which a volume was scanned: across the axis that is far coarser than the others.
 
     Axial where no axis is twice as coarse as the next, as in most CT.
     """
@@ -112,19 +112,19 @@ def slice_plane(affine: np.ndarray) -> Plane:
 def to_slices(
     array: np.ndarray, affine: np.ndarray, plane: Plane = "axial"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A view [row, col, slice] of a volume in its file's axis order, and the view's affine."""
+    """A [row, col, slice] view of a volume in its file's axis order, and the view's affine."""
     turn = orientations.ornt_transform(orientations.io_orientation(affine), _DIRECTIONS[plane])
     turned_affine = affine @ orientations.inv_ornt_aff(turn, array.shape)
     return orientations.apply_orientation(array, turn), turned_affine
 
 
 def from_slices(array: np.ndarray, affine: np.ndarray, plane: Plane = "axial") -> np.ndarray:
-    """The way back: [row, col, slice] to the axis order of the file whose affine is given."""
+    """The inverse of `to_slices`: [row, col, slice] to the axis order of the affine's file."""
     turn = orientations.ornt_transform(_DIRECTIONS[plane], orientations.io_orientation(affine))
     return orientations.apply_orientation(array, turn)
 
 
-# A cine's frames are volumes of their own, most often read one after the other.
+# A cine's frames are separate volumes, usually read one after the other.
 @functools.lru_cache(maxsize=1)
 def _read_frames(path: Path, modified: int, size: int) -> Nifti:
     return _read(path, 4)
@@ -137,7 +137,7 @@ def _read(path: Path, num_dimensions: int) -> Nifti:
     image = _parse(path, content)
     if len(image.shape) != num_dimensions or 0 in image.shape:
         expected = (
-            "expected one 3-d volume; save each frame or channel as a file of its own"
+            "expected one 3-d volume; save each frame or channel as its own file"
             if num_dimensions == 3
             else "expected a 4-d file of frames"
         )
@@ -176,7 +176,7 @@ def _decompress(path: Path, stored: bytes) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
-    """Opens the file's bytes as NIfTI-1 or NIfTI-2; the values are not read yet."""
+    """Opens the file's bytes as NIfTI-1 or NIfTI-2, without reading the values yet."""
     kind = header_kind(content)
     if kind is None:
         found = "is not a NIfTI file (its first number is neither 348 nor 540)"
@@ -188,7 +188,7 @@ def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
             return kind.from_stream(io.BytesIO(content))
     except DatasetError:
         raise
-    except Exception as error:  # nibabel's parsers raise whatever a bad header makes them
+    except Exception as error:  # nibabel's parsers raise any exception for a bad header
         raise _error(path, f"is not a NIfTI file ({error})", "save it as NIfTI") from error
 
 
@@ -198,7 +198,7 @@ def _values(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     try:
         with without_remarks():
             array = np.asanyarray(image.dataobj)
-    except Exception as error:  # too few bytes, or a header that promises nonsense
+    except Exception as error:  # too few bytes, or an inconsistent header
         raise _error(path, f"its values cannot be read ({error})", _FETCH_AGAIN) from error
     long = array.dtype.kind in "iu" and array.dtype.itemsize == 8
     scaled = array.dtype.kind == "f" and image.get_data_dtype().kind in "iu"

@@ -1,8 +1,8 @@
-"""What may be wrong with a NIfTI header, by the standard, before nibabel mends it in silence.
+"""Checks a NIfTI header against the standard before nibabel repairs it silently.
 
-nibabel takes a spacing of 0 as 1 mm and an unknown form code as 0, and remarks on both without the
-file's name; here they are faults. What it mends without changing the grid or the values (a negative
-spacing, the sign in pixdim[0], bitpix) is sound. Source: the NIfTI-1 and NIfTI-2 standards.
+nibabel reads a spacing of 0 as 1 mm and an unknown form code as 0, and warns of both without the
+file's name; here they are faults. Repairs that change neither the grid nor the values (a negative
+spacing, the sign in pixdim[0], bitpix) are accepted. Source: the NIfTI-1 and NIfTI-2 standards.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def header_kind(content: bytes) -> type[nib.Nifti1Image] | None:
 
 
 def header_problem(kind: type[nib.Nifti1Image], content: bytes) -> tuple[str, str] | None:
-    """What makes a header unfit, and what to do, or nothing.
+    """The fault of a header and its remedy, or None.
 
     Raises whatever nibabel raises for a header that cannot be parsed.
     """
@@ -42,7 +42,7 @@ def header_problem(kind: type[nib.Nifti1Image], content: bytes) -> tuple[str, st
 
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
-    """Keeps nibabel's log, which names no file, and its warnings from being shown."""
+    """Silences nibabel's log and warnings, which do not name the file."""
     level = imageglobals.logger.level
     imageglobals.logger.setLevel(logging.CRITICAL + 1)
     try:
@@ -54,7 +54,7 @@ def without_remarks() -> Iterator[None]:
 
 
 def _form_problem(header: nib.Nifti1Header) -> tuple[str, str] | None:
-    """Which transformation holds is told by codes; two of the three take spacing from pixdim."""
+    """Codes select the transformation; two of the three take the spacing from pixdim."""
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     for name, code in (("sform_code", sform), ("qform_code", qform)):
         if code not in _FORM_CODES:
@@ -67,7 +67,7 @@ def _form_problem(header: nib.Nifti1Header) -> tuple[str, str] | None:
 
 
 def _scaling_problem(header: nib.Nifti1Header) -> tuple[str, str] | None:
-    """A slope of 0, or NaN as some write, says that values are not scaled."""
+    """A slope of 0, or NaN as some tools write, means that values are not scaled."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if np.isinf(slope):
         return f"its slope (scl_slope) is {slope}", f"{_CORRECT}: 0 if values are as stored"

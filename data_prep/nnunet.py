@@ -1,14 +1,14 @@
-"""Anyone's data in the raw layout of nnU-Net (version 2): `dataset.json` and folders of NIfTI.
+"""The raw layout of nnU-Net (version 2): `dataset.json` and folders of NIfTI files.
 
     RAW/dataset.json                     channel_names, labels, file_ending
     RAW/imagesTr/case_0000.nii.gz        the case's channel 0; case_0001.nii.gz its channel 1, ...
-    RAW/labelsTr/case.nii.gz             its labels; a case without is a volume without labels
-    RAW/imagesTs/other_0000.nii.gz       the test set, which no run trains on unless it is asked to
-    RAW/labelsTs/other.nii.gz            its labels, if any, to evaluate on
+    RAW/labelsTr/case.nii.gz             its labels, which are optional
+    RAW/imagesTs/other_0000.nii.gz       the test set, which runs train on only if asked to
+    RAW/labelsTs/other.nii.gz            its labels, which are optional
 
 One channel of a case makes a volume. Source of the layout: nnU-Net's documentation of its dataset
-format (Isensee et al., Nature Methods 2021). Neighbours follow the CHD rule of the KAF paper, as
-do the intensities of CT; those of other channels are not clipped.
+format (Isensee et al., Nature Methods 2021). Neighbours follow the CHD rule of the KAF paper, and
+so do CT intensities; those of other channels are not clipped.
 """
 
 import json
@@ -47,7 +47,7 @@ class NnunetReader(OwnReader):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The channel and what is done with it."""
+        """The channel and its intensity preparation."""
         channel = {"channel": self.channel, "channel_name": self.channel_name}
         return {**channel, **super().facts}
 
@@ -84,7 +84,7 @@ class NnunetReader(OwnReader):
     def _find_images(
         self, folder: Path, labels: Container[str]
     ) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
-        """The chosen channel's file of each case, whether it is there or not, with a fault."""
+        """The chosen channel's file of each case; a missing file has a fault."""
         name = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}", re.DOTALL)
         entries = list_entries(folder)
         cases: dict[str, dict[int, Path]] = defaultdict(dict)
@@ -95,9 +95,9 @@ class NnunetReader(OwnReader):
             if match is not None and int(match[2]) < self.num_channels:
                 cases[match[1]][int(match[2])] = path
             elif path not in entries.broken:
-                found = "its name is not one of this layout's"
-                others.append((path, f"is of channel {int(match[2])}" if match else found))
-        # Cases all the same, though their names have no channel: labels are named so.
+                found = "its name does not fit this layout"
+                others.append((path, f"belongs to channel {int(match[2])}" if match else found))
+        # Names without a channel still count as cases: labels are named like this.
         nameless: dict[str, Path] = {}
         for path, found in others:
             stem = path.name.removesuffix(self.ending)
@@ -123,7 +123,7 @@ class NnunetReader(OwnReader):
     def _find_labels(
         self, raw_dir: Path, name: str
     ) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
-        """Labels by case, and those of them that cannot be read."""
+        """Labels by case, the unreadable ones, and faults."""
         folder = raw_dir / name
         for images, _ in _PARTS:
             if (
@@ -144,21 +144,21 @@ class NnunetReader(OwnReader):
             if path.name.endswith(self.ending):
                 labels[path.name.removesuffix(self.ending)] = path
             elif path not in entries.broken:
-                found = "its name is not one of this layout's"
+                found = "its name does not fit this layout"
                 faults.append(Fault(path, found, f"expected {expected}"))
         return labels, entries.broken, faults
 
     def _without_image(
         self, labels: Mapping[str, Path], case: str, cases: Mapping[str, Path], folder: str
     ) -> Fault:
-        """The fault of a label, with the image that its name is nearest to."""
+        """The fault of a label without an image, with the image of the nearest name."""
         found, remedy = f"has no image in {folder}", "add it, or move this file away"
         near = max((other for other in cases if case.startswith(other)), key=len, default=None)
         if near is not None:
             image = cases[near]
-            remedy = f"if it is of {image.name}, rename it to {near}{self.ending}"
+            remedy = f"if it belongs to {image.name}, rename it to {near}{self.ending}"
             if case == image.name.removesuffix(self.ending):
-                found = f"is named as its image, {image.parent.name}/{image.name}"
+                found = f"has the name of its image, {image.parent.name}/{image.name}"
                 remedy = f"rename it to {near}{self.ending}"
             if near in labels:
                 remedy = f"move it away: {image.name} has labels, {labels[near].name}"
@@ -172,10 +172,10 @@ def open_nnunet(
     intensity: Intensity | None = None,
     radius: int | None = None,
 ) -> NnunetReader:
-    """The reader of a folder, by its `dataset.json`; what is wrong there is found by `find`.
+    """The reader that a folder's `dataset.json` describes; `find` reports the faults in it.
 
-    `channel` is a number or a name, by default 0. `intensity` is by default `ct` where the channel
-    is named CT, else `zscore`. Raises `ValueError` for a radius below 1.
+    `channel` is a number or a name, by default 0. `intensity` defaults to `ct` for a channel named
+    CT, else to `zscore`. Raises `ValueError` for a radius below 1.
     """
     if radius is not None and radius < 1:
         raise UserError(f"radius is {radius}; expected 1 px or more")
@@ -201,7 +201,7 @@ def open_nnunet(
 
 
 def _outside(raw_dir: Path) -> list[Fault]:
-    """What is said of all that lies next to the layout's own entries."""
+    """Faults and findings about everything next to the layout's own entries."""
     layout = ", ".join(_LAYOUT)
     entries = list_entries(raw_dir, used=_LAYOUT)
     faults = [*entries.faults, *misplaced(entries.scans, layout)]
@@ -209,7 +209,7 @@ def _outside(raw_dir: Path) -> list[Fault]:
 
 
 def _read_description(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
-    """`dataset.json`, or nothing, with a fault, if it cannot be read."""
+    """The content of `dataset.json`, or None and a fault if it cannot be read."""
     try:
         description = json.loads(path.read_bytes())
     except OSError as error:
@@ -219,23 +219,23 @@ def _read_description(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
     else:
         if isinstance(description, dict):
             if "dataset" in description:
-                remedy = "move the files to imagesTr and labelsTr, and take the entry out"
+                remedy = "move the files to imagesTr and labelsTr, and remove the entry"
                 faults.append(Fault(path, "lists its files under 'dataset'", remedy))
             return description
         found = "does not hold an object"
-    remedy = "expected an object with channel_names, labels and file_ending, as nnU-Net has it"
+    remedy = "expected an object with channel_names, labels and file_ending, as in nnU-Net"
     faults.append(Fault(path, found, remedy))
     return None
 
 
 def _channels(path: Path, description: dict[str, Any] | None, faults: list[Fault]) -> list[str]:
-    """Names of the channels in order; none, with a fault, where they cannot be known."""
+    """Names of the channels in order; empty, with a fault, if unknown."""
     if description is None:
         return []
     names = description.get("channel_names")
     if isinstance(names, dict) and names and set(names) == set(map(str, range(len(names)))):
         return [str(names[str(i)]) for i in range(len(names))]
-    remedy = 'expected such as {"0": "CT"}'
+    remedy = 'expected for example {"0": "CT"}'
     if "modality" in description and names is None:
         remedy += f"; {_CONVERT}"
     faults.append(Fault(path, _found("channel_names", description), remedy))
@@ -260,7 +260,7 @@ def _choose_channel(
 def _classes(
     path: Path, description: dict[str, Any] | None, faults: list[Fault]
 ) -> tuple[str, ...]:
-    """Names of the classes in order; none, with a fault, where they cannot be known."""
+    """Names of the classes in order; empty, with a fault, if unknown."""
     if description is not None:
         labels = description.get("labels")
         problem = _labels_problem(labels)
@@ -272,17 +272,17 @@ def _classes(
 
 
 def _labels_problem(labels: Any) -> tuple[str, str] | None:
-    """What makes `labels` unfit, and what to do, or nothing."""
-    remedy = 'expected such as {"background": 0, "liver": 1}'
+    """The fault of `labels` and its remedy, or None."""
+    remedy = 'expected for example {"background": 0, "liver": 1}'
     if not isinstance(labels, dict) or not labels:
         return ("has no labels" if labels is None else f"labels is {labels!r}"), remedy
     if regions := [name for name, value in labels.items() if isinstance(value, list)]:
         return (
             f"labels are regions ({', '.join(regions)})",
-            "regions are not supported; give every label one number and one name",
+            "regions are not supported; give each label one number and one name",
         )
     if "ignore" in labels:
-        return "has an ignore label", "it is not supported; label those voxels, or leave them out"
+        return "has an ignore label", "it is not supported; label those voxels or leave them 0"
     numbers = list(labels.values())
     if not all(type(number) is int for number in numbers):
         old = f"; {_CONVERT}" if all(name.isdecimal() for name in labels) else ""

@@ -1,9 +1,9 @@
 """A whole raw dataset -> DATA/<name>/<version>: check, prepare in parallel, publish at once.
 
-Everything is made in the hidden folder `.<version>.preparing` beside the final place: finished
-shards with a JSON file each that says what made them, so that a run that was stopped at any moment
-is finished by the next one, and only what is missing or stale is made again. The finished dataset
-is then moved to its place in one step; tfds takes any existing version folder for a prepared one.
+Everything is written to the hidden folder `.<version>.preparing` next to the final folder. Each
+finished shard has a JSON file that records its inputs, so an interrupted run resumes: only missing
+or stale shards are made again. The finished dataset is then moved to its place in one step, because
+tfds takes any existing version folder for a prepared one.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ T = TypeVar("T")
 
 
 class PreparationError(UserError):
-    """Volumes that could not be prepared though their files are sound; the others are kept."""
+    """Volumes with sound files that could not be prepared; the others are kept."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is on disk after a preparation."""
+    """The prepared dataset on disk."""
 
     directory: Path
     already_prepared: bool
@@ -55,7 +55,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Place:
-    """The final folder, and the folder beside it where it is made."""
+    """The final folder, and the hidden folder next to it where the dataset is built."""
 
     final: Path
 
@@ -83,14 +83,14 @@ def prepare_dataset(
     strict: bool = False,
     subjects: Mapping[str, str] | None = None,
 ) -> Summary:
-    """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, or finds that it is done.
+    """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, unless already prepared.
 
     The same sources and options give the same bytes for any `num_workers` (0: in this process) and
     after any interruption. With `strict` findings are faults. `subjects` is a table by the volumes'
-    names (`data_prep.subjects`). Raises `DatasetError` with every
-    fault and finding of the raw files where one of them stops; `ValueError` if another dataset is
-    in the place and `overwrite` is false, or another process is at work on it; `PreparationError`
-    if workers died; `OSError` where the disk does not take it.
+    names (`data_prep.subjects`). Raises `DatasetError` with every fault and finding of the raw
+    files if at least one is a fault; `ValueError` if another dataset is in its place and
+    `overwrite` is false, or another process is preparing it; `PreparationError` if workers died;
+    `OSError` if writing fails.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
@@ -130,12 +130,12 @@ def prepare_dataset(
 
 
 def _differences(final: Path, reader: Reader, sources: list[Source], options: Options) -> list[str]:
-    """How the dataset in place differs from what is asked for; libraries are not compared."""
+    """Differences between the existing dataset and the requested one, except library versions."""
     try:
         found = _read_metadata(final)
         load_index(final)
     except (OSError, ValueError) as error:
-        return [f"it is not a finished dataset of ours ({error})"]
+        return [f"it is not a finished kafjax dataset ({error})"]
     asked: dict[str, Any] = {
         "kind": reader.kind,
         "radius": reader.radius,
@@ -169,7 +169,7 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
 def _change(there: dict[str, str] | None, here: dict[str, str] | None) -> str:
     if there is None:
         return "are new"
-    return "are gone from the raw folder" if here is None else "have changed"
+    return "are missing from the raw folder" if here is None else "have changed"
 
 
 def _sha256(path: Path) -> str:
@@ -183,12 +183,10 @@ def _read_metadata(final: Path) -> dict[str, Any]:
 
 
 def _long_names(name: str, sources: list[Source]) -> list[Fault]:
-    """Faults about volumes whose shards the disk would not take."""
-    longest = 230  # of the system's 255; a file that is being written has a longer name
+    """Faults of volumes whose shards' names would be too long for the disk."""
+    longest = 230  # of the system's 255; a file being written has a longer name
     return [
-        Fault(
-            source.image, "its name is too long", "rename it: the volume's name is a part of files'"
-        )
+        Fault(source.image, "its name is too long", "rename it: it is part of file names")
         for source in sources
         if len(os.fsencode(builder.shard_name(name, source.id))) > longest
     ]
@@ -202,7 +200,7 @@ def _check(
     *,
     strict: bool,
 ) -> tuple[dict[str, Facts], tuple[Fault, ...]]:
-    """Reads every volume once: what it is like, and findings. Raises `DatasetError`."""
+    """Reads every volume once; returns facts and findings. Raises `DatasetError`."""
     inspect_volume = functools.partial(inspect, reader)
     facts, more = read_through(inspect_volume, sources, num_workers=num_workers)
     found = [*faults, *more, *findings_of(reader, sources, facts)]
@@ -212,7 +210,7 @@ def _check(
 def read_through(
     function: Callable[[Source], T], sources: Iterable[Source], *, num_workers: int
 ) -> tuple[dict[str, T], list[Fault]]:
-    """Applies a function to every volume: results by id, and the faults of those without.
+    """Applies a function to every volume; returns results by id, and faults of the others.
 
     The function raises `DatasetError` for faults. Raises `PreparationError` where workers died, and
     any other error as it is.
@@ -247,7 +245,7 @@ def _plan(name: str, reader: Reader, options: Options, facts: dict[str, Facts]) 
 
 
 def _common_dtype(dtypes: Iterable[str]) -> str:
-    """The narrowest type of image that holds all volumes: tfds has one for the whole dataset."""
+    """The narrowest image type that holds all volumes: a tfds dataset has only one."""
     common = np.result_type(*map(np.dtype, dtypes))
     return "float32" if common.kind == "f" else common.name
 
@@ -255,7 +253,7 @@ def _common_dtype(dtypes: Iterable[str]) -> str:
 def _prepare_volumes(
     plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
 ) -> list[WrittenShard]:
-    """Makes the shards that are missing or stale; returns all, in the order of the sources."""
+    """Writes missing and stale shards; returns all shards in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
     shards = {source.id: _finished(plan, facts[source.id], place) for source in sources}
@@ -293,7 +291,7 @@ def _prepare_volume(
 
 
 def _finished(plan: Plan, fact: Facts, place: _Place) -> WrittenShard | None:
-    """The volume's shard if an earlier run finished it and nothing that made it has changed."""
+    """The volume's shard if an earlier run finished it and its inputs have not changed."""
     try:
         shard = WrittenShard(**json.loads(place.note(fact.id).read_bytes()))
         intact = _sha256(place.dataset / shard.file) == shard.sha256
@@ -342,7 +340,7 @@ def _publish(
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process alone; the system lets go when the process ends."""
+    """Locks the folder for this process; the system releases the lock when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as stream:
         try:

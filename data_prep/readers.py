@@ -1,4 +1,4 @@
-"""The kinds of datasets that can be prepared; another one is one more subclass of `Reader`."""
+"""The kinds of datasets that can be prepared; add one by subclassing `Reader`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from data_prep.volumes import Reader
 from kafjax.errors import UserError
 from kafjax.registry import Registry
 
-# Those whose rules are the same for every folder; others depend on the folder's own content.
+# Datasets with fixed rules; the others' rules depend on the folder's content.
 READERS: Registry[Reader] = Registry(
     {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
 )
@@ -19,7 +19,7 @@ KINDS = (*READERS, FolderReader.kind, NnunetReader.kind)
 
 
 def reader_of(metadata: Mapping[str, Any]) -> Reader:
-    """The reader that prepared a dataset, by its metadata: for more volumes to be treated alike.
+    """The reader that prepared a dataset, from its metadata, to treat further volumes alike.
 
     Raises `ValueError` for an unknown kind of dataset.
     """

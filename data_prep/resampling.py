@@ -1,10 +1,10 @@
-"""Resampling of volumes in the plane of their slices; the spacing of slices stays.
+"""In-plane resampling of volumes; the spacing between slices does not change.
 
-Volumes are [row, col, slice]. Pixels are areas: the outer edges of a slice stay where they are, so
-that pixel i of n new ones has its centre at (i + 1/2) h / n - 1/2 in pixels of h old ones (as
-`scipy.ndimage.zoom` with `grid_mode`, and torch's `align_corners=False`). The pixel edge is then
-h / n old ones exactly, and so only nearly what was asked for. Beyond the centres of the outermost
-pixels the image continues with their values.
+Volumes are [row, col, slice]. Pixels are areas: the outer edges of a slice stay in place, so pixel
+i of n new ones has its centre at (i + 1/2) h / n - 1/2 in pixels of h old ones (as
+`scipy.ndimage.zoom` with `grid_mode`, and torch's `align_corners=False`). The new pixel edge is
+exactly h / n old ones, so it only approximates the requested size. Beyond the centres of the
+outermost pixels the image continues with their values.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 
 def size_at(size: Size, spacing: tuple[float, float], pixel: float) -> Size:
-    """How many (rows, columns) of edge `pixel` come nearest to the extent of a slice, in mm."""
+    """The number of (rows, columns) of edge `pixel`, mm, that best matches a slice's extent."""
     rows, columns = (round(n * mm / pixel) for n, mm in zip(size, spacing, strict=True))
     return rows, columns
 
@@ -31,7 +31,7 @@ def resample_image(volume: np.ndarray, size: Size) -> np.ndarray:
 def resample_label(volume: np.ndarray, size: Size) -> np.ndarray:
     """Classes uint8 [h, w, slices] to `size`: one-hot, linear, then the largest.
 
-    Among equals the lowest class wins. Serves both ways: to the network's grid, and back.
+    Ties go to the lowest class. Used to the network's grid and back.
     """
     if volume.shape[:2] == size:
         return volume.astype(np.uint8)
@@ -45,7 +45,7 @@ def resample_label(volume: np.ndarray, size: Size) -> np.ndarray:
 
 
 def resampled_affine(affine: np.ndarray, before: Size, after: Size) -> np.ndarray:
-    """The affine [4, 4] of a volume [row, col, slice] after resampling from a size to another."""
+    """The affine [4, 4] of a [row, col, slice] volume after resampling to another size."""
     scale = np.array([before[0] / after[0], before[1] / after[1], 1.0])
     to_old = np.diag([*scale, 1.0])
     to_old[:3, 3] = (scale - 1) / 2

@@ -1,4 +1,4 @@
-"""SIFT keypoints of slices, and which keypoints of two slices correspond.
+"""SIFT keypoints of slices, and their correspondences between two slices.
 
 Keypoints are (row, col) in integer pixels of the slice; descriptors are OpenCV's, 128 integers of
 0..255. Source: Yang et al. (NeurIPS 2023), appendix; Lowe (IJCV 2004) for SIFT.
@@ -47,10 +47,10 @@ def find_keypoints(
 ) -> Keypoints:
     """OpenCV's SIFT, with its defaults, on a slice [h, w] of any numeric type.
 
-    Positions are rounded; of several keypoints on one pixel the one with the strongest response
-    stays. Of more than `max_keypoints` a random choice (drawn from `rng`) stays, in OpenCV's order,
-    which is by position and says nothing of strength; or the strongest, from weak to strong, so
-    that patches of the slice can keep their strongest too. A slice may have none.
+    Positions are rounded; of several keypoints on one pixel the strongest response is kept. If more
+    than `max_keypoints` remain, 'random' keeps a choice drawn from `rng`, in OpenCV's order, which
+    is by position and independent of strength; 'strongest' keeps the strongest, from weak to
+    strong, so that patches of the slice can keep their strongest too. A slice may have none.
     """
     found, descriptors = cv2.SIFT.create().detectAndCompute(scale_to_uint8(image), None)
     if not found:
@@ -65,8 +65,8 @@ def find_keypoints(
 
 
 def slice_generator(seed: int, volume_id: str, slice_index: int) -> np.random.Generator:
-    """The generator of one slice's choice: the same whoever prepares the slice, and when."""
-    name = volume_id.encode(errors="surrogateescape")  # a file's name may be no UTF-8
+    """The random generator of one slice, independent of the process that prepares it."""
+    name = volume_id.encode(errors="surrogateescape")  # a file's name may not be UTF-8
     return np.random.default_rng([seed, zlib.crc32(name), slice_index])
 
 
@@ -130,7 +130,7 @@ def _candidates(
     first: np.ndarray, second: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index pairs of positions [n, 2] and [m, 2] nearer than `radius` by Manhattan distance."""
-    # Only rows within the radius are looked at: a band of the second slice, sorted by row.
+    # Only rows within the radius are searched: a band of the second slice, sorted by row.
     by_row = np.argsort(second[:, 0], kind="stable")
     sorted_rows = second[by_row, 0].astype(np.int64)
     low = np.searchsorted(sorted_rows, first[:, 0] - radius, side="right")

@@ -1,8 +1,8 @@
-"""Files on disk -> `Volume`s, and all that may be wrong with them; what each dataset's reader is.
+"""Reads files into `Volume`s, reports their faults, and defines the datasets' `Reader`.
 
-A `Reader` knows one dataset: which files make a volume, how raw labels become classes, how
-intensities and grid are prepared, how far apart neighbouring slices may be. Volumes are
-[row, col, slice] as `data_prep.nifti` turns them; spacing is in mm in that order.
+A `Reader` knows one dataset: its files, how raw labels map to classes, how intensities and grid are
+prepared, and how far apart neighbouring slices may be. Volumes are [row, col, slice], reoriented by
+`data_prep.nifti`; spacing is in mm in that order.
 """
 
 import abc
@@ -24,30 +24,30 @@ MAX_CLASSES = 256  # labels are stored as uint8
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one volume; `id` names its split, so it is letters, digits and underscores."""
+    """The files of one volume; `id` names its split: letters, digits and underscores."""
 
     id: str
     image: Path
     label: Path | None = None
     frame: int | None = None  # of a 4-d image, from 0
-    case: str | None = None  # the volume's own name, where `id` cannot be that
-    subject: str | None = None  # whom it shows, where the user says so
-    test: bool = False  # of the test set, which no run trains on unless it is asked to
+    case: str | None = None  # the volume's own name if it differs from `id`
+    subject: str | None = None  # the patient, if the user names one
+    test: bool = False  # in the test set, which runs train on only if asked to
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that are there, image first."""
+        """The existing files, image first."""
         return (self.image,) if self.label is None else (self.image, self.label)
 
     @property
     def image_name(self) -> str:
-        """The image as messages name it."""
+        """The image's name in messages."""
         return self.image.name + ("" if self.frame is None else f", frame {self.frame + 1}")
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A volume as [row, col, slice], with the SHA-256 of the files it came from, by file name."""
+    """A [row, col, slice] volume, with the SHA-256 of its source files by file name."""
 
     id: str
     image: np.ndarray
@@ -60,7 +60,7 @@ class Volume:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A volume with its dataset's rules applied; normalised is (image - mean) / std."""
+    """A volume with its dataset's rules applied; normalise by (image - mean) / std."""
 
     volume: Volume
     mean: float
@@ -69,7 +69,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the whole dataset must know of one prepared volume before any record is written."""
+    """The facts of one prepared volume that the dataset needs before writing any record."""
 
     id: str
     size: tuple[int, int]  # rows, columns
@@ -78,32 +78,32 @@ class Facts:
     labelled: bool
     sha256: dict[str, str]
     plane: Plane
-    content: str  # hash of the raw image's shape and values, of whatever type and spacing
+    content: str  # hash of the raw image's shape and values, ignoring type and spacing
 
 
 class Reader(abc.ABC):
     """One dataset's layout and rules."""
 
     kind: str
-    classes: tuple[str, ...]  # names, background first; none if a fault hides them
+    classes: tuple[str, ...]  # names, background first; empty if a fault hides them
     radius: int  # pixels by Manhattan distance, see `sift.correspondences`
     one_plane = True  # whether volumes are expected to be cut in the same plane
 
     @abc.abstractmethod
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
-        """The volumes of a folder in order, and what is wrong with its files' names."""
+        """The volumes of a folder in order, and the faults of its files' names."""
 
     @abc.abstractmethod
     def reach(self, num_slices: int) -> int:
-        """How many slices away a neighbour in a volume of `num_slices` may be, at least 1."""
+        """The largest slice distance to a neighbour in a volume of `num_slices`; at least 1."""
 
     @abc.abstractmethod
     def prepare(self, volume: Volume) -> Prepared:
-        """Applies the rules of grid and intensity. Raises `DatasetError` for a constant image."""
+        """Applies grid and intensity rules. Raises `DatasetError` for a constant image."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the dataset's metadata must say beside kind, classes, radius and reach."""
+        """Further metadata of the dataset, next to kind, classes, radius and reach."""
         return {}
 
     def plane(self, affine: np.ndarray) -> Plane:
@@ -111,7 +111,7 @@ class Reader(abc.ABC):
         return "axial"
 
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
-        """Raw labels, whole and not negative, to classes, uint8. Raises `ValueError`."""
+        """Maps raw labels, non-negative integers, to classes, uint8. Raises `ValueError`."""
         highest = (len(self.classes) or MAX_CLASSES) - 1
         if raw.max(initial=0) > highest:
             raise UserError(
@@ -154,13 +154,13 @@ class Reader(abc.ABC):
 
 
 def inspect(reader: Reader, source: Source) -> Facts:
-    """Reads and prepares one volume for what the dataset must know of it. Raises `DatasetError`."""
+    """Reads and prepares one volume and returns its facts. Raises `DatasetError`."""
     raw = reader.read(source)
     return facts_of(raw, reader.prepare(raw).volume)
 
 
 def facts_of(raw: Volume, prepared: Volume) -> Facts:
-    """What the dataset must know of a volume, as it was read and as it is prepared."""
+    """The facts of a volume, from its raw and its prepared form."""
     rows, columns, num_slices = prepared.image.shape
     digest = hashlib.sha256(repr(raw.image.shape).encode())
     for k in range(raw.image.shape[2]):  # one by one, to save memory
@@ -209,15 +209,15 @@ def grid_faults(
     if image.array.shape != label.array.shape:
         found = f"shape {label.array.shape}, but {of} has {image.array.shape}"
         remedy = (
-            f"draw or resample it onto {image_path.name}'s grid, and look that no label is lost"
+            f"draw or resample it onto {image_path.name}'s grid, and check that no label is lost"
         )
         return [Fault(path, found, remedy)]
-    # The farthest that the two affines put one voxel apart, in voxels.
+    # The largest distance between one voxel's positions by the two affines, in voxels.
     corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
     corners[:, :3] *= np.array(image.array.shape) - 1
     apart = np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max()
     if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
-        # Resampling by a wrong header would throw labels away, and pass the next check.
+        # Resampling by a wrong header would lose labels and still pass the next check.
         remedy = (
             f"do not resample it: its shape is right. Lay it on {image_path.name} voxel by "
             "voxel; if it fits, its header is wrong: save it with {of}'s affine"
@@ -227,7 +227,7 @@ def grid_faults(
 
 
 def label_problem(values: np.ndarray) -> str:
-    """What makes values unfit as labels; empty if nothing does."""
+    """Why values cannot be labels, or an empty string."""
     if values.dtype.kind == "f" and not (values == np.rint(values)).all():
         return "labels that are not whole numbers"
     if values.min() < 0:

@@ -1,4 +1,4 @@
-"""Jobs in parallel processes, with the name of the job that a dying process took with it.
+"""Jobs in parallel processes; a process that dies is reported with its job's name.
 
 Processes are spawned, never forked, so that no library's threads or locks are copied. They end with
 their parent: a killed run leaves none behind. (`concurrent.futures` ends the whole pool when one
@@ -21,16 +21,16 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 class WorkerDied(RuntimeError):  # noqa: N818 - it states what happened
-    """The process that held a job ended without an answer: killed, most often for its memory."""
+    """The process that held a job ended without an answer: killed, mostly for lack of memory."""
 
 
 def map_in_processes(
     function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int
 ) -> Generator[tuple[str, Any], None, None]:
-    """Yields (name, result) of `function(job)` for each named job, in order of completion.
+    """Yields (name, result) of `function(job)` for each named job, in completion order.
 
-    An exception of the function is the result, not raised; so is `WorkerDied`, after which a fresh
-    process goes on with the other jobs. `function` must be importable by name. With `num_workers`
+    An exception of the function is the result, not raised; so is `WorkerDied`, after which a new
+    process continues with the other jobs. `function` must be importable by name. With `num_workers`
     0 the jobs run in this process, one after the other. Closing the iterator ends all workers.
     """
     if num_workers == 0:
@@ -62,13 +62,13 @@ class _Worker:
         self.connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # or its end would not be noticed here
+        theirs.close()  # otherwise this process would not notice that the worker died
         self.job: str | None = None
         self.alive = True
 
     def start(self, name: str, job: Any) -> None:
         self.job = name
-        with contextlib.suppress(OSError):  # it has died: `finish` reports so
+        with contextlib.suppress(OSError):  # the worker has died: `finish` reports it
             self.connection.send(job)
 
     def finish(self) -> tuple[str, Any]:
@@ -90,12 +90,12 @@ class _Worker:
 
 @contextlib.contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Puts Ctrl-C off, so that no process is left half started; processes started here ignore it.
+    """Defers Ctrl-C so that no process is left half started; processes started here ignore it.
 
-    They inherit the blocked signal: it is the parent's to handle. Blocking does not suffice for
-    the parent, where another thread, a library's, may take the signal.
+    They inherit the blocked signal, which the parent handles. Blocking is not enough for the
+    parent, where a library's thread may receive the signal.
     """
-    in_main = threading.current_thread() is threading.main_thread()  # the one that is interrupted
+    in_main = threading.current_thread() is threading.main_thread()  # only this one receives Ctrl-C
     came: list[int] = []
     if in_main:
         handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
@@ -127,8 +127,8 @@ def _call(function: Callable[[Any], Any], job: Any) -> Any:
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """A worker's life: job in, result out, until the parent closes the connection or dies."""
-    cv2.setNumThreads(1)  # the cores are shared out between processes
+    """A worker's loop: receives jobs and sends results until the parent closes or dies."""
+    cv2.setNumThreads(1)  # the processes share the cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

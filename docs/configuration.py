@@ -1,7 +1,7 @@
 """Writes docs/configuration.md, the reference of all config fields: `python -m docs.configuration`.
 
-What a field must be comes from `kafjax.training.config_checks`, values from the config files,
-explanations from their comments and, where those say nothing, from `_MEANINGS` here.
+The rules of fields come from `kafjax.training.config_checks`, values from the config files,
+explanations from their comments and, for fields without a comment, from `_MEANINGS` here.
 """
 
 import ast
@@ -21,12 +21,12 @@ from kafjax.training.config_checks import check_fields, flatten
 PAGE = Path(__file__).with_name("configuration.md")
 DATASETS = ("chd", "acdc", "phantom", "own")
 TASKS = ("pretrain", "finetune")
-_COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others change
+_COMMENTED = ("chd_pretrain", "chd_finetune")  # the configs that the others modify
 
 _INTRODUCTION = """\
 # Configuration
 
-A run is a config, a Python file, and what the command line changes in it:
+A run is defined by a config, a Python file, and by changes on the command line:
 
 <!-- needs: CHD -->
 ```sh
@@ -34,25 +34,25 @@ kafjax train --config chd_pretrain --config.batch_size=16
 ```
 
 `<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
-on phantoms; `phantom_small` is smaller still, for `kafjax experiment --small`. `own_pretrain` and
+on phantoms; `phantom_small` is even smaller, for `kafjax experiment --small`. `own_pretrain` and
 `own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
-that any other config can switch on. They are the files
-of `configs/`, which is installed as `kafjax.configs`: `--config configs/chd_pretrain.py` finds the
-shipped file where the current folder has none. A name after a colon chooses the method of
-pretraining, as in `chd_pretrain:simclr` ([methods](#methods)), or fine-tuning from fresh variables,
-without `init_from`, as in `chd_finetune:scratch`; `configs/chd_scratch.py` is the older name of
-that. Every field is checked before a run starts: its name, type and range, and that fields fit each
+that any other config can switch on. They are the files of `configs/`, which is installed as
+`kafjax.configs`: `--config configs/chd_pretrain.py` finds the shipped file where the current folder
+has none. A name after a colon chooses the method of pretraining, as in `chd_pretrain:simclr`
+([methods](#methods)), or fine-tuning from fresh variables, without `init_from`, as in
+`chd_finetune:scratch`; `configs/chd_scratch.py` is the older name of that. Every field is checked
+before a run starts: its name, type and range, and that fields fit each
 other. A pair is given as `--config.data.patch_size='(256, 256)'`.
 
 A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
-such field, and giving one is an error.
+such field, and setting it is an error.
 
 This page is written by `python -m docs.configuration`.
 
 ## Your own config
 
-A file anywhere, which takes a shipped config and states what differs; modules of its own folder can
-be imported too:
+A file anywhere that imports a shipped config and states the differences; it can also import modules
+of its own folder:
 
 ```python
 from kafjax.configs import chd_finetune
@@ -82,45 +82,45 @@ _SECTIONS = {
     ),
     "loss": ("Loss", "A loss whose weight is 0 costs nothing."),
     "optimizer": ("Optimiser", ""),
-    "every": ("How often", "In steps, where nothing else is said."),
+    "every": ("How often", "In steps, unless stated otherwise."),
     "checkpoint": ("Checkpoints", ""),
 }
 _MEANINGS = {
-    "task": "What is learnt; a config file decides it.",
-    "seed": "Of initial values, the order of the data and augmentation.",
-    "postprocess": "Of a class the largest component only, or none that are small, in 3-D: what "
-    "raises its Dice on the training volumes. Evaluation and prediction apply it.",
-    "init_from": "Workdir of a pretraining run or an import, whose encoder it begins with (glcl: "
+    "task": "The task; set by the config file.",
+    "seed": "Seed of the initial values, the data order and augmentation.",
+    "postprocess": "Keep only the largest component of a class, or none below a size, where it "
+    "raises the class's Dice on the training volumes. Evaluation and prediction apply it.",
+    "init_from": "Workdir of a pretraining run or an import that provides the encoder (glcl: "
     "of the `gcl` run).",
-    "num_epochs": "How long, and the length of the learning rate's schedule.",
-    "batch_size": "Pairs (fine-tuning: slices) of a step, over all devices of all hosts.",
-    "data.name": "Of the prepared dataset.",
-    "data.dir": "Where prepared datasets are: the `--data_dir` of the preparation.",
-    "data.patch_size": "What of a slice the network sees, in pixels; smaller slices are padded.",
+    "num_epochs": "Length of the run and of the learning rate schedule.",
+    "batch_size": "Pairs (fine-tuning: slices) per step, over all devices of all hosts.",
+    "data.name": "Name of the prepared dataset.",
+    "data.dir": "Folder of prepared datasets: the `--data_dir` of the preparation.",
+    "data.patch_size": "Part of a slice that the network sees, pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
-    "data.include_test": "Whether the test set, nnU-Net's `imagesTs`, is pretrained on too.",
-    "data.validation": "Names of volumes or subjects to validate on, in place of folds.",
-    "data.splits_file": "nnU-Net's `splits_final.json`, whose fold `data.fold` is taken.",
-    "data.num_folds": "How many folds the labelled subjects are cut into.",
-    "data.max_keypoints": "K, the places for a slice's keypoints. The dataset has it: "
-    "checked where it is given.",
+    "data.include_test": "Pretrain on the test set, nnU-Net's `imagesTs`, too.",
+    "data.validation": "Names of volumes or subjects to validate on, instead of folds.",
+    "data.splits_file": "nnU-Net's `splits_final.json`; `data.fold` selects its fold.",
+    "data.num_folds": "Number of folds of the labelled subjects.",
+    "data.max_keypoints": "K, the slots for a slice's keypoints. Default: the dataset's; "
+    "another value is an error.",
     "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
     "its share of a slice's K, or K where patches hold slices whole.",
-    "data.radius": "Pixels within which keypoints correspond. The dataset has it: checked "
-    "where it is given.",
+    "data.radius": "Pixels within which keypoints correspond. Default: the dataset's; "
+    "another value is an error.",
     "model.name": "The network (5).",
-    "model.num_classes": "With the background. The dataset has it: checked where it is given.",
+    "model.num_classes": "With the background. Default: the dataset's; another value is an error.",
     "model.filters": "f, the channels of the first level.",
     "model.num_attention_layers": "Of each KAF layer; of the whole encoder of `swin_unet`.",
-    "model.embedding": "Size of the embeddings that are contrasted.",
-    "model.num_matcher_layers": "Attention layers of the matcher, self and cross in turn.",
-    "model.num_sinkhorn_iterations": "Of the optimal transport (6).",
+    "model.embedding": "Size of the contrasted embeddings.",
+    "model.num_matcher_layers": "Attention layers of the matcher, alternating self and cross.",
+    "model.num_sinkhorn_iterations": "Iterations of the optimal transport (6).",
     "model.num_decoder_blocks": "Blocks of the decoder that local contrast trains, coarsest first.",
-    "model.norm": "Of feature maps: over the batch, or each slice by itself (instance, group). "
+    "model.norm": "Of feature maps: over the batch, or of each slice separately (instance, group). "
     "Keypoints' features are normalised over the batch.",
-    "model.dtype": "Of the computation; parameters and sums stay at least float32.",
-    "augment.keypoints": "How keypoints follow the warped image (3).",
+    "model.dtype": "Of the computation; parameters and sums are at least float32.",
+    "augment.keypoints": "How keypoints are moved with the warped image (3).",
     "augment.transform.mirror_probability": "Of each axis.",
     "augment.transform.spatial_probability": "Of elastic displacement, rotation and scaling.",
     "augment.transform.elastic_sigma": "Smoothness of the displacement, pixels.",
@@ -135,40 +135,39 @@ _MEANINGS = {
     "augment.intensity.blur_probability": "Of a Gaussian blur.",
     "augment.intensity.blur_sigma": "Its width, pixels.",
     "augment.intensity.brightness_probability": "Of a shift of all intensities.",
-    "augment.intensity.brightness_shift": "What is added, in standard deviations of the volume.",
+    "augment.intensity.brightness_shift": "Added value, in standard deviations of the volume.",
     "augment.intensity.contrast_probability": "Of another contrast.",
     "augment.intensity.contrast_scale": "Factor about the slice's mean.",
     "augment.intensity.resolution_probability": "Of fewer pixels, interpolated.",
-    "augment.intensity.resolution_scale": "Share of an edge's pixels that is left.",
+    "augment.intensity.resolution_scale": "Remaining fraction of an edge's pixels.",
     "augment.intensity.gamma_probability": "Of a power of the intensities, or of their negative.",
     "augment.intensity.gamma_power": "The power, of intensities between the slice's extremes.",
     "loss.weights.cross_entropy": "Of the mean over pixels.",
-    "loss.class_weights": "A number for each class with the background; all weigh the same if not "
-    "given.",
-    "loss.weights.dice": "Of 1 - soft Dice over the whole batch, the background left out.",
-    "loss.method": "Which slices are each other's positives (6).",
+    "loss.class_weights": "A number for each class with the background; equal weights by default.",
+    "loss.weights.dice": "Of 1 - soft Dice over the whole batch, without the background.",
+    "loss.method": "Rule for positive pairs of slices (6).",
     "loss.position_threshold": "t of `pcl`: slices closer than this are positives.",
     "loss.temperature": "T of the contrastive losses.",
     "loss.weights.cnn": "w1, of the CNN head's contrastive loss.",
     "loss.weights.kaf": "w2, of the KAF head's; 0 for networks without keypoints.",
     "loss.weights.matching": "w3, of the keypoint matching; 0 for networks without keypoints.",
-    "optimizer.name": "Which.",
+    "optimizer.name": "Optimiser.",
     "optimizer.momentum": "Of SGD.",
     "optimizer.weight_decay": "L2, added to the gradient.",
     "optimizer.learning_rate": "At the start.",
     "optimizer.final_learning_rate": "At the end of the cosine.",
     "every.log": "A line of metrics.",
-    "every.checkpoint": "A checkpoint, beside those of validation, signals and the end.",
+    "every.checkpoint": "A checkpoint, in addition to those of validation, signals and the end.",
     "every.picture": "Pictures in TensorBoard.",
-    "checkpoint.select": "Checkpoint that evaluation and prediction take: the best by "
+    "checkpoint.select": "Checkpoint for evaluation and prediction: the best by "
     "validation, or the last.",
-    "checkpoint.keep_newest": "How many.",
-    "checkpoint.keep_best": "How many, by loss or (fine-tuning) validation Dice.",
+    "checkpoint.keep_newest": "Number kept.",
+    "checkpoint.keep_best": "Number kept, by loss or (fine-tuning) validation Dice.",
 }
 
 
 class _Wrong:
-    """A value that no field may have."""
+    """A value that is invalid for every field."""
 
     def __repr__(self) -> str:
         return "wrong"
@@ -178,7 +177,7 @@ def page() -> str:
     """The page's text.
 
     Raises:
-      ValueError: `_MEANINGS` explains a field that there is not, or a field is not explained.
+      ValueError: `_MEANINGS` explains an unknown field, or a field has no explanation.
     """
     runs = {
         (task, dataset): _fields(
@@ -193,7 +192,7 @@ def page() -> str:
     if stale := _MEANINGS.keys() - rules.keys():
         raise ValueError(f"no such config fields: {', '.join(sorted(stale))}")
     if bare := rules.keys() - _MEANINGS.keys() - comments.keys():
-        raise ValueError(f"config fields that nothing explains: {', '.join(sorted(bare))}")
+        raise ValueError(f"config fields without an explanation: {', '.join(sorted(bare))}")
     parts = [_INTRODUCTION]
     for section, (title, lead) in _SECTIONS.items():
         parts += [f"## {title}\n", *([f"{lead}\n"] if lead else [])]
@@ -208,13 +207,13 @@ def page() -> str:
 
 
 def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All fields by dotted path; none of `augment`'s where it is None."""
+    """All fields by dotted path; without `augment`'s if it is None."""
     fields = flatten(config.to_dict())
     return {path: value for path, value in fields.items() if path != "augment"}
 
 
 def _rules(runs: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """What each field must be, in the words of the check itself."""
+    """The rule of each field, in the words of the check itself."""
     rules: dict[str, str] = {}
     for fields in runs:
         wrong: dict[str, Any] = {}
@@ -248,7 +247,7 @@ def _values(
     runs: dict[tuple[str, str], dict[str, Any]],
     methods: dict[str, dict[str, Any]],
 ) -> str:
-    """CHD's value, and others' where they differ; a dash where there is no such field."""
+    """CHD's value, and others' if they differ; a dash for a missing field."""
     fields = runs[task, DATASETS[0]]
     cells = [_value(fields, path)]
     for dataset in DATASETS[1:]:
@@ -257,7 +256,7 @@ def _values(
             cells.append(f"{dataset} {cell}")
     if task == "pretrain" and path not in fields:
         cells += [f"{name} {_value(of, path)}" for name, of in methods.items() if path in of]
-    # A dash is said only where it is all that there is.
+    # A dash is written only if there is nothing else.
     return ", ".join(cells[1:] if cells[0] == "-" and len(cells) > 1 else cells)
 
 
@@ -279,9 +278,9 @@ def _methods(methods: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "## Methods",
         "",
-        "After a colon behind any `*_pretrain`; the default is `kaf`, the paper's. The",
-        "last column is how a method's config differs from it; [the method](method.md#6-losses)",
-        "says what they are.",
+        "Given after a colon, for any `*_pretrain`; the default is `kaf`, the paper's. The",
+        "last column lists a config's differences from it; [the method](method.md#6-losses)",
+        "explains them.",
         "",
         "| method | fields |",
         "|---|---|",
@@ -294,7 +293,7 @@ def _methods(methods: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _comments() -> dict[str, str]:
-    """The config files' comments by field: beside it, or on the lines above it."""
+    """The config files' comments by field: on its line, or on the lines above it."""
     found: dict[str, str] = {}
     for name in _COMMENTED:
         source = Path(f"{importlib.import_module(f'kafjax.configs.{name}').__file__}").read_text()
@@ -307,7 +306,7 @@ def _comments() -> dict[str, str]:
 
 
 def _comment_lines(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Comments that follow code, and those that have lines of their own, by line number."""
+    """Comments after code, and comments on their own lines, by line number."""
     beside: dict[int, str] = {}
     alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -1,7 +1,7 @@
-"""Public names of a package, each imported when it is first used.
+"""Public names of a package, imported on first use.
 
-Importing `kafjax`, or one of its packages, then costs nothing, and the library parts (models,
-losses, assignment, augment) need no more than JAX and Flax.
+Importing `kafjax` or one of its packages is then cheap, and the library parts (models, losses,
+assignment, augment) need only JAX and Flax.
 """
 
 import importlib
@@ -17,7 +17,7 @@ def public(
 
     Args:
       package: its `__name__`.
-      groups: by module relative to the package, as in '.loop', the names that are public.
+      groups: public names by module, relative to the package, such as '.loop'.
     """
     places = {name: module for module, names in groups.items() for name in names}
 

@@ -1,12 +1,12 @@
 """Random mirror and spatial transforms of images, labels and keypoints, on the device.
 
 One sample at a time, static shapes, no host round trip: `jax.vmap` over samples and keys, `jax.jit`
-around all. Images are [h, w, c], positions and keypoints (row, col) in pixels of the same image, a
-pixel's centre at its integer position; a mask says which keypoints are real.
+around all. Positions and keypoints are (row, col) in pixels of the same image, a pixel's centre at
+its integer position; a mask marks the real keypoints.
 
-All maps go from the output to the input: a transform gives, for every output pixel q, the position
-T(q) in the input at which the output is sampled. With c the image's centre, u the elastic
-displacement, R a rotation and s a scale,
+All transforms map from the output to the input: T(q) is the position in the input at which output
+pixel q is sampled. With c the image's centre, u the elastic displacement, R a rotation and s a
+scale,
 
     T(q) = mirror(c + s R (q - c + u(q)))
 
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, Shaped
 
 from kafjax.intensity import (
     IntensityConfig,
@@ -31,22 +32,22 @@ from kafjax.intensity import (
 
 KEYPOINT_MODES = ("index_map", "analytic")
 
-# At the steepest u of the default ranges 4 steps left 2 of 240,000 keypoints unsolved, 6 none.
+# At the steepest u of the default ranges, 4 steps left 2 of 240,000 keypoints unsolved; 6, none.
 _NEWTON_STEPS = 6
-# An inverted position is found when it misses its goal by less than this many pixels.
+# A position counts as inverted if its error is below this many pixels.
 _TOLERANCE = 0.01
-# Of the map q + u(q); below it, a pixel's area at p covers more than four at q.
+# Bound on the determinant of q + u(q); below it, a pixel at p covers more than four at q.
 _LEAST_DETERMINANT = 0.25
 
-# (image [h, w, c], keypoints [k, 2], mask [k]) of one slice.
-View = tuple[jax.Array, jax.Array, jax.Array]
+# (image, keypoints, mask) of one slice.
+View = tuple[Float[Array, "h w c"], Int[Array, "k 2"], Bool[Array, " k"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Ranges of the random transform; the defaults are the paper's. Ranges are (low, high)."""
 
-    mirror_probability: float = 0.5  # of each axis by itself
+    mirror_probability: float = 0.5  # of each axis independently
     spatial_probability: float = 0.67  # of displacement, rotation and scale, all three together
     elastic_sigma: tuple[float, float] = (14.0, 17.0)  # pixels, of the filter of the noise
     elastic_alpha: tuple[float, float] = (100.0, 350.0)  # factor on the filtered noise
@@ -64,11 +65,11 @@ DEFAULT_CONFIG = AugmentConfig()
 
 
 class Transform(NamedTuple):
-    """One drawn transform T of images of h x w pixels; the module's docstring has the formula."""
+    """A drawn transform T of images of h x w pixels; see the formula in the module's docstring."""
 
-    mirror: jax.Array  # bool [2]: mirror rows, mirror columns
-    matrix: jax.Array  # float32 [2, 2]: s R
-    displacement: jax.Array  # float32 [h, w, 2]: u at the output pixels, (row, col) in pixels
+    mirror: Bool[Array, "2"]  # mirror rows, mirror columns
+    matrix: Float[Array, "2 2"]  # s R
+    displacement: Float[Array, "h w 2"]  # u at the output pixels, (row, col) in pixels
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,9 +79,9 @@ class Transform(NamedTuple):
 
 
 def sample_transform(
-    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+    key: PRNGKeyArray, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
 ) -> Transform:
-    """Draws a transform of images of `shape` (h, w), which is static."""
+    """Draws a transform for images of the static `shape` (h, w)."""
     mirror_key, spatial_key, elastic_key, matrix_key = jax.random.split(key, 4)
     spatial = jax.random.bernoulli(spatial_key, config.spatial_probability)
     matrix = _scaled_rotation(matrix_key, config)
@@ -92,17 +93,17 @@ def sample_transform(
     )
 
 
-def sampling_coordinates(transform: Transform) -> jax.Array:
-    """T(q) of every output pixel q: float32 [h, w, 2], the (row, col) in the input to sample."""
+def sampling_coordinates(transform: Transform) -> Float[Array, "h w 2"]:
+    """T(q) for every output pixel q, (row, col) in the input."""
     centre = _centre(transform.shape)
     offset = _pixel_grid(transform.shape) - centre + transform.displacement
     return centre + _mirror(transform, _multiply(transform.matrix, offset))
 
 
 def elastic_displacement(
-    key: jax.Array, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
-) -> jax.Array:
-    """Draws a smooth displacement, float32 [h, w, 2] (row, col) in pixels.
+    key: PRNGKeyArray, shape: tuple[int, int], *, config: AugmentConfig = DEFAULT_CONFIG
+) -> Float[Array, "h w 2"]:
+    """Draws a smooth displacement, (row, col) in pixels.
 
     Noise of U(-1, 1), Gaussian-filtered with sigma ~ U(elastic_sigma), times alpha ~
     U(elastic_alpha): a standard deviation of alpha / (sigma sqrt(12 pi)) per axis. At sigma 14 and
@@ -115,27 +116,28 @@ def elastic_displacement(
     return jnp.moveaxis(uniform(alpha_key, config.elastic_alpha) * smooth, 0, -1)
 
 
-def warp_image(image: jax.Array, coordinates: jax.Array) -> jax.Array:
+def warp_image(
+    image: Float[Array, "h w c"], coordinates: Float[Array, "rows columns 2"]
+) -> Float[Array, "rows columns c"]:
     """Samples an image bilinearly.
 
-    As scipy.ndimage.map_coordinates(order=1, mode='constant'): a position outside
-    [0, h - 1] x [0, w - 1] gives 0, also when it is less than a pixel outside. So there is no
-    fading border, and images and labels end at the same pixel.
+    As scipy.ndimage.map_coordinates(order=1, mode='constant'): any position outside [0, h - 1] x
+    [0, w - 1] gives 0, even by less than a pixel. The border does not fade, and images and labels
+    end at the same pixel.
 
     Args:
-      image: [h, w, c] float.
-      coordinates: [h', w', 2], (row, col) in `image`.
-
-    Returns:
-      [h', w', c] of the image's dtype.
+      image: to sample.
+      coordinates: (row, col) in `image` of each pixel of the result.
     """
     height, width, _ = image.shape
     inside = _inside(coordinates, (height, width))[..., None]
     return jnp.where(inside, _interpolate(image, coordinates), 0).astype(image.dtype)
 
 
-def warp_label(label: jax.Array, coordinates: jax.Array) -> jax.Array:
-    """Samples a label [h, w, c] of any dtype at the nearest pixel; 0 where `warp_image` has 0."""
+def warp_label(
+    label: Shaped[Array, "h w c"], coordinates: Float[Array, "rows columns 2"]
+) -> Shaped[Array, "rows columns c"]:
+    """Samples a label of any dtype at the nearest pixel; 0 where `warp_image` has 0."""
     height, width, _ = label.shape
     row, col = jnp.moveaxis(_nearest_pixel(coordinates), -1, 0)
     sampled = jnp.asarray(label).at[row, col].get(mode="clip")
@@ -143,73 +145,79 @@ def warp_label(label: jax.Array, coordinates: jax.Array) -> jax.Array:
 
 
 def keypoints_from_index_map(
-    index_map: jax.Array, num_keypoints: int
-) -> tuple[jax.Array, jax.Array]:
-    """Reads keypoints from a map of their numbers (appendix B).
+    index_map: Int[Array, "h w"], num_keypoints: int
+) -> tuple[Int[Array, "k 2"], Bool[Array, " k"]]:
+    """Reads keypoints from a map of their indices (appendix B).
 
     Args:
-      index_map: integer [h, w], at each pixel a keypoint's number, from 0, or -1.
+      index_map: at each pixel a keypoint's index or -1.
       num_keypoints: k.
 
     Returns:
-      Keypoints int32 [k, 2], the mean (row, col) of each number's pixels truncated to integers, and
-      mask bool [k]. A number that is nowhere is masked and stands at (0, 0).
+      Keypoints, the mean (row, col) of each index's pixels truncated to integers, and their mask.
+      A missing index is masked and placed at (0, 0).
     """
     height, width = index_map.shape
-    # Sums of integers do not depend on the order of additions. Negative numbers are dropped.
+    # Integer sums do not depend on the order of additions. Negative indices are dropped.
     terms = jnp.pad(_pixel_grid((height, width)), ((0, 0), (0, 0), (0, 1)), constant_values=1)
     totals = jax.ops.segment_sum(terms.reshape(-1, 3), index_map.reshape(-1), num_keypoints)
     count = totals[:, 2:]
     return totals[:, :2] // jnp.maximum(count, 1), count[:, 0] > 0
 
 
-def invert_transform(transform: Transform, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def invert_transform(
+    transform: Transform, positions: Real[Array, "k 2"]
+) -> tuple[Float[Array, "k 2"], Bool[Array, " k"]]:
     """Finds the output positions q with T(q) = p.
 
     Mirror, rotation and scale are undone in closed form, which leaves q + u(q) = g, solved by
     Newton steps from q = g - u(g); u is bilinear between pixels and constant beyond the border.
-    (Iterating q <- g - u(q) is slow or diverges: slopes of u reach 1.) Where the determinant of
-    q + u(q) is small or negative the map folds, q is not unique, and the position is given up.
+    (Iterating q <- g - u(q) is slow or diverges: slopes of u reach 1.) Where the determinant of q +
+    u(q) is small or negative, the map folds and q is not unique; the position is then masked.
 
     Args:
       transform: T.
-      positions: [k, 2] p, (row, col) in the input.
+      positions: p, (row, col) in the input.
 
     Returns:
-      q float32 [k, 2], possibly outside the image, and found bool [k].
+      q, possibly outside the image, and whether it was found.
     """
     centre = _centre(transform.shape)
     goal = centre + _solve(transform.matrix, _mirror(transform, positions - centre))[0]
     displace = functools.partial(_interpolate, transform.displacement)
     slopes = jax.vmap(jax.jacfwd(displace))
 
-    def newton_step(_: int, q: jax.Array) -> jax.Array:
+    def newton_step(_: jax.Array, q: jax.Array) -> jax.Array:
         return q - _solve(jnp.eye(2) + slopes(q), q + displace(q) - goal)[0]
 
     q = jax.lax.fori_loop(0, _NEWTON_STEPS, newton_step, goal - displace(goal))
     error = q + displace(q) - goal
     _, determinant = _solve(jnp.eye(2) + slopes(q), error)
-    # NaN compares false: a q that ran away is given up too.
+    # NaN compares false: a diverged q is masked too.
     return q, (jnp.abs(error).max(axis=-1) < _TOLERANCE) & (determinant > _LEAST_DETERMINANT)
 
 
 def transfer_keypoints(
-    keypoints: jax.Array, mask: jax.Array, transform: Transform, *, mode: str = "index_map"
-) -> tuple[jax.Array, jax.Array]:
+    keypoints: Int[Array, "k 2"],
+    mask: Bool[Array, " k"],
+    transform: Transform,
+    *,
+    mode: str = "index_map",
+) -> tuple[Int[Array, "k 2"], Bool[Array, " k"]]:
     """Moves keypoints with the image that a transform warps.
 
     Args:
-      keypoints: integer [k, 2], (row, col) in the input; outside the image they count as masked.
-      mask: bool [k].
+      keypoints: (row, col) in the input; those outside the image are masked.
+      mask: true for real keypoints.
       transform: of images of the same h x w.
-      mode: 'index_map' warps a map of the keypoints' numbers (appendix B, third solution). Of
-        several keypoints on one pixel only the last stays, and where the image shrinks (s > 1)
+      mode: 'index_map' warps a map of the keypoints' indices (appendix B, third solution). Of
+        several keypoints on one pixel only the last is kept, and where the image shrinks (s > 1)
         about 1 - 1/s^2 fall between the sampled pixels and are lost. 'analytic' inverts the
-        transform (first solution) and rounds to the nearest pixel; it loses what leaves the image
-        and what `invert_transform` gives up.
+        transform (first solution) and rounds to the nearest pixel; it loses keypoints that leave
+        the image and those that `invert_transform` masks.
 
     Returns:
-      Keypoints int32 [k, 2] in the output and mask bool [k]; masked ones stand at (0, 0).
+      Keypoints, int32, in the output and their mask; masked ones are at (0, 0).
 
     Raises:
       ValueError: an unknown mode.
@@ -218,7 +226,7 @@ def transfer_keypoints(
         raise ValueError(f"keypoint mode is {mode!r}, expected one of {', '.join(KEYPOINT_MODES)}")
     mask = mask & _inside(keypoints, transform.shape)
     if mode == "index_map":
-        # 1 .. k on 0, as 0 is what comes from outside; max lets the last of a pixel win.
+        # Indices from 1, because outside pixels are 0; max lets a pixel's last keypoint win.
         numbers = jnp.where(mask, jnp.arange(1, mask.size + 1, dtype=jnp.int32), 0)
         index_map = jnp.zeros((*transform.shape, 1), jnp.int32)
         index_map = index_map.at[keypoints[:, 0], keypoints[:, 1], 0].max(numbers)
@@ -231,48 +239,45 @@ def transfer_keypoints(
 
 
 def transfer_correspondence(
-    correspondence: jax.Array, mask_1: jax.Array, mask_2: jax.Array
-) -> jax.Array:
-    """Unmatches the pairs one of whose ends is masked; numbers, and so all other pairs, stay.
+    correspondence: Int[Array, " k"], mask_1: Bool[Array, " k"], mask_2: Bool[Array, " n"]
+) -> Int[Array, " k"]:
+    """Unmatches pairs with a masked end; indices, and so all other pairs, do not change.
 
     Args:
-      correspondence: integer [k], for keypoint i of view 1 its partner in view 2, or -1.
-      mask_1: bool [k] of view 1, after its transform.
-      mask_2: bool [k'] of view 2, after its own.
-
-    Returns:
-      int32 [k].
+      correspondence: for each keypoint of view 1 its partner in view 2, or -1.
+      mask_1: of view 1, after its transform.
+      mask_2: of view 2, after its own.
     """
     kept = (correspondence >= 0) & mask_1 & mask_2[jnp.maximum(correspondence, 0)]
     return jnp.where(kept, correspondence, -1).astype(jnp.int32)
 
 
 def augment_view(
-    key: jax.Array,
-    image: jax.Array,
-    keypoints: jax.Array,
-    mask: jax.Array,
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
+    keypoints: Int[Array, "k 2"],
+    mask: Bool[Array, " k"],
     *,
-    label: jax.Array | None = None,
+    label: Shaped[Array, "h w d"] | None = None,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
     intensity: IntensityConfig | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Transforms one slice with its keypoints and, where given, its label, by one drawn transform.
+    """Draws one transform and applies it to a slice, its keypoints and, if given, its label.
 
     Args:
       key: PRNG key.
-      image: float [h, w, c], sampled bilinearly.
-      keypoints: integer [k, 2], (row, col).
-      mask: bool [k].
-      label: [h, w, c'], sampled at the nearest pixel.
-      mode: how keypoints follow, see `transfer_keypoints`.
+      image: sampled bilinearly.
+      keypoints: (row, col).
+      mask: true for real keypoints.
+      label: sampled at the nearest pixel.
+      mode: how keypoints are moved, see `transfer_keypoints`.
       config: ranges of the transform.
-      intensity: how intensities change after the transform, if at all.
+      intensity: random intensity changes after the transform, if any.
 
     Returns:
-      (image, keypoints, mask) and, where given, the label: shaped as given, 0 outside; keypoints
-      int32, masked ones at (0, 0).
+      (image, keypoints, mask) and, if given, the label: same shapes, 0 outside; keypoints int32,
+      masked ones at (0, 0).
 
     Raises:
       ValueError: an unknown mode.
@@ -283,33 +288,33 @@ def augment_view(
     moved = transfer_keypoints(keypoints, mask, transform, mode=mode)
     warped = warp_image(image, coordinates)
     if intensity is not None:
-        # A number that `sample_transform` splits off no key of its own for.
+        # A number that `sample_transform` does not use for its own keys.
         warped = augment_intensity(jax.random.fold_in(key, 100), warped, config=intensity)
     view = warped, *moved
     return view if label is None else (*view, warp_label(label, coordinates))
 
 
 def augment_pair(
-    key: jax.Array,
+    key: PRNGKeyArray,
     view_1: View,
     view_2: View,
-    correspondence: jax.Array,
+    correspondence: Int[Array, " k"],
     *,
     mode: str = "index_map",
     config: AugmentConfig = DEFAULT_CONFIG,
     intensity: IntensityConfig | None = None,
-) -> tuple[View, View, jax.Array]:
-    """Transforms two neighbouring slices, each by its own transform, and their correspondence.
+) -> tuple[View, View, Int[Array, " k"]]:
+    """Transforms two neighbouring slices independently, and updates their correspondence.
 
     Args:
       key: PRNG key.
-      view_1: (image [h, w, c], keypoints [k, 2], mask [k]), as for `augment_view`.
-      view_2: the same of the neighbour.
-      correspondence: integer [k], index into the neighbour's keypoints or -1.
+      view_1: (image, keypoints, mask), as for `augment_view`.
+      view_2: the same for the neighbour.
+      correspondence: index into the neighbour's keypoints or -1.
       mode, config, intensity: as for `augment_view`.
 
     Returns:
-      The two views as `augment_view` gives them, and the correspondence int32 [k].
+      The two views as `augment_view` returns them, and the correspondence.
     """
     key_1, key_2 = jax.random.split(key)
     one = functools.partial(augment_view, mode=mode, config=config, intensity=intensity)
@@ -347,7 +352,7 @@ def _mirror(transform: Transform, offset: jax.Array) -> jax.Array:
 def _multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """Products [..., 2] of matrices [..., 2, 2] and vectors [..., 2].
 
-    Written out, so that no matrix unit rounds positions to bfloat16, and the identity is exact.
+    Written out so that no matrix unit rounds positions to bfloat16 and the identity is exact.
     """
     return vectors[..., :1] * matrix[..., 0] + vectors[..., 1:] * matrix[..., 1]
 

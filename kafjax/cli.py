@@ -1,6 +1,6 @@
-"""The command `kafjax`: names the commands, describes them, and runs one as `python -m` would.
+"""The command `kafjax`: lists the commands, and runs one as `python -m` would.
 
-Only the command that is asked for is imported: `kafjax --help` starts neither JAX nor its devices.
+Only the requested command is imported: `kafjax --help` starts neither JAX nor its devices.
 """
 
 import ast
@@ -14,24 +14,24 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command: the module that `python -m` runs, and one line about it."""
+    """A command: its module, and a one-line summary."""
 
     module: str
     summary: str
 
 
-# In the order of a study. A new command needs its line here, and nothing else.
+# In the order of a study. A new command needs only a line here.
 COMMANDS = {
     "auto": Command("kafjax.auto", "from scans, some with labels, to labels for all"),
     "prepare": Command("data_prep.main", "turn raw volumes into a dataset, or check them"),
-    "train": Command("kafjax.main", "pretrain or fine-tune as a config says"),
+    "train": Command("kafjax.main", "pretrain or fine-tune by a config"),
     "evaluate": Command("kafjax.evaluate", "score a segmentation run, or anyone's predictions"),
     "predict": Command("kafjax.predict", "segment raw volumes with one run or several"),
     "cross-validate": Command("kafjax.cross_validate", "train and evaluate over folds, M, seeds"),
     "experiment": Command("kafjax.experiment", "run a table of runs on all devices"),
     "figures": Command("kafjax.figures", "draw keypoints, feature similarity or segmentations"),
     "report": Command("kafjax.report", "write one HTML page about a set of runs"),
-    "import-torch": Command("kafjax.torch_import", "read weights of the authors' PyTorch release"),
+    "import-torch": Command("kafjax.torch_import", "import the authors' PyTorch weights"),
     "completion": Command("kafjax.completion", "print the completion script for bash or zsh"),
 }
 _HELP = """\
@@ -39,7 +39,7 @@ Keypoint-augmented self-supervised pretraining and few-label segmentation, in JA
 
 usage: kafjax COMMAND [FLAGS]
        kafjax COMMAND --help
-       kafjax --version [--devices]    what a bug report needs; --devices also starts JAX's devices
+       kafjax --version [--devices]    versions for a bug report; --devices also starts JAX
 
 commands:
 {commands}
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_version(arguments[1:])
     if first not in COMMANDS:
         return _fail(f"unknown command {first!r}; {_nearest(first)}")
-    # What absl's --help prints above the flags: the module's text, and this name.
+    # absl's --help prints the module's docstring and this name above the flags.
     sys.modules["__main__"].__doc__ = ast.get_docstring(
         ast.parse(find_source(COMMANDS[first].module).read_bytes())
     )
@@ -80,7 +80,7 @@ def find_source(module: str) -> Path:
 
 
 def format_help() -> str:
-    """What `kafjax --help` prints."""
+    """The text of `kafjax --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return _HELP.format(commands="\n".join(lines))

@@ -1,4 +1,4 @@
-"""What the commands share: one line for a user's mistake, and exit statuses."""
+"""Shared by the commands: one-line messages for a user's mistakes, and exit statuses."""
 
 import os
 import re
@@ -32,9 +32,9 @@ _PATH = re.compile(r"flag (--\w+)=(.*): (?=\2: )")
 def define_path(name: str, default: str | None, help_string: str, **options: Any) -> Any:
     """Defines a flag whose value is a path, a text, with `~` expanded; returns its holder."""
     flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
-    return flags.DEFINE(
-        _Parser(lambda text: str(expand(text))), name, default, help_string, **options
-    )
+    parser = _Parser(lambda text: str(expand(text)))
+    serializer: Any = flags.ArgumentSerializer()  # for commands that print how to repeat them
+    return flags.DEFINE(parser, name, default, help_string, serializer=serializer, **options)
 
 
 def define_paths(name: str, default: str | None, help_string: str, **options: Any) -> Any:
@@ -77,21 +77,21 @@ def _explain(error: Exception) -> str:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Ends the program with one line on stderr."""
+    """Prints one line on stderr and exits."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def run_command(command: Callable[..., int | None], *args: Any) -> None:
-    """Runs a command and ends the program with its status.
+    """Runs a command and exits with its status.
 
-    A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows where
-    it came from. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
+    A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows the
+    traceback. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
     A returned signal number is 128 + number. A process of several whose run has lost another ends
     with status 75. Anything else is a fault of ours: a traceback, and
     status 70.
     """
-    if not flags.FLAGS["verbosity"].present:  # absl's own default shows what Orbax does inside
+    if not flags.FLAGS["verbosity"].present:  # absl's default shows Orbax's internal messages
         logging.get_absl_handler().setLevel("WARNING")
     try:
         received = command(*args)
@@ -110,7 +110,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
         print(describe_fault(error), file=sys.stderr, flush=True)
         sys.exit(FAULT)
     if received:
-        print("Stopped by a signal; run the same command again to go on.", flush=True)
+        print("Stopped by a signal; rerun the command to resume.", flush=True)
         sys.exit(128 + received)
 
 
@@ -128,7 +128,7 @@ def _advice(error: Exception) -> str:
 
 
 def run_app(command: Callable[[], int | None]) -> None:
-    """Parses the flags that are defined and runs a command, with XLA set up."""
+    """Parses the defined flags and runs a command, with XLA set up."""
 
     def main(_: list[str]) -> None:
         set_up_xla()

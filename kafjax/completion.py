@@ -2,9 +2,9 @@
 
     eval "$(kafjax completion bash)"    # in ~/.bashrc; in ~/.zshrc after compinit, with zsh
 
-The script asks `kafjax completion words` for the words that may stand at the cursor: commands,
-flags, shipped configs and tables. Flags come from the sources of the commands, so that nothing
-slow is imported. Where it offers nothing, the shell completes files.
+The script asks `kafjax completion words` for the candidates at the cursor: commands, flags, shipped
+configs and tables. Flags are parsed from the commands' sources, to avoid slow imports. Without
+candidates the shell completes files.
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 from kafjax.cli import COMMANDS, find_source
 from kafjax.config_files import CONFIGS, TABLES, shipped_names
 
-# COMP_WORDBREAKS splits at = and :, so that bash replaces only what follows them.
+# COMP_WORDBREAKS splits at = and :, so bash replaces only the text after them.
 _SCRIPTS = {
     "bash": """\
 _kafjax() {
@@ -38,12 +38,12 @@ compdef _kafjax kafjax
 """,
 }
 _NAMES = {"--config": CONFIGS, "--table": TABLES}
-# What follows a command without dashes.
+# Arguments without dashes.
 _PARTS = {"completion": list(_SCRIPTS), "figures": ["keypoints", "similarity", "segmentation"]}
 
 
 def complete(line: str) -> list[str]:
-    """The words that may stand at the end of a command line, which begins with `kafjax`."""
+    """The candidates for the last word of a command line that begins with `kafjax`."""
     try:
         words = shlex.split(line)
     except ValueError:  # inside a quotation
@@ -55,7 +55,7 @@ def complete(line: str) -> list[str]:
 
 
 def flags_of(module: str) -> set[str]:
-    """The flags that `python -m MODULE` takes, without dashes and without absl's own."""
+    """The flags of `python -m MODULE`, without dashes and without absl's own."""
     source = find_source(module)
     sources = [source, *source.parent.glob("flags.py")]
     return {name for path in sources for name in _flags(ast.parse(path.read_bytes()))}
@@ -78,7 +78,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterator[str]:
 
 
 def _values(flag: str, text: str) -> Iterator[str]:
-    """Shipped names, and the Python files that begin as the text does."""
+    """Shipped names, and Python files that start with the text."""
     yield from shipped_names(_NAMES[flag])
     start = Path(text or ".")
     folder = start if text.endswith("/") or not text else start.parent
@@ -87,14 +87,14 @@ def _values(flag: str, text: str) -> Iterator[str]:
 
 
 def _flags(tree: ast.Module) -> Iterator[str]:
-    """The names in calls that define a flag, by absl or argparse, which nothing else looks like."""
+    """The names in calls that define flags with absl or argparse."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         function, first = ast.unparse(node.func), getattr(node.args[0], "value", None)
         if function.endswith("define_config"):
             yield "config"
-        # A name, a default and a help are a flag's, whatever the function is called there.
+        # A call with a name, a default and a help defines a flag, whatever the function's name.
         is_flag = "DEFINE_" in function or len(node.args) == 3 or str(first).startswith("--")
         if is_flag and isinstance(first, str) and re.fullmatch(r"(--)?[a-z]\w*", first):
             yield first.removeprefix("--")
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             print(_SCRIPTS[shell], end="")
         case ["words", line, *current]:
             words = complete(line)
-            # What of the last word bash does not take for part of it.
+            # bash splits this part off the last word.
             cut = 0
             if current and words:
                 last = (shlex.split(line) or [""])[-1] if not line[-1:].isspace() else ""

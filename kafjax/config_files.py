@@ -1,8 +1,8 @@
-"""Config files and tables: found by path, or by name if they are shipped, and loaded.
+"""Finds and loads config files and tables, by path or, if shipped, by name.
 
-    --config configs/chd_pretrain.py    a file, or the shipped config where there is no such file
+    --config configs/chd_pretrain.py    a file, or the shipped config if the file does not exist
     --config chd_pretrain               the shipped config, `kafjax.configs.chd_pretrain`
-    --config ~/study/own.py:simclr      anyone's file, and its variant, the argument of get_config
+    --config ~/study/own.py:simclr      your own file and its variant, the argument of get_config
 
 A config may import the shipped ones from `kafjax.configs`, and modules of its own folder.
 """
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import kafjax.configs
 from kafjax.errors import UserError
-from kafjax.paths import expand
 
 CONFIGS = "configs"
 TABLES = "configs/tables"
@@ -28,7 +27,7 @@ _FUNCTIONS = {CONFIGS: "get_config", TABLES: "get_table"}
 
 
 class Found(NamedTuple):
-    """A config or table: its file, its variant or None, and the file as it was asked for."""
+    """A config or table: its file, its variant or None, and the requested text."""
 
     path: Path
     variant: str | None
@@ -46,14 +45,14 @@ def shipped_names(folder: str = CONFIGS) -> list[str]:
 
 
 def find(text: str, folder: str = CONFIGS) -> Found:
-    """The file that `--config` or `--table` asks for.
+    """The file that `--config` or `--table` requests.
 
     Args:
-      text: a path, `configs/NAME.py` or NAME, and perhaps `:VARIANT`.
+      text: a path, `configs/NAME.py` or NAME, with an optional `:VARIANT`.
       folder: `CONFIGS` or `TABLES`.
 
     Raises:
-      ValueError: there is no such file; the text names the nearest shipped ones.
+      ValueError: no such file; the message names the nearest shipped ones.
     """
     ends = [len(text), *(i for i in reversed(range(len(text))) if text[i] == ":")]
     for end in ends:
@@ -71,7 +70,7 @@ def load_config(text: str) -> Any:
     """The ConfigDict of a config file; arguments as `find`.
 
     Raises:
-      ValueError: there is no such file, or it fails; the text names the file and the line.
+      ValueError: no such file, or an error in it; the message names the file and the line.
     """
     return _load(find(text, CONFIGS), CONFIGS, "ConfigDict")
 
@@ -84,7 +83,8 @@ def load_table(text: str) -> Any:
 def define_config(help_string: str) -> Any:
     """Defines the required flags `--config` and `--config.FIELD`; returns the flag's holder."""
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
+    from ml_collections.config_flags import config_flags as config_flags_module
     from ml_collections.config_flags import tuple_parser
 
     class NoneParser(flags.ArgumentParser):
@@ -94,7 +94,7 @@ def define_config(help_string: str) -> Any:
             raise UserError(argument)
 
     class Parser(flags.ArgumentParser):
-        """Finds the file as this module does."""
+        """Finds the file by this module's rules."""
 
         def parse(self, argument: str) -> Any:
             config = load_config(argument)
@@ -106,11 +106,12 @@ def define_config(help_string: str) -> Any:
         (float, flags.FloatParser(), "a number, or None"),
         (bool, flags.BooleanParser(), "True or False, or None"),
         (str, flags.ArgumentParser(), "a text, or None"),
+        (ConfigDict, config_flags_module._ConfigDictParser(), "fields as {'name': 1}, or None"),
         (type(None), NoneParser(), "None"),
         (tuple, tuple_parser.TupleParser(), "values in brackets, as '(1, 2)', or None"),
     ):
         config_flags.register_flag_parser_for_type(kind, _or_none(parser, words))
-    flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
+    flags.disclaim_key_flags()  # the flag belongs to the caller, whose --help shows it
     holder = config_flags.DEFINE_config_file("config", help_string=help_string)
     flags.FLAGS["config"].parser = Parser()
     flags.mark_flag_as_required("config")
@@ -194,7 +195,7 @@ def _shipped_dir(folder: str) -> Path:
 
 
 def _locate(label: str, folder: str) -> Path | None:
-    path = expand(label)
+    path = Path(os.path.expanduser(label))
     if os.path.isfile(path):
         return path
     asked = PurePath(label)
@@ -221,10 +222,10 @@ def _load(found: Found, folder: str, expected: str) -> Any:
 
 
 def _run(path: Path) -> types.ModuleType:
-    """The file as a module; compiled afresh, so that an edit is seen and nothing is written."""
+    """The file as a module; always recompiled, to see edits and to write no cache."""
     module = types.ModuleType(f"config_file_{path.stem}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses look for their module
+    sys.modules[module.__name__] = module  # dataclasses look up their module here
     exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
@@ -249,10 +250,10 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_faults(found: Found) -> Iterator[None]:
-    """Turns whatever a file raises into one line with its name, and its line of the file."""
+    """Turns any error in a config file into one message with the file and line."""
     try:
         yield
-    except ValueError as error:  # of `get_config`, in its own words
+    except ValueError as error:  # raised by `get_config`, with its own message
         raise UserError(f"{found.label}: {error}") from error
     except Exception as error:
         raise UserError(f"{_place(found, error)}: {_describe(error)}") from error

@@ -2,7 +2,7 @@
 
     kafjax evaluate --predictions DIR --labels DIR
 
-`kafjax.inference.evaluation` and `kafjax.inference.folders` describe what is computed and written.
+`kafjax.inference.evaluation` and `kafjax.inference.folders` document the scores and the output.
 """
 
 from kafjax.errors import UserError
@@ -25,11 +25,11 @@ def _run_from_command_line() -> None:
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path("data_dir", None, "Default: where the run had its dataset.")
+    data_dir = define_path("data_dir", None, "Default: the run's data directory.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
 
     record_split = flags.DEFINE_bool(
-        "record_split", False, "For runs of kafjax 0.1: record the split of the dataset as it is."
+        "record_split", False, "For runs of kafjax 0.1: record the dataset's current split."
     )
 
     def command() -> None:

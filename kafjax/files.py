@@ -1,4 +1,4 @@
-"""Whole files, and JSON files with a checksum.
+"""Atomic file writing, and JSON files with a checksum.
 
 Every whole file is written here. It is there whole or not at all, wherever a process is killed or
 the power fails, and on the disk before anything counts on it. A checked JSON file carries a
@@ -25,7 +25,7 @@ CHECKSUM_FIELD = "checksum"
 def write_text(
     path: str | os.PathLike[str], text: str, *, errors: str = "backslashreplace"
 ) -> None:
-    """Writes a UTF-8 file whole or not at all.
+    """Writes a UTF-8 file atomically.
 
     `errors` says what becomes of characters that UTF-8 does not have, as in `str.encode`: those of
     paths whose bytes are not UTF-8.
@@ -35,9 +35,9 @@ def write_text(
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file of any system: UTF-8, or UTF-16 with a byte order mark; lines end in newlines.
+    """Reads text from any system: UTF-8, or UTF-16 with a byte order mark; newlines end lines.
 
-    Bytes that are no UTF-8 become U+FFFD. JSON needs no such care if it is read as bytes.
+    Bytes that are not UTF-8 become U+FFFD. JSON read as bytes does not need this.
     """
     content = Path(path).read_bytes()
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -46,14 +46,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def show_any_name() -> None:
-    """Lets names that are not UTF-8 be printed: the bytes in question as `\\udcff`."""
+    """Makes names that are not UTF-8 printable: their bytes print as `\\udcff`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for any stream: bytes that are no UTF-8 as `\\udcff`."""
+    """A path that any stream can print: bytes that are not UTF-8 as `\\udcff`."""
     return str(path).encode(errors="backslashreplace").decode()
 
 
@@ -110,23 +110,23 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
-    """A digest of what JSON keeps of the fields, whatever their order."""
+    """A digest of the fields as JSON, independent of their order."""
     text = json.dumps(json.loads(json.dumps(fields)), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def write_checked(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
-    """Writes fields and their checksum, whole or not at all."""
+    """Writes fields and their checksum atomically."""
     write_text(path, json.dumps({**fields, CHECKSUM_FIELD: checksum(fields)}, indent=2) + "\n")
 
 
 def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a file, without their checksum.
+    """Reads the fields of a file, without their checksum.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: its content is not JSON, not fields, or not what was written. The message does not
-        name the file.
+      FileNotFoundError: no such file.
+      ValueError: its content is not JSON, has no fields, or was changed. The message does not name
+        the file.
     """
     fields = json.loads(Path(path).read_bytes())
     if not isinstance(fields, dict):

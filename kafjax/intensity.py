@@ -1,11 +1,11 @@
 """Random changes of a slice's intensities, on the device, and the Gaussian filter.
 
 One sample at a time, static shapes: `jax.vmap` over samples and keys, `jax.jit` around all. Images
-are [h, w, c] float; in a run their unit is the standard deviation of their volume, and 0 its mean.
+are floats; in a run their unit is their volume's standard deviation, and 0 is its mean.
 
-The changes are those that a strong baseline draws (Isensee et al., nnU-Net, Nature Methods 2021,
-supplementary note 4), in its order: noise, blur, brightness, contrast, low resolution, gamma.
-Brightness is an added constant here: a factor is what contrast is already.
+The changes follow nnU-Net (Isensee et al., Nature Methods 2021, supplementary note 4), in its
+order: noise, blur, brightness, contrast, low resolution, gamma. Brightness adds a constant here,
+because contrast already is a factor.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from kafjax.errors import UserError
 
 
 def check_ranges(config: Any) -> None:
-    """Raises ValueError that lists every field out of its range of a dataclass of ranges.
+    """Raises ValueError that lists every out-of-range field of a dataclass of ranges.
 
-    A field is a probability by its name's end, or a pair (low, high); one that ends in `_sigma`,
-    `_scale` or `_power` must be above 0.
+    A field whose name ends in `probability` is one; others are pairs (low, high), which must be
+    above 0 if the name ends in `_sigma`, `_scale` or `_power`.
     """
     faults = []
     for name, value in dataclasses.asdict(config).items():
@@ -40,9 +41,9 @@ def check_ranges(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class IntensityConfig:
-    """How often and how much intensities change; ranges are (low, high)."""
+    """Probabilities and ranges of intensity changes; ranges are (low, high)."""
 
-    probability: float = 1.0  # of changing a slice at all; then each change by its own
+    probability: float = 1.0  # of changing a slice at all; each change then has its own
     noise_probability: float = 0.15
     noise_deviation: tuple[float, float] = (0.0, 0.3)  # standard deviation, in the image's unit
     blur_probability: float = 0.2
@@ -52,7 +53,7 @@ class IntensityConfig:
     contrast_probability: float = 0.15
     contrast_scale: tuple[float, float] = (0.75, 1.25)  # factor about the slice's mean
     resolution_probability: float = 0.25
-    resolution_scale: tuple[float, float] = (0.5, 1.0)  # pixels of an edge that are left, a share
+    resolution_scale: tuple[float, float] = (0.5, 1.0)  # remaining fraction of an edge's pixels
     gamma_probability: float = 0.3
     gamma_power: tuple[float, float] = (0.7, 1.5)  # of intensities between the slice's extremes
 
@@ -65,18 +66,12 @@ DEFAULT_INTENSITY = IntensityConfig()
 
 
 def augment_intensity(
-    key: jax.Array, image: jax.Array, *, config: IntensityConfig = DEFAULT_INTENSITY
-) -> jax.Array:
-    """Changes a slice's intensities at random, each change with its own probability.
-
-    Args:
-      key: PRNG key.
-      image: float [h, w, c].
-      config: probabilities and ranges.
-
-    Returns:
-      [h, w, c] of the image's dtype.
-    """
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
+    *,
+    config: IntensityConfig = DEFAULT_INTENSITY,
+) -> Float[Array, "h w c"]:
+    """Changes a slice's intensities at random, each change with its own probability."""
     any_key, *keys = jax.random.split(key, 7)
     changes = (
         (config.noise_probability, functools.partial(_noise, config=config)),
@@ -95,8 +90,10 @@ def augment_intensity(
     return jnp.where(drawn, changed, image).astype(image.dtype)
 
 
-def blur(image: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
-    """Filters a slice [h, w, c] by a Gaussian of `sigma` pixels; at borders by what is inside.
+def blur(
+    image: Float[Array, "h w c"], sigma: ScalarLike, *, max_sigma: float
+) -> Float[Array, "h w c"]:
+    """Filters a slice by a Gaussian of `sigma` pixels, normalised at the borders.
 
     `sigma` may be traced, `max_sigma` is its static bound.
     """
@@ -108,16 +105,16 @@ def blur(image: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
     return jnp.moveaxis(smooth / total, 0, -1)
 
 
-def change_contrast(image: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiplies differences from the slice's mean by `scale`, cut at the slice's old extremes."""
+def change_contrast(image: Float[Array, "h w c"], scale: ScalarLike) -> Float[Array, "h w c"]:
+    """Multiplies differences from the slice's mean by `scale`, clipped to its original range."""
     mean = jnp.mean(image)
     return jnp.clip(mean + scale * (image - mean), jnp.min(image), jnp.max(image))
 
 
-def change_gamma(image: jax.Array, power: jax.Array) -> jax.Array:
-    """Raises intensities, as shares of the way from minimum to maximum, to a power.
+def change_gamma(image: Float[Array, "h w c"], power: ScalarLike) -> Float[Array, "h w c"]:
+    """Raises intensities, scaled from minimum to maximum to [0, 1], to a power.
 
-    Mean and standard deviation of the slice stay. A slice of one intensity stays as it is.
+    The slice keeps its mean and standard deviation. A constant slice does not change.
     """
     low, extent = jnp.min(image), jnp.max(image) - jnp.min(image)
     curved = ((image - low) / jnp.where(extent > 0, extent, 1)) ** power
@@ -126,14 +123,14 @@ def change_gamma(image: jax.Array, power: jax.Array) -> jax.Array:
     return jnp.mean(image) + scale * (curved - jnp.mean(curved))
 
 
-def lower_resolution(image: jax.Array, scale: jax.Array) -> jax.Array:
-    """Shows a slice as if it had fewer pixels: the nearest are taken, and lines drawn between.
+def lower_resolution(image: Float[Array, "h w c"], scale: ScalarLike) -> Float[Array, "h w c"]:
+    """Simulates fewer pixels: nearest-neighbour downsampling, then linear upsampling.
 
     An edge of n pixels becomes max(1, floor(n `scale`)) of the same length, and n again.
 
     Args:
-      image: float [h, w, c].
-      scale: share of an edge's pixels that is left, in (0, 1]; may be traced.
+      image: to change.
+      scale: remaining fraction of an edge's pixels, in (0, 1]; may be traced.
     """
     for axis in (0, 1):
         length = image.shape[axis]
@@ -148,19 +145,19 @@ def lower_resolution(image: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def change_intensity(
-    key: jax.Array,
-    image: jax.Array,
+    key: PRNGKeyArray,
+    image: Float[Array, "h w c"],
     *,
     contrast: tuple[float, float] = (0.8, 1.2),
     brightness: tuple[float, float] = (-0.1, 0.1),
-) -> jax.Array:
+) -> Float[Array, "h w c"]:
     """Scales a slice about its mean by U(contrast), and adds U(brightness) times its range.
 
     Args:
       key: PRNG key.
-      image: float [h, w, c].
+      image: to change.
       contrast: (low, high).
-      brightness: (low, high), of the difference of the slice's maximum and minimum.
+      brightness: (low, high), in units of the slice's range, maximum minus minimum.
     """
     contrast_key, brightness_key = jax.random.split(key)
     mean, extent = jnp.mean(image), jnp.max(image) - jnp.min(image)
@@ -168,8 +165,10 @@ def change_intensity(
     return (changed + uniform(brightness_key, brightness) * extent).astype(image.dtype)
 
 
-def gaussian_filter(images: jax.Array, sigma: jax.Array, *, max_sigma: float) -> jax.Array:
-    """Filters float32 [n, h, w] over h and w as scipy.ndimage.gaussian_filter(mode='constant').
+def gaussian_filter(
+    images: Float[Array, "n h w"], sigma: ScalarLike, *, max_sigma: float
+) -> Float[Array, "n h w"]:
+    """Filters images over h and w as scipy.ndimage.gaussian_filter(mode='constant').
 
     `sigma` is in pixels and may be traced, `max_sigma` is its static bound.
     """
@@ -181,12 +180,12 @@ def gaussian_filter(images: jax.Array, sigma: jax.Array, *, max_sigma: float) ->
 
 
 def _nearest(coarse: jax.Array, count: jax.Array, length: int) -> jax.Array:
-    """The pixels of `length` that are nearest to the centres of `count` coarse ones."""
+    """The pixels of `length` nearest to the centres of `count` coarse ones."""
     centre = (jnp.clip(coarse, 0, count - 1) + 0.5) * length / count
     return jnp.floor(centre).astype(jnp.int32)
 
 
-def uniform(key: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+def uniform(key: PRNGKeyArray, bounds: tuple[float, float]) -> Float[Array, ""]:
     """Draws a number between two bounds."""
     return jax.random.uniform(key, minval=bounds[0], maxval=bounds[1])
 
@@ -214,13 +213,13 @@ def _resolution(key: jax.Array, image: jax.Array, *, config: IntensityConfig) ->
 
 
 def _gamma(key: jax.Array, image: jax.Array, *, config: IntensityConfig) -> jax.Array:
-    """Of the image or, as often, of its negative, so that bright and dark parts both spread."""
+    """Gamma of the image or, equally often, its negative, to spread bright and dark parts."""
     power_key, sign_key = jax.random.split(key)
     sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
     return sign * change_gamma(sign * image, uniform(power_key, config.gamma_power))
 
 
-def _gaussian_matrix(size: int, sigma: jax.Array, max_sigma: float) -> jax.Array:
+def _gaussian_matrix(size: int, sigma: ScalarLike, max_sigma: float) -> jax.Array:
     """Symmetric banded [size, size] matrix whose rows hold the kernel, cut at the borders."""
 
     def kernel(offsets: jax.Array) -> jax.Array:

@@ -1,8 +1,7 @@
 """Contrastive and segmentation losses.
 
-Embeddings are [b, e], one row per slice; `position` is int [b, 2], the slice's number in its
-volume, from 1, and the volume's number of slices. Losses are float32 (or wider) scalars, whatever
-the inputs' type.
+`position` is int [b, 2], a slice's number in its volume, from 1, and the volume's number of slices.
+Losses are float32 (or wider) scalars, whatever the inputs' type.
 """
 
 import itertools
@@ -14,35 +13,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Integer, ScalarLike
 
 # The supervised contrastive loss of Khosla et al. is scaled by temperature / base temperature.
 BASE_TEMPERATURE = 0.07
 
 CONTRASTIVE_METHODS = ("simclr", "gcl", "pcl")
 
-# Thresholds of positions are whole numbers of these parts of a volume.
+# Position thresholds are integer multiples of one over this.
 _POSITION_PARTS = 10_000
 
 SEGMENTATION_LOSSES = ("cross_entropy", "dice")
 
-MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are at places of their own
+MIN_LOCAL_EDGE = 8  # pixels of a map, so that its 13 local regions are distinct
 
 
 def positive_pairs(
     method: str, position: jax.Array, *, position_threshold: float = 0.1, num_partitions: int = 4
-) -> jax.Array:
-    """Says which samples of a batch are positives of each other, in whole numbers.
+) -> Bool[Array, "b b"]:
+    """Marks the samples of a batch that are positives of each other, by integer arithmetic.
 
     Args:
-      method: 'simclr', a sample's views only; 'gcl', the same one of `num_partitions` equal parts
-        of the volume (Chaitanya et al. 2020); 'pcl', positions, i / n for slice i of n, nearer than
-        `position_threshold` (Zeng et al. 2021); a difference of just that is none.
+      method: 'simclr', a sample's views only; 'gcl', slices in the same one of `num_partitions`
+        equal parts of the volume (Chaitanya et al. 2020); 'pcl', positions, i / n for slice i of n,
+        nearer than `position_threshold` (Zeng et al. 2021), excluding equality.
       position: int [b, 2], the slice's number i, from 1, and n, up to 46340.
-      position_threshold: of 'pcl', a fraction of the volume, rounded to four decimals.
-      num_partitions: of 'gcl'.
+      position_threshold: for 'pcl', a fraction of the volume, rounded to four decimals.
+      num_partitions: for 'gcl'.
 
     Returns:
-      bool [b, b], symmetric, true on the diagonal.
+      A symmetric matrix, true on the diagonal.
 
     Raises:
       ValueError: `method` is not one of the three, or `position` is not int [b, 2].
@@ -58,8 +58,8 @@ def positive_pairs(
         partition = -(-num_partitions * number // total)
         return partition[:, None] == partition[None, :]
     if method == "pcl":
-        # |i / n - j / m| < t is |i m - j n| < t n m, and thereby less than t n m rounded up, whose
-        # part beyond a multiple of 1 / t's denominator is found apart, so that int32 suffices.
+        # |i / n - j / m| < t is |i m - j n| < t n m, or less than t n m rounded up. The remainder
+        # modulo `_POSITION_PARTS` is handled separately, so that int32 suffices.
         apart = jnp.abs(number[:, None] * total[None, :] - number[None, :] * total[:, None])
         whole, rest = jnp.divmod(total[:, None] * total[None, :], _POSITION_PARTS)
         parts = round(position_threshold * _POSITION_PARTS)
@@ -68,10 +68,10 @@ def positive_pairs(
 
 
 def collapsed_loss(num_samples: int, temperature: float) -> float:
-    """`supervised_contrastive_loss` of two views of embeddings that are all alike.
+    """`supervised_contrastive_loss` of two views whose embeddings are all equal.
 
-    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever the positives
-    and however many: ln(2 B - 1) T / 0.07.
+    Each anchor's probability is then uniform over the other 2 B - 1 views, whatever its positives:
+    ln(2 B - 1) T / 0.07.
 
     Args:
       num_samples: B, of the global batch.
@@ -81,12 +81,12 @@ def collapsed_loss(num_samples: int, temperature: float) -> float:
 
 
 def supervised_contrastive_loss(
-    views: Sequence[jax.Array],
-    positives: jax.Array,
+    views: Sequence[Float[Array, "b e"]],
+    positives: Bool[Array, "n n"],
     *,
-    temperature: float = 0.1,
+    temperature: ScalarLike = 0.1,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Supervised contrastive loss over several views of a batch (docs/method.md section 6).
 
     For anchor i with positives P(i) among all other views of all samples,
@@ -94,15 +94,15 @@ def supervised_contrastive_loss(
     s; the mean over anchors that have a positive, times T / 0.07. (Khosla et al. 2020, equation 2.)
 
     Args:
-      views: the same b samples' embeddings in each view, each [b, e]; need not be normalised.
-      positives: bool [n, n] over the samples of the global batch, n = b times the devices. A
-        sample's other views are its positives where the diagonal is true.
+      views: the same samples' embeddings in each view; need not be normalised.
+      positives: over the samples of the global batch, n = b times the devices. A sample's other
+        views are its positives where the diagonal is true.
       temperature: T.
       axis_name: the mapped axis over which the batch is spread, if any. Every device then gets
         the loss of the global batch, negatives of all devices included.
 
     Returns:
-      A scalar; 0 where no anchor has a positive.
+      The loss; 0 if no anchor has a positive.
     """
     dtype = jnp.promote_types(views[0].dtype, jnp.float32)
     stacked = jnp.stack(views).astype(dtype)
@@ -121,26 +121,26 @@ def supervised_contrastive_loss(
     anchor_loss = -jnp.sum(log_probability, axis=1, where=positives) / jnp.maximum(num_positives, 1)
     num_anchors = jnp.sum(num_positives > 0)
     scale = temperature / BASE_TEMPERATURE
-    return scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1)
+    return jnp.asarray(scale * jnp.sum(anchor_loss) / jnp.maximum(num_anchors, 1))
 
 
 def local_contrastive_loss(
-    first: jax.Array, second: jax.Array, *, temperature: float = 0.1
-) -> jax.Array:
+    first: Float[Array, "b h w e"],
+    second: Float[Array, "b h w e"],
+    *,
+    temperature: ScalarLike = 0.1,
+) -> Float[Array, ""]:
     """Local contrast over fixed regions, L^R of Chaitanya et al. (NeurIPS 2020, section 3.2).
 
-    A region is 3 x 3 pixels of a map, a vector of 9e numbers, normalised. With s_ij the similarity
-    of the first map's region i and the second's region j, region i's loss is
+    A region is 3 x 3 pixels of a map, as a normalised vector of 9e numbers. With s_ij the
+    similarity of the first map's region i and the second's region j, region i's loss is
     `-log(exp(s_ii / T) / sum_j exp(s_ij / T))`; the mean over regions, over both directions, and
     over samples.
 
     Args:
-      first: features [b, h, w, e] of one view of b samples; h and w at least 8.
-      second: of another view, in which every pixel shows the same place.
+      first: features of one view; h and w are at least 8.
+      second: features of another view, aligned with the first pixel by pixel.
       temperature: T.
-
-    Returns:
-      A scalar.
 
     Raises:
       ValueError: the maps are too small for 13 distinct regions.
@@ -167,10 +167,10 @@ def local_contrastive_loss(
     return -jnp.mean(jnp.diagonal(forward + backward, axis1=1, axis2=2)) / 2
 
 
-def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns, each int [13], of the centres of a map's local regions.
+def local_regions(height: int, width: int) -> tuple[Int[np.ndarray, "13"], Int[np.ndarray, "13"]]:
+    """Rows and columns of the centres of a map's local regions.
 
-    A 3 x 3 grid and the four places between its points.
+    A 3 x 3 grid and the four points between.
     """
     coarse, between = (1 / 6, 1 / 2, 5 / 6), (1 / 3, 2 / 3)
     places = [*itertools.product(coarse, coarse), *itertools.product(between, between)]
@@ -179,24 +179,24 @@ def local_regions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_entropy(
-    logits: jax.Array,
-    label: jax.Array,
+    logits: Float[Array, "b h w d"],
+    label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Mean cross-entropy over all pixels.
 
     Args:
-      logits: [b, h, w, d].
-      label: int [b, h, w], class numbers below d.
-      class_weights: d numbers; the mean is then weighted, each pixel by its class.
+      logits: of d classes.
+      label: class numbers below d.
+      class_weights: d numbers that weight each pixel by its class in the mean.
       axis_name: the mapped axis over which a batch is spread, if any. With class weights every
-        device gets the loss of the global batch; without, that of its own part, whose mean over
-        devices is the same.
+        device gets the loss of the global batch; without, the loss of its own part, and the mean
+        over devices is the same.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # Integer labels are picked by a gather, whose gradient, a scatter, is slow to compile and run.
+    # Integer labels would need a gather, whose gradient, a scatter, is slow to compile and run.
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     of_pixel = optax.softmax_cross_entropy(logits, of_label)
     if class_weights is None:
@@ -207,23 +207,23 @@ def cross_entropy(
 
 
 def dice_loss(
-    logits: jax.Array,
-    label: jax.Array,
+    logits: Float[Array, "b h w d"],
+    label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
-    """One minus the soft Dice of each class but the background, over the whole batch; their mean.
+) -> Float[Array, ""]:
+    """The mean of one minus the soft Dice of each foreground class over the whole batch.
 
     With p the predicted probabilities and t the label of a class, Dice is
-    `(2 sum(p t) + 2) / (sum p + sum t + 2)` (Milletari et al. 2016). Sums go over all pixels of the
-    global batch, as nnU-Net's: in a slice a class may be absent. It is
+    `(2 sum(p t) + 2) / (sum p + sum t + 2)` (Milletari et al. 2016). Sums cover all pixels of the
+    global batch, as in nnU-Net, because a class may be absent from a slice. It is
     `optax.losses.dice_loss(..., axis=(0, 1, 2), ignore_background=True)` spread over devices.
 
     Args:
-      logits: [b, h, w, d].
-      label: int [b, h, w], class numbers below d.
-      class_weights: d numbers, of which the background's is not used; the mean is then weighted.
+      logits: of d classes.
+      label: class numbers below d.
+      class_weights: d numbers that weight the mean; the background's is not used.
       axis_name: the mapped axis over which a batch is spread, if any. Every device then gets the
         loss of the global batch.
     """
@@ -246,5 +246,5 @@ def dice_loss(
 
 
 def _global_sum(sums: Any, axis_name: str | None) -> Any:
-    """Sums over devices too; their gradients come out as the sum of all devices' losses."""
+    """Also sums over devices; gradients are those of the sum of all devices' losses."""
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -1,4 +1,4 @@
-"""Trains as a config file says: `kafjax train --config chd_pretrain`.
+"""Trains by a config file: `kafjax train --config chd_pretrain`.
 
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
 is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
@@ -24,11 +24,11 @@ from kafjax.training.preflight import look, with_classes
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
-_WORKDIR = define_path("workdir", None, "Where the run lives. Default: runs/<config name>.")
-_RESUME = flags.DEFINE_bool("resume", False, "Refuse to start where there is no checkpoint.")
-_CHECK = flags.DEFINE_bool("check", False, "Look at all that the run needs, and stop.")
+_WORKDIR = define_path("workdir", None, "The run's folder. Default: runs/<config name>.")
+_RESUME = flags.DEFINE_bool("resume", False, "Refuse to start without a checkpoint.")
+_CHECK = flags.DEFINE_bool("check", False, "Check everything that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if several.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 

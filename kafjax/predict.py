@@ -1,6 +1,6 @@
 """Segments raw volumes: `kafjax predict --workdir RUN[,RUN2...] --input X --output Y`.
 
-`kafjax.inference.prediction` describes what it does.
+`kafjax.inference.prediction` documents the details.
 """
 
 from typing import Any
@@ -31,16 +31,16 @@ def _run_from_command_line() -> None:
             "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
         ),
         "data_dir": flags.DEFINE_string(
-            "data_dir", None, "Where the runs' dataset is, for workdirs without preparation.json."
+            "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
         ),
         "batch_size": flags.DEFINE_integer("batch_size", None, "Default: the run's."),
-        "overwrite": flags.DEFINE_bool("overwrite", False, "Replace results that are there."),
+        "overwrite": flags.DEFINE_bool("overwrite", False, "Replace existing results."),
     }
 
     def command() -> None:
         from kafjax.inference.prediction import predict_files  # needs the extra `data`
 
-        # As an exception, so that what is half written is taken away.
+        # As an exception, so that partial output is removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         given: dict[str, Any] = {name: holder.value for name, holder in options.items()}
         predict_files(workdirs.value, source.value, target.value, **given)

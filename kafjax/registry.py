@@ -1,4 +1,4 @@
-"""Tables of things by name to which users add their own."""
+"""Registries of named objects that users can extend."""
 
 from collections import UserDict
 from typing import Any, Self, TypeVar
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 class Registry(UserDict[str, T]):
-    """A dict that refuses a name that is taken: what has it would be lost without a word.
+    """A dict that refuses existing names instead of silently overwriting them.
 
-    `del registry[name]` makes room on purpose.
+    Use `del registry[name]` first to replace an entry on purpose.
     """
 
     def __setitem__(self, name: str, item: T) -> None:

@@ -1,13 +1,13 @@
-"""How well a segmentation agrees with its labels: pooled Dice, and distances of surfaces.
+"""Segmentation metrics: pooled Dice and surface distances.
 
 Labels and predictions are integer class numbers, 0 the background; results are for the classes
 1..d-1, in order. Volumes are arrays of any number of axes, with a spacing in mm for each.
 
-Pooled Dice is the paper's (docs/method.md section 8): pixels are counted over all slices of all
-volumes first. Counts are integers and simply add, so that batches, devices and their order do not
-matter. The other metrics are of one volume at a time (Maier-Hein et al., Metrics Reloaded, Nature
-Methods 2024). Of a class that neither has, they say NaN; where only one of the two has it, the
-distance is the volume's diagonal.
+Pooled Dice is the paper's (docs/method.md section 8): pixels are first counted over all slices of
+all volumes. Counts are integers and add up, so batches, devices and their order do not matter. The
+other metrics cover one volume at a time (Maier-Hein et al., Metrics Reloaded, Nature Methods 2024).
+They are NaN for a class that neither has; if only one of the two has it, the distance is the
+volume's diagonal.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def count_pixels(
       prediction: int [b, ...], class numbers.
       label: int [b, ...], the same shape.
       num_classes: d, with the background.
-      valid: bool [b]; the others do not count.
+      valid: bool [b]; false samples do not count.
 
     Returns:
       int32 [d, 3]: pixels of the class in both, in the prediction, in the label. One call counts
@@ -55,7 +55,7 @@ def pooled_dice(counts: Counts) -> Counts:
       counts: int [d, 3], sums of `count_pixels`; on the host or traced.
 
     Returns:
-      float [d - 1], in [0, 1]; NaN for a class that neither the predictions nor the labels have.
+      float [d - 1], in [0, 1]; NaN for a class in neither the predictions nor the labels.
     """
     both, predicted, labelled = counts[1:].T
     with np.errstate(invalid="ignore"):
@@ -63,7 +63,7 @@ def pooled_dice(counts: Counts) -> Counts:
 
 
 def mean_pooled_dice(counts: np.ndarray) -> float:
-    """The mean of `pooled_dice` over the foreground classes that have one; NaN where none has."""
+    """The mean of `pooled_dice` over the foreground classes, ignoring NaN; NaN if all are."""
     dice = pooled_dice(np.asarray(counts))
     found = ~np.isnan(dice)
     return float(dice[found].mean()) if found.any() else float("nan")
@@ -82,7 +82,7 @@ class ClassMetrics(NamedTuple):
       hd95: mm, the greater of the two directed 95th percentiles of the distances between surfaces.
       assd: mm, the mean of all those distances, both ways.
       empty: neither has the class; dice, hd95 and assd are NaN.
-      missed: one of them has it and the other not: dice is 0, hd95 and assd the volume's diagonal.
+      missed: only one of them has it: dice is 0, hd95 and assd are the volume's diagonal.
     """
 
     dice: float
@@ -97,8 +97,8 @@ def volume_metrics(
 ) -> list[ClassMetrics]:
     """Dice, HD95 and ASSD of each foreground class of a volume.
 
-    A surface is made of the elements that have a neighbour along an axis which is not of the class
-    or lies outside the volume; distances are between centres of elements.
+    A surface consists of the elements with a neighbour along an axis that is not of the class or is
+    outside the volume; distances are between centres of elements.
 
     Args:
       prediction: int array, class numbers.
@@ -107,7 +107,7 @@ def volume_metrics(
       spacing: mm between elements along each axis of the arrays.
 
     Raises:
-      ValueError: prediction, label and spacing do not fit each other.
+      ValueError: prediction, label and spacing do not match.
     """
     if prediction.shape != label.shape or len(spacing) != label.ndim:
         raise ValueError(
@@ -140,7 +140,7 @@ def _class_metrics(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> ClassMe
 def surface_distances(
     a: np.ndarray, b: np.ndarray, *, spacing: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of each surface element of one mask to the other's surface, both ways.
+    """Distances from each surface element of one mask to the other's surface, both ways.
 
     Args:
       a: bool array, not all false.
@@ -150,7 +150,7 @@ def surface_distances(
     Returns:
       float64 [surface elements of a] and [surface elements of b], in mm.
     """
-    # Nothing outside the box around both masks is nearer, and most volumes are mostly background.
+    # No surface lies outside the box around both masks, and volumes are mostly background.
     (box,) = scipy.ndimage.find_objects((a | b).astype(np.uint8))
     surface_a, surface_b = _surface(a[box]), _surface(b[box])
     to_a, to_b = (

@@ -1,12 +1,12 @@
 """Weights of the authors' PyTorch release as variables of our networks.
 
-`import_state_dict` needs only NumPy. The command, which alone needs PyTorch, turns a checkpoint
-file into an Orbax checkpoint that every other command takes:
+`import_state_dict` needs only NumPy. The command needs PyTorch too; it converts a checkpoint file
+to an Orbax checkpoint that every other command reads:
 
     kafjax import-torch --input latest.pth --config chd_finetune --output DIR
 
-The release's names are those of docs/method.md section 9. Its networks also hold weights that
-nothing uses (`DEAD_WEIGHTS`); they are dropped and named.
+The release's names are those of docs/method.md section 9. Its networks also hold unused weights
+(`DEAD_WEIGHTS`); they are dropped and reported.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ DEAD_WEIGHTS = re.compile(
     r"encoder\.graph_\d\.superglue\.(bin_score|final_proj\.\w+)|graph_local_head\..*"
 )
 _PREFIX = "module."  # of networks that were trained in DataParallel
-# Under these a checkpoint keeps its state dict beside optimiser, epoch and the like.
+# Keys of the state dict in checkpoints that also store optimiser, epoch and so on.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _COUNTERS = re.compile(r".*\.num_batches_tracked")
 
 # Our modules' paths -> the release's names, applied one after the other. `$` stands for the number
-# of an attention layer, whose parameters we hold in one array with a leading layer axis.
+# of an attention layer; we store all layers' parameters in one array with a leading layer axis.
 _Rule = tuple[str, Callable[[re.Match[str]], str]]
 _PART = {"conv": 0, "norm": 1}
 _PROJECTION = {"query": "proj.0", "key": "proj.1", "value": "proj.2", "merge": "merge"}
@@ -93,7 +93,7 @@ def release_name(path: str) -> str:
 
 
 def dead_weights(state_dict: Mapping[str, Any]) -> list[str]:
-    """Names of the entries that the release holds and never uses; an import drops them."""
+    """Names of the entries that the release never uses; an import drops them."""
     return [name for name in state_dict if DEAD_WEIGHTS.fullmatch(name.removeprefix(_PREFIX))]
 
 
@@ -101,7 +101,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
     """Converts the release's weights to the variables of the network that `config` describes.
 
     Args:
-      state_dict: the release's names -> arrays; a 'module.' before a name is ignored.
+      state_dict: the release's names -> arrays; the prefix 'module.' is ignored.
       config: `config.model`, see `kafjax.models.build_model`.
 
     Returns:
@@ -109,8 +109,8 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
       (`dead_weights`) and batch counters are left out.
 
     Raises:
-      ValueError: entries are missing, unknown or of another shape; all are listed with the shapes
-        expected. Or the release has no network of this kind.
+      ValueError: entries are missing, unknown or have another shape; the message lists all with the
+        expected shapes. Or the release has no network of this kind.
     """
     if "fcn" in config.name:
         raise UserError(f"config.model.name is {config.name!r}: there is no import of FCN networks")
@@ -133,7 +133,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], config: Any) -> dict
 def _differences(
     entries: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is missing, of another shape or unknown: a line each."""
+    """A line for each entry that is missing, unknown or of another shape."""
     faults = []
     for name, shape in expected.items():
         if name not in entries:
@@ -172,7 +172,7 @@ def _release_shape(name: str, path: str, shape: tuple[int, ...]) -> tuple[int, .
 
 
 def _to_ours(array: np.ndarray, path: str) -> np.ndarray:
-    """Brings an entry to our layout: channels last, the heads of attention one after the other."""
+    """Converts an entry to our layout: channels last, attention heads one after the other."""
     if path.endswith("kernel"):
         if "/up_" in path:
             array = array.transpose(2, 3, 0, 1)
@@ -194,13 +194,13 @@ def _heads_first(array: np.ndarray) -> np.ndarray:
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Reads a PyTorch checkpoint file, which cannot run code: tensors and plain values only.
+    """Reads a PyTorch checkpoint file safely: tensors and plain values only, no code.
 
-    A checkpoint that keeps the state dict beside other things, under one of the names that are
-    usual for it, is unwrapped.
+    A checkpoint that stores the state dict among other entries, under one of its usual names, is
+    unwrapped.
 
     Raises:
-      ValueError: PyTorch is missing, the file is none of its checkpoints or holds no state dict.
+      ValueError: PyTorch is missing, or the file is not a PyTorch checkpoint or has no state dict.
     """
     try:
         import torch
@@ -210,7 +210,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file, expected a PyTorch checkpoint")
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load raises errors of every kind for what is no checkpoint
+    except Exception as error:  # torch.load raises any kind of error for other files
         raise UserError(
             f"{path}: {type(error).__name__} when reading it, expected a PyTorch checkpoint that "
             "holds nothing but tensors and plain values"
@@ -223,7 +223,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             f"{path}: found a {type(found).__name__} {names}, expected a state dict of tensors or "
             f"one under {', '.join(_WRAPPERS)}"
         )
-    # NumPy has no bfloat16 of its own.
+    # NumPy has no bfloat16.
     narrow = (torch.bfloat16, torch.float16)
     return {n: (t.float() if t.dtype in narrow else t).numpy() for n, t in found.items()}
 
@@ -232,10 +232,10 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
     """Writes the workdir of a run whose step 0 has the weights of a PyTorch checkpoint file.
 
     Raises:
-      ValueError: the file does not fit `config.model`, or the workdir holds a run already. Nothing
+      ValueError: the file does not fit `config.model`, or the workdir already holds a run. Nothing
         is written then.
     """
-    # Orbax is needed for nothing else here.
+    # Only this function needs Orbax.
     from kafjax.checkpoint.checkpointer import Checkpointer
     from kafjax.workdir.workdir import Workdir
 
@@ -249,7 +249,7 @@ def import_checkpoint(source: Path, config: Any, workdir: Path) -> None:
     with Checkpointer(workdir, keep_newest=1, best_metric=None) as checkpointer:
         checkpointer.save(0, variables, metrics={}, data={"imported_from": origin})
     dropped = dead_weights(state_dict)
-    print("\n  ".join([f"Dropped {len(dropped)} weights that nothing uses:", *dropped]))
+    print("\n  ".join([f"Dropped {len(dropped)} unused weights:", *dropped]))
     flag = shlex.quote(f"--config.init_from={workdir}")
     print(f"Wrote {workdir}; fine-tune from it with {flag}")
 

@@ -1,6 +1,6 @@
-"""How commands set up XLA: before JAX's devices start, which read the flags once.
+"""XLA setup of the commands, before JAX's devices start, which read the flags once.
 
-A library's user, whose process it is, calls these or not.
+Importing kafjax changes nothing; callers opt in.
 """
 
 import importlib.util
@@ -11,11 +11,11 @@ _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def set_up_xla() -> None:
-    """Leaves out YNNPACK, and keeps compiled programs in the user's cache folder.
+    """Disables YNNPACK, and caches compiled programs in the user's cache folder.
 
-    Unless JAX is told of another folder, by JAX_COMPILATION_CACHE_DIR.
+    JAX_COMPILATION_CACHE_DIR overrides the folder.
     """
-    import jax  # which benchmarks that only start others do without
+    import jax  # not at the top: benchmarks that only start other processes do not need it
 
     leave_out_ynnpack()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -24,13 +24,13 @@ def set_up_xla() -> None:
 
 
 def leave_out_ynnpack() -> None:
-    """Has XLA for CPU use LLVM and Eigen alone, unless XLA_FLAGS says otherwise.
+    """Makes XLA for CPU use only LLVM and Eigen, unless XLA_FLAGS sets the flag.
 
-    Of our networks a training step is then faster and needs less memory, and above all, a program
-    from the cache is there in half the time: XLA looks for each of a thousand parts that it gave to
-    YNNPACK among all the program's instructions. docs/performance.md has the numbers.
+    A training step of our networks is then faster and needs less memory, and above all, a cached
+    program loads in half the time: XLA searches all the program's instructions for each of the
+    thousand parts given to YNNPACK. docs/performance.md has the numbers.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    # A TPU's library reads XLA_FLAGS too, and ends the process at one that it does not know.
+    # A TPU's library reads XLA_FLAGS too, and exits at a flag that it does not know.
     if _YNNPACK not in flags and importlib.util.find_spec("libtpu") is None:
         os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK}=".strip()

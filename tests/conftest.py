@@ -18,6 +18,10 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+from tests.shapes import check_signatures  # noqa: E402 - imports JAX
+
+check_signatures()
+
 
 @pytest.fixture(scope="session")
 def phantom_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -191,7 +191,7 @@ def test_all_faults_of_names_and_info_are_found_at_once(spoilt):
     assert {(str(f.path.relative_to(spoilt)), f.found) for f in faults} == {
         ("training/patient002", "is a second folder of patient 2"),
         ("patient001", "has no patient001_frame04_gt.nii.gz"),
-        ("patient001/notes.nii.gz", "its name is not one of this patient's"),
+        ("patient001/notes.nii.gz", "its name does not match this patient's files"),
         ("patient001/patient001_frame01.nii.gz", "is a second patient001_frame01.nii"),
         ("training/patient003/Info.cfg", "ED is 'first'"),
         ("training/patient003/Info.cfg", "has no ES"),
@@ -199,7 +199,7 @@ def test_all_faults_of_names_and_info_are_found_at_once(spoilt):
         ("training/patient005", "has no patient005_frame01.nii.gz"),
         (
             "training/patient005/patient005_frame03.nii.gz",
-            "is of another frame than Info.cfg's, 1 and 4",
+            "its frame is not one of Info.cfg's, 1 and 4",
         ),
     }
 
@@ -234,10 +234,10 @@ def test_patients_that_are_named_otherwise_or_are_links_to_nothing_are_faults(sp
     shutil.copy(spoilt / "patient001" / "patient001_frame01.nii.gz", spoilt / "copies" / "a.nii.gz")
     found = {fault.path.name: (fault.found, fault.stops) for fault in ACDC.find(spoilt)[1]}
     assert found == {
-        "Patient002": ("its name is not one of a patient", True),
-        "patient003": ("is a link to ../elsewhere/patient003, which is not there", True),
-        "Training": ("its name is not one of this layout's", True),
-        "info.cfg": ("its name is not one of this layout's", True),
+        "Patient002": ("its name is not a patient's", True),
+        "patient003": ("is a link to ../elsewhere/patient003, which does not exist", True),
+        "Training": ("its name does not fit this layout", True),
+        "info.cfg": ("its name does not fit this layout", True),
         "Info.cfg": ("cannot be read (No such file or directory)", True),
         "copies": ("is a folder that is not used, with 1 scans", False),
     }

@@ -393,8 +393,8 @@ def test_all_differences_are_listed_and_overwriting_must_be_asked(existing):
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
         "max_keypoints: 64 there, 32 asked for",
         "seed: 0 there, 1 asked for",
-        "ct_1002: its files are gone from the raw folder",
-        "ct_1003: its files are gone from the raw folder",
+        "ct_1002: its files are missing from the raw folder",
+        "ct_1003: its files are missing from the raw folder",
         "ct_1004: its files have changed",
         "ct_1100: its files are new",
     ]
@@ -406,7 +406,7 @@ def test_a_damaged_dataset_is_not_taken_for_done(existing, phantom_dataset):
     raw_dir, data_dir = existing
     shard = next((data_dir / "phantom" / "1.0.0").glob("*ct_1002.tfrecord*"))
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a finished dataset"):
+    with pytest.raises(ValueError, match="not a finished kafjax dataset"):
         prepared(raw_dir, data_dir)
     prepared(raw_dir, data_dir, overwrite=True)
     assert contents(data_dir / "phantom" / "1.0.0") == contents(phantom_dataset)

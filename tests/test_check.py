@@ -171,7 +171,7 @@ def test_a_faulty_description_does_not_hide_the_volumes(tmp_path, capsys):
     status, out, errors = check(capsys, "--dataset", "nnunet", "--raw_dir", tmp_path)
     assert status == 2
     assert [line.split(": ")[2] for line in errors] == [
-        'has no labels; expected such as {"background"'
+        'has no labels; expected for example {"background"'
     ]
     assert "2 sound volumes" in out
     assert "No labels of known classes." in out

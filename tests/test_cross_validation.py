@@ -20,7 +20,7 @@ from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.study import cross_validation as module
 from kafjax.study.cross_validation import cross_validate
 from kafjax.study.plan import Row, Study, Table
-from kafjax.study.results import Results, draw, format_csv, format_markdown
+from kafjax.study.results import Results, draw, format_csv, format_markdown, tabulate
 from kafjax.study.runs import RunKey, parse_numbers, plan_runs, run_config
 from kafjax.training import loop as train_module
 from kafjax.workdir.scores import describe_run
@@ -64,7 +64,7 @@ def results_of(dice: dict[RunKey, float | None], missing: tuple[RunKey, ...] = (
         run: {"pooled_dice": {"mean": value}, "chance": None, "checkpoint": "last"}
         for run, value in dice.items()
     }
-    return Results(study, {"": scores})
+    return tabulate(study, {"": scores})
 
 
 @pytest.mark.parametrize("line", TABLE.splitlines())
@@ -86,17 +86,12 @@ def test_cells_are_means_over_seeds_and_empty_without_all_runs() -> None:
     del dice[RunKey(6, 3, 1)]
     results = results_of(dice, missing=(RunKey(6, 3, 1),))
     two, six = results.lines
-    assert two.folds == pytest.approx((0.2005, 0.2305))
-    assert two.mean is not None and two.mean.mean == pytest.approx(0.2155)
-    assert two.std == pytest.approx(0.015)
-    assert six.folds == (pytest.approx(0.6005), None)
-    assert (six.mean, six.std) == (None, None)
-    first, second = csv.DictReader(format_csv(results).splitlines())
-    numbers = [float(first[name]) for name in ("fold1", "fold4", "mean", "std_over_folds")]
-    assert numbers == pytest.approx([*two.folds, two.mean.mean, two.std])
-    assert [second[name] for name in ("M", "fold1", "fold4", "mean")] == [
-        *("6", str(six.folds[0]), "", "")
-    ]
+    names = ("fold1", "fold4", "mean", "std_over_folds")
+    assert [two[name] for name in names] == pytest.approx([0.2005, 0.2305, 0.2155, 0.015])
+    assert [six[name] for name in names] == [pytest.approx(0.6005), None, None, None]
+    first, second = csv.DictReader(format_csv(results.lines).splitlines())
+    assert [float(first[name]) for name in names] == [two[name] for name in names]
+    assert [second[name] for name in ("M", *names)] == ["6", str(six["fold1"]), "", "", ""]
     assert (first["checkpoint"], first["model"]) == ("last", "unet")
     text = format_markdown(results)
     assert "| 6 | 0.6005 |  |  | 3 of 4 |  |\n" in text
@@ -106,12 +101,13 @@ def test_cells_are_means_over_seeds_and_empty_without_all_runs() -> None:
 def test_a_run_without_a_dice_leaves_the_mean_empty_and_is_named() -> None:
     results = results_of({RunKey(2, 0, 0): 0.5, RunKey(2, 1, 0): None, RunKey(2, 2, 0): 0.7})
     (line,) = results.lines
-    assert (line.folds, line.mean, line.std) == ((0.5, None, 0.7), None, None)
+    assert [line[f"fold{n}"] for n in (1, 2, 3)] == [0.5, None, 0.7]
+    assert (line["mean"], line["std_over_folds"], line["n"]) == (None, None, 3)
     text = format_markdown(results)
     assert "| 2 | 0.5000 |  | 0.7000 | 3 |\n" in text
     assert "no Dice, 1 of 3 runs:\n\n- fold1_M2_seed0\n" in text
     assert "Missing" not in text
-    assert [row["mean"] for row in csv.DictReader(format_csv(results).splitlines())] == [""]
+    assert [row["mean"] for row in csv.DictReader(format_csv(results.lines).splitlines())] == [""]
     draw(results)
 
 

@@ -96,7 +96,7 @@ def test_every_fault_is_one_line_and_the_status_is_two(phantom_raw, tmp_path, ca
     arguments = ["--dataset", "chd", "--raw_dir", raw_dir, "--data_dir", tmp_path / "data"]
     assert main([*map(str, arguments), "--num_workers", "0"]) == 2
     first, second = lines_of(capsys)
-    assert first.startswith(f"error: {raw_dir / 'ct_1002_image.nii.gz'}: has no label beside it; ")
+    assert first.startswith(f"error: {raw_dir / 'ct_1002_image.nii.gz'}: has no label next to it; ")
     assert second.startswith(f"error: {raw_dir / 'ct_1003_image.nii.gz'}: is empty; ")
     assert not (tmp_path / "data").exists()
 
@@ -247,7 +247,7 @@ def test_ctrl_c_is_one_line_and_can_be_continued(phantom_raw, tmp_path):
         assert stopped.poll() is None
         time.sleep(0.001)
     os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    assert stopped.communicate()[1] == "error: stopped; the same command goes on from here\n"
+    assert stopped.communicate()[1] == "error: stopped; rerun the command to resume\n"
     assert stopped.returncode == 130
     assert not (tmp_path / "chd" / "1.0.0").exists()
     assert run(*arguments).returncode == 0

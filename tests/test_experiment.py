@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -246,20 +247,21 @@ def two_rows(tmp_path: Path, dataset: Path) -> Experiment:
 
 def test_means_errors_and_differences(tmp_path: Path, phantom_dataset: Path) -> None:
     """By hand: of 0.1, 0.2, 0.3, 0.4 the variance is 0.05 / 3, the error its root by 2."""
-    lines = collect(two_rows(tmp_path, phantom_dataset)).lines
-    plain_2, plain_4, wide_2, wide_4 = lines
-    assert plain_2.mean == pytest.approx((0.25, (0.05 / 3) ** 0.5 / 2, 4))
-    assert plain_2.folds == pytest.approx((0.15, 0.35))
-    assert plain_2.std == pytest.approx(0.1)
-    assert plain_2.difference is None
+    results = collect(two_rows(tmp_path, phantom_dataset))
+    plain_2, plain_4, wide_2, wide_4 = results.lines
+    error = (0.05 / 3) ** 0.5 / 2
+    assert (plain_2["mean"], plain_2["standard_error"]) == pytest.approx((0.25, error))
+    assert (plain_2["fold1"], plain_2["fold4"]) == pytest.approx((0.15, 0.35))
+    assert (plain_2["n"], plain_2["std_over_folds"]) == (4, pytest.approx(0.1))
+    assert plain_2["difference"] is None
     # 0.2, 0, 0.2, 0.2 around 0.15
-    assert wide_2.difference == pytest.approx((0.15, 0.05, 4))
-    assert (wide_4.mean, wide_4.difference, wide_4.std) == (None, None, None)
-    assert wide_4.folds == (pytest.approx(0.6), None)
-    assert wide_4.missing == (RunKey(4, 3, 1),)
-    assert plain_4.missing == ()
-    assert mean_of([]) is None
-    assert mean_of([0.5]) == (0.5, None, 1)
+    assert wide_2["difference"] == pytest.approx(0.15)
+    assert wide_2["difference_standard_error"] == pytest.approx(0.05)
+    nothing = [wide_4[name] for name in ("mean", "difference", "std_over_folds", "fold4")]
+    assert nothing == [None] * 4
+    assert (wide_4["fold1"], wide_4["n"], plain_4["n"]) == (pytest.approx(0.6), 3, 4)
+    assert mean_of([]) == mean_of([0.5, None]) == (None, None)
+    assert mean_of([0.5]) == (0.5, None)
 
 
 def test_tables_and_plots_are_written_alike(tmp_path: Path, phantom_dataset: Path) -> None:
@@ -301,7 +303,7 @@ def test_tables_and_plots_are_written_alike(tmp_path: Path, phantom_dataset: Pat
 def test_experiments_without_any_run_are_collected(tmp_path: Path) -> None:
     ours = experiment(tmp_path, ONE_ROW, folds=[0])
     assert "0 of 1" in write_results(ours, "one", command="command")
-    assert format_csv(collect(ours)).count("\n") == 2
+    assert format_csv(collect(ours).lines).count("\n") == 2
     assert draw(collect(ours)).axes[0].get_yticklabels()[0].get_text() == "kaf"
 
 
@@ -384,6 +386,34 @@ def test_mistakes_are_one_line_and_status_2() -> None:
     line = "folds: found 5, 6, 7, 8, 9, expected 0 to 4: config.data.num_folds is 5"
     assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
     assert not Path("nowhere").exists()
+
+
+def test_the_command_collects_and_says_how_to_repeat_it(tmp_path: Path) -> None:
+    arguments = (
+        "--table",
+        "table3",
+        "--dataset",
+        "chd",
+        "--rows",
+        "1",
+        "--folds",
+        "0,1",
+        "--collect",
+    )
+    places = ("--workdir", str(tmp_path / "runs [1]"), "--data_dir", str(tmp_path / "data"))
+    done = subprocess.run(
+        [sys.executable, "-m", "kafjax.experiment", *arguments, *places],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = re.findall("    (kafjax experiment .*)", done.stdout)
+    assert shlex.split(command) == [
+        *("kafjax", "experiment", "--table=table3", "--dataset=chd", "--rows=1", "--folds=0,1"),
+        *(f"--workdir={places[1]}", f"--data_dir={places[3]}"),
+    ]
+    assert (tmp_path / "runs [1]" / "chd" / "table3.md").read_text() + "\n" == done.stdout
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from kafjax.training.loop import train
 from kafjax.training.preflight import open_run_dataset, split_run
 from kafjax.training.step import init_state, make_optimizer
 from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.workdir import Workdir
 from tests import runs
 
 
@@ -232,3 +233,14 @@ def test_a_run_with_averaged_weights_resumes_bit_for_bit_and_validates_by_them(
     ]
     expected = task.scores(np.sum(counts, axis=0))["validation_dice"]
     assert meta["metrics"]["validation_dice"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_without_metrics_ends_without_a_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = phantom_scratch.get_config().to_dict()
+    for text in (None, "", '{"step": 3, "validation_dice": 0.5}\n'):
+        if text is not None:
+            Workdir(tmp_path).metrics_file.write_text(text)
+        train_module._summarize(Workdir(tmp_path), "loss", config)
+        assert ("TensorBoard:" in capsys.readouterr().out) == bool(text)

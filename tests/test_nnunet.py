@@ -229,10 +229,10 @@ def test_all_faults_of_description_names_and_volumes_come_at_once(tmp_path):
     assert [(fault.path.name, fault.found.split(",")[0]) for fault in faults] == [
         ("dataset.json", "labels are regions (heart)"),
         ("a_0000.nii.gz", "has no channel 1 next to it"),
-        ("b.nii.gz", "its name is not one of this layout's"),
-        ("b_0007.nii.gz", "is of channel 7"),
+        ("b.nii.gz", "its name does not fit this layout"),
+        ("b_0007.nii.gz", "belongs to channel 7"),
         ("c_0001.nii.gz", "is a second case 'c'"),
-        ("a.nii", "its name is not one of this layout's"),
+        ("a.nii", "its name does not fit this layout"),
         ("d.nii.gz", "its affine differs from the image's by up to 54.8 mm"),
         ("z.nii.gz", "has no image in imagesTr"),
     ]
@@ -259,7 +259,7 @@ def test_labels_named_as_images_are_one_line_with_both_names(tmp_path):
     shutil.copy(labels / "b.nii.gz", labels / "b_seg.nii.gz")
     faults = open_nnunet(tmp_path).find(tmp_path)[1]
     assert [f"{f.path.name}: {f.found}; {f.remedy}" for f in faults] == [
-        "a_0000.nii.gz: is named as its image, imagesTr/a_0000.nii.gz; rename it to a.nii.gz",
+        "a_0000.nii.gz: has the name of its image, imagesTr/a_0000.nii.gz; rename it to a.nii.gz",
         "b_seg.nii.gz: has no image in imagesTr; move it away: b_0000.nii.gz has labels, b.nii.gz",
     ]
 
@@ -289,8 +289,8 @@ def test_links_to_nothing_folders_and_the_images_as_labels_are_faults(tmp_path):
     sources, faults = open_nnunet(tmp_path).find(tmp_path)
     assert [source.id for source in sources] == ["c", "d"]
     assert {(f.path.name, f.found, f.stops) for f in faults} == {
-        ("a_0000.nii.gz", "is a link to ../.git/annex/objects/a, which is not there", True),
-        ("b.nii.gz", "is a folder, though it is named as a scan", True),
+        ("a_0000.nii.gz", "is a link to ../.git/annex/objects/a, which does not exist", True),
+        ("b.nii.gz", "is a folder with the name of a scan", True),
         ("more", "is a folder that is not used", False),
     }
     shutil.rmtree(tmp_path / "labelsTr")

@@ -77,8 +77,8 @@ def test_links_folders_and_capitals_are_named_and_stop_no_other(tmp_path: Path) 
     assert {fault.path.name: fault.found for fault in left_out} == {
         "b.NII.GZ": "its ending has capitals",
         "c.mha": "is an image of another format",
-        "d.nii.gz": "is a link to nowhere, which is not there",
-        "e.nii.gz": "is a folder, though it is named as a scan",
+        "d.nii.gz": "is a link to nowhere, which does not exist",
+        "e.nii.gz": "is a folder with the name of a scan",
         "more": "is a folder that is not used, with 1 scans",
     }
 

@@ -297,10 +297,10 @@ def test_all_faults_of_names_are_found_at_once(tmp_path):
     sources, faults = CHD.find(tmp_path)
     found = {fault.path.name: fault.found for fault in faults}
     assert found == {
-        "ct_1001_image.nii.gz": "has no label beside it",
-        "ct_1002_label.nii.gz": "has no image beside it",
+        "ct_1001_image.nii.gz": "has no label next to it",
+        "ct_1002_label.nii.gz": "has no image next to it",
         "ct_1003_image.nii.gz": "is a second file of ct_1003",
-        "ct_1003_image copy.nii.gz": "its name is not one of this layout's",
+        "ct_1003_image copy.nii.gz": "its name does not fit this layout",
     }
     assert [source.id for source in sources] == ["ct_1001", "ct_1003", "ct_1004"]
 

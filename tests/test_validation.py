@@ -13,7 +13,7 @@ from kafjax.checkpoint import checkpointer as checkpoint
 from kafjax.configs import phantom_scratch
 from kafjax.data.input_pipeline import BatchOptions, labelled_volumes, open_dataset
 from kafjax.data.splits import split_volumes
-from kafjax.drawing import figures as drawing
+from kafjax.drawing import segmentations as drawing
 from kafjax.segmentation_metrics import count_pixels
 from kafjax.training import loop as train_module
 from kafjax.training import validation

@@ -1,4 +1,4 @@
-"""Methods of pretraining beside each other (docs/method.md 6), as the paper's own table 1.
+"""Pretraining methods side by side (docs/method.md 6), as in the paper's table 1.
 
 kafjax experiment --table methods --dataset chd
 """

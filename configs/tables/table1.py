@@ -1,4 +1,4 @@
-"""The appendix's table 1: what the network's width gives, and what KAF gives.
+"""The appendix's table 1: the effects of network width and of KAF.
 
 kafjax experiment --table table1 --dataset chd
 """
@@ -27,7 +27,7 @@ def get_table() -> Table:
                 "kaf",
                 paper={"chd": {15: "0.712(.03)"}, "acdc": {6: "0.873(.01)"}},
             ),
-            # What of the last row's lead is the network's, and what the pretraining's.
+            # Separates the network's share of the last row's lead from the pretraining's.
             Row("KAF-UNet", "kaf_unet", beyond=True),
             Row("UNet (c1), pretrained with PCL", "unet", "pcl", beyond=True),
         ),

@@ -18,11 +18,11 @@ _PAPER = {
     (0, 1, 0.001): "0.705(.03)",
     (0, 0, 1): "0.689(.04)",
 }
-_USUAL = (1, 1, 0.01)  # what the method has without being told
+_USUAL = (1, 1, 0.01)  # the method's default weights
 
 
 def get_table() -> Table:
-    """A KAF-UNet pretrained with each of the weights, and then what the text compares with."""
+    """A KAF-UNet pretrained with each of the weights, and the text's reference from scratch."""
     weighted = tuple(
         Row(
             ", ".join(f"{weight:g}" for weight in weights),

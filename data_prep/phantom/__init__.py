@@ -1,1 +1,1 @@
-"""Synthetic hearts: random anatomies, drawn slice by slice and written as CHD is laid out."""
+"""Synthetic hearts: random anatomies, drawn slice by slice and written in CHD's layout."""

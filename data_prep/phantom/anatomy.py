@@ -2,8 +2,8 @@
 
 Coordinates are patient millimetres (x, y, z), x to the patient's left, y to the back, z to the head
 (DICOM's LPS), with the origin in the middle of the trunk at the height of the heart. Points are
-float32 [3, n]. Distances are signed millimetres, negative inside; they are good near a surface,
-which is where they are used.
+float32 [3, n]. Distances are signed millimetres, negative inside, and accurate near a surface,
+where they are used.
 
 The landmarks below were placed by hand after an adult chest CT. `sample_subject` moves, turns,
 stretches and jitters them, so that no two subjects share a shape, a pose or a contrast.
@@ -22,7 +22,7 @@ Radii = tuple[float, ...]
 LV, RV, LA, RA, MYOCARDIUM, AORTA, PULMONARY = range(1, 8)
 
 HEART_CENTRE = np.array([18.0, -22.0, -12.0])
-# A solid farther than this from a slice is not looked at: nothing there depends on its distance.
+# Solids farther than this from a slice are skipped: they do not affect it.
 REACH = 12.0
 
 # Centre, the point its first axis aims at, radii along and across that axis; all mm.
@@ -133,7 +133,7 @@ Solid = Ellipsoid | Tube
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """Everything that is drawn, and how bright it is. Lengths in mm, brightness in HU."""
+    """The drawn structures and their brightness. Lengths in mm, brightness in HU."""
 
     trunk: tuple[float, float]  # half axes of the trunk in x and y
     chambers: dict[int, tuple[Solid, ...]]  # label -> solids whose union is the structure
@@ -191,7 +191,7 @@ def sample_subject(rng: np.random.Generator) -> Subject:
 
 @dataclass(frozen=True, eq=False)
 class _Pose:
-    """Where the heart lies: landmarks are turned and scaled about its centre, then shifted."""
+    """The heart's pose: landmarks are rotated and scaled about its centre, then shifted."""
 
     rotation: np.ndarray | None = None  # [3, 3]
     scale: float = 1.0
@@ -218,7 +218,7 @@ class _Pose:
     ) -> Ellipsoid:
         ends = self.place(np.array([centre, target], float)) + rng.normal(0, 2, (2, 3))
         first = (ends[1] - ends[0]) / np.linalg.norm(ends[1] - ends[0])
-        # The second axis lies level, the third completes the frame.
+        # The second axis is horizontal; the third completes the frame.
         second = np.cross((0, 0, 1), first)
         second /= np.linalg.norm(second)
         axes = np.stack([first, second, np.cross(first, second)])
@@ -253,7 +253,7 @@ def _branch(
     radius: float,
     segments: list[np.ndarray],
 ) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Adds one segment and returns the two tips that go on from its end."""
+    """Adds one segment and returns the two tips that continue from its end."""
     direction = direction / np.linalg.norm(direction) + rng.normal(0, 0.45, 3)
     direction /= np.linalg.norm(direction)
     end = start + direction * rng.uniform(10, 20)
@@ -269,7 +269,7 @@ def _sample_displacement(rng: np.random.Generator, step: float, size: float) -> 
 
 
 def _sample_hounsfield(rng: np.random.Generator) -> dict[str, float]:
-    """Brightness of tissues. All chambers share the blood's, so that labels need context."""
+    """Brightness of tissues. All chambers share the blood's, so labels need context."""
     return {
         "air": -1000.0,
         "lung": rng.uniform(-870, -790),

@@ -1,8 +1,8 @@
 """Drawing a synthetic chest slice by slice: tissue brightness in HU, labels, texture and noise.
 
 Slices are [row, col] with rows to the back and columns to the left of the patient; coordinates are
-those of `data_prep.phantom.anatomy`, in mm. `points` [3, h, w] is the place in the anatomy that
-each pixel shows, after the subject's displacements.
+those of `data_prep.phantom.anatomy`, in mm. `points` [3, h, w] is the anatomical position of each
+pixel, after the subject's displacements.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _OPENINGS = ((LV, LA), (RV, RA), (LV, AORTA), (RV, PULMONARY))
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """Where the voxels lie: coordinates of columns, rows and slices, and their spacing, mm."""
+    """The voxel grid: coordinates of columns, rows and slices, and their spacing, mm."""
 
     x: np.ndarray  # [w]
     y: np.ndarray  # [h]
@@ -33,7 +33,7 @@ class Canvas:
     def of(
         cls, size: tuple[int, int, int], *, pixel: float, slice_spacing: float, bottom: float
     ) -> "Canvas":
-        """Voxels of `size` (x, y, z), centred in the plane, upwards from the height `bottom`."""
+        """A grid of `size` (x, y, z), centred in the plane, from the height `bottom` upwards."""
         x, y = (((np.arange(n) - (n - 1) / 2) * pixel).astype(np.float32) for n in size[:2])
         z = bottom + (np.arange(size[2]) + 0.5) * slice_spacing
         return cls(x, y, z, pixel, slice_spacing)
@@ -69,7 +69,7 @@ def _spline_weights(coordinates: np.ndarray, axis: int, grid: np.ndarray) -> np.
 
 
 def draw_slice(subject: Subject, canvas: Canvas, z: float) -> tuple[np.ndarray, np.ndarray]:
-    """HU as the scanner blurs it, float32, and label, uint8, of the slice at height `z`, [h, w]."""
+    """The slice at height `z`: blurred HU, float32 [h, w], and label, uint8 [h, w]."""
     points = canvas.points(subject.displacements, z)
     depth = _trunk_level(subject, points)
     tissue = _draw_trunk(subject, points, depth)
@@ -92,13 +92,13 @@ def _trunk_level(subject: Subject, points: np.ndarray) -> np.ndarray:
 
 
 def _draw_trunk(subject: Subject, points: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Air, skin, fat, the muscles of the wall, and what lies below the diaphragm."""
+    """Air, skin, fat, the muscles of the wall, and the organs below the diaphragm."""
     hu = subject.hu
     tissue = np.full(depth.shape, hu["air"], np.float32)
     tissue[depth < 1] = hu["muscle"]  # skin
     tissue[depth < 0.985] = hu["fat"]
     x, y, _ = points
-    # Muscle is thickest beside the spine and at the flanks.
+    # Muscle is thickest next to the spine and at the flanks.
     thickness = 0.10 + 0.07 * np.exp(-(((np.abs(x) - 40) / 30) ** 2)) * (y > 20)
     tissue[(depth < 0.84 + thickness) & (depth > 0.8)] = hu["muscle"]
     below = (depth < 0.8) & (_diaphragm(subject, points) > points[2])
@@ -128,7 +128,7 @@ def _lungs(subject: Subject, points: np.ndarray, depth: np.ndarray) -> np.ndarra
 def _draw_lung_vessels(
     subject: Subject, canvas: Canvas, points: np.ndarray, lungs: np.ndarray, tissue: np.ndarray
 ) -> None:
-    """Draws the lungs' vessel trees into `tissue`, thinner than a pixel included."""
+    """Draws the lungs' vessel trees into `tissue`, including vessels thinner than a pixel."""
     z = float(points[2].mean())
     ends = subject.lung_vessels
     near = (ends[:, :, 2].min(1) < z + 8) & (ends[:, :, 2].max(1) > z - 8)
@@ -215,7 +215,7 @@ def _draw_heart(
 
 
 def _chambers(subject: Subject, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The label of the chamber or vessel at each point [3, n], distance and muscle.
+    """The chamber or vessel at each point [3, n], its distance, and the muscle.
 
     Returns labels uint8 [n] (0 also in the walls between chambers), the distance [n] in mm to the
     nearest chamber, and the mask [n] of the left ventricle's wall and cavity.
@@ -229,7 +229,7 @@ def _chambers(subject: Subject, points: np.ndarray) -> tuple[np.ndarray, np.ndar
             for label in _CHAMBER_LABELS
         ]
     )
-    for row in (1, 2, 3):  # right ventricle and atria give way to the left ventricle's wall
+    for row in (1, 2, 3):  # the left ventricle's wall overrides right ventricle and atria
         np.maximum(distances[row], -wall, out=distances[row])
     nearest = distances.argmin(0)
     distance = distances.min(0)
@@ -241,13 +241,13 @@ def _chambers(subject: Subject, points: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _shut_table() -> np.ndarray:
-    """Whether a wall parts two chambers, bool [6, 6] in the order of `_CHAMBER_LABELS`."""
+    """Whether a wall separates two chambers, bool [6, 6] in the order of `_CHAMBER_LABELS`."""
     opened = {frozenset(pair) for pair in _OPENINGS}
     return np.array([[{a, b} not in opened for b in _CHAMBER_LABELS] for a in _CHAMBER_LABELS])
 
 
 class Texture:
-    """Tissue texture that goes on from slice to slice, and the scanner's grain, which does not."""
+    """Tissue texture, continuous across slices, and the scanner's noise, which is not."""
 
     # Tissue in HU, and the standard deviation in HU of its texture.
     _TISSUE = (-1000, -950, -850, -500, -110, 60, 300, 700)
@@ -262,7 +262,7 @@ class Texture:
         self._fields = [self._field(scale) for scale in self._SCALES]
 
     def next_slice(self, tissue: np.ndarray, noise: float) -> np.ndarray:
-        """What to add to the next slice [h, w], HU; `noise` is the grain's standard deviation."""
+        """The next slice's texture [h, w], HU; `noise` is the standard deviation of its noise."""
         for i, (scale, carry) in enumerate(zip(self._SCALES, self._carry, strict=True)):
             fresh = self._field(scale) * np.float32(np.sqrt(1 - carry**2))
             self._fields[i] = self._fields[i] * np.float32(carry) + fresh
@@ -274,7 +274,7 @@ class Texture:
 
     def _smooth(self, sigma: float) -> np.ndarray:
         """Normal noise [h, w] of unit variance with a Gaussian correlation of `sigma` pixels."""
-        step = max(1, int(sigma / 1.5))  # coarse noise is made small and enlarged
+        step = max(1, int(sigma / 1.5))  # coarse noise is drawn small and enlarged
         shape = [-(-n // step) + 4 for n in self._shape]
         field = cv2.GaussianBlur(self._rng.standard_normal(shape, np.float32), (0, 0), sigma / step)
         field = np.asarray(field / field.std())

@@ -1,9 +1,9 @@
 """Synthetic chest CT volumes with a labelled heart, written as NIfTI in the CHD layout.
 
-They stand in for clinical data wherever none may be had: the demo, the tests, a first try. Each
+They replace clinical data where none is available: the demo, the tests, a first try. Each
 subject has a trunk, lungs with vessel trees, spine and ribs, and the seven structures of the CHD
-data set; its shape, pose, contrast, texture and noise are its own. All blood has one brightness, so
-that a chamber is known by its place and not by its intensity.
+data set; its shape, pose, contrast, texture and noise are unique. All blood has the same
+brightness, so a chamber is identified by its position, not by its intensity.
 
 The files hold [x, y, z] as NIfTI does: x to the left, y to the back, z to the head of the patient.
 """
@@ -25,7 +25,7 @@ MAX_SIZE = (512, 512, 200)
 MIN_SIZE = (32, 32, 4)
 FIRST_NUMBER = 1001
 _KINDS = ("image", "label")
-# What a volume shows, in mm: all but the flanks across, from the liver's dome to the aortic arch.
+# Field of view in mm: everything except the flanks, from the liver's dome to the aortic arch.
 FIELD_OF_VIEW = 264.0
 HEIGHTS = (-72.0, 84.0)
 
@@ -42,10 +42,10 @@ def write_subjects(
     """Writes `ct_1001_image.nii.gz`, `ct_1001_label.nii.gz`, ... and returns the image files.
 
     `size` counts voxels along x, y and z; `progress` is called with each finished subject's name.
-    A subject depends on `size`, `seed` and its own number alone. Subjects that an earlier call with
-    the same arguments finished are kept. Raises `ValueError` for a size outside `MIN_SIZE` to
-    `MAX_SIZE`, fewer than one subject, or a folder that holds other volumes: only phantoms, and
-    only with `overwrite`, are replaced.
+    A subject depends only on `size`, `seed` and its number. Subjects finished by an earlier call
+    with the same arguments are kept. Raises `ValueError` for a size outside `MIN_SIZE` to
+    `MAX_SIZE`, fewer than one subject, or a folder that holds other volumes: `overwrite` replaces
+    phantoms and nothing else.
     """
     _check_arguments(num_subjects, size)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _check_arguments(num_subjects: int, size: tuple[int, int, int]) -> None:
 
 
 def _claim(out_dir: Path, recipe: dict[str, object], overwrite: bool) -> None:
-    """Writes down what the folder's phantoms are, after making sure that they may be there."""
+    """Records the phantoms' recipe in the folder after checking that it may be used."""
     note, volumes = out_dir / "phantom.json", sorted(out_dir.glob("*.nii*"))
     if note.exists():
         try:

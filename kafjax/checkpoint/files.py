@@ -8,10 +8,12 @@ Reading involves no other process. Leaf names are paths, as in `params/head/kern
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,8 +127,15 @@ def describe_state(
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps of a folder of checkpoints, good or damaged, in order; none without the folder."""
-    return sorted(ocp.utils.checkpoint_steps(plain(directory))) if directory.is_dir() else []
+    """The steps of a folder of checkpoints, good or damaged, in order; none without the folder.
+
+    Raises `OSError` for what is no folder, or no link to one: never a fresh start by mistake.
+    """
+    if not os.path.lexists(directory):
+        return []
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(directory))
+    return sorted(ocp.utils.checkpoint_steps(plain(directory)))
 
 
 def newest_good(

@@ -7,11 +7,13 @@ __all__, __getattr__ = public(
     {
         ".figures": (
             "Pair",
-            "SegmentedSlice",
             "draw_pair",
-            "draw_segmentations",
             "plot_pair",
             "save_figure",
+        ),
+        ".segmentations": (
+            "SegmentedSlice",
+            "draw_segmentations",
         ),
         ".overlay": (
             "class_colours",

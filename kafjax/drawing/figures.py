@@ -1,8 +1,8 @@
-"""Drawing with matplotlib: pairs of slices with their keypoints, segmentations, and files.
+"""Drawing with matplotlib: pairs of slices with their keypoints, grids of slices, and files.
 
 Images are [h, w] or [h, w, 1] of any range, keypoints [k, 2] as (row, col) in pixels of their
-image. Each figure has a canvas of its own: no display, no global state of pyplot, and the same
-input gives the same bytes. Sizes of figures are in inches, `WIDTH` wide as a page of print.
+image. Each figure has its own canvas: no display, no global pyplot state, and the same input gives
+the same bytes. Figure sizes are in inches; `WIDTH` is the width of a printed page.
 """
 
 import io
@@ -18,26 +18,24 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
 from kafjax.drawing import colours
-from kafjax.drawing.overlay import class_colours, draw_labels, grey
+from kafjax.drawing.overlay import grey
 from kafjax.errors import UserError
 from kafjax.files import replacing
 
 # Sizes in pixels of the picture of a pair.
 GAP = 16
 TEXT_HEIGHT = 24
-_LEAST_HEIGHT = 384  # of the views: smaller images are enlarged by whole factors
+_LEAST_HEIGHT = 384  # of the views; smaller images are enlarged by integer factors
 _DPI = 100
 
 WIDTH = 7.2  # inches, of a figure
 FONT_SIZE = 7  # points
 _LETTER = 0.0085 * FONT_SIZE  # inches, the usual width of one
-_LINE = 0.0165 * FONT_SIZE  # inches from line to line
+LINE = 0.0165 * FONT_SIZE  # inches from line to line
 _FILE_DPI = 300
-_OPACITY = 0.65  # of classes over a slice
 # What would differ from one writing to the next, or from one matplotlib to the next.
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
@@ -51,8 +49,8 @@ class Pair(NamedTuple):
 
     Attributes:
       images: [2, h, w].
-      keypoints: of each, integer [k, 2].
-      masks: of each, bool [k], which are real.
+      keypoints: integer [k, 2] of each.
+      masks: bool [k] of each, true for real keypoints.
       correspondence: integer [k], index into the second's keypoints or -1.
     """
 
@@ -66,37 +64,6 @@ class Pair(NamedTuple):
         index = np.flatnonzero((self.correspondence >= 0) & self.masks[0])
         matches = np.stack([index, self.correspondence[index]], axis=1)
         return matches[self.masks[1][matches[:, 1]]]
-
-
-class SegmentedSlice(NamedTuple):
-    """A slice, its reference and what runs predict; class numbers have 0 for the background.
-
-    Attributes:
-      title: volume and slice.
-      image: [h, w].
-      reference: int [h, w].
-      predictions: int [h, w] each.
-      dice: of each prediction; NaN where neither it nor the reference has a class.
-      marks: what stands after each Dice; nothing by default.
-      pixel_aspect: height of a pixel over its width.
-    """
-
-    title: str
-    image: np.ndarray
-    reference: np.ndarray
-    predictions: Sequence[np.ndarray]
-    dice: Sequence[float]
-    marks: Sequence[str] | None = None
-    pixel_aspect: float = 1.0
-
-    def panels(self) -> list[tuple[np.ndarray, str]]:
-        """Image, reference and predictions: pictures uint8 [h, w, 3], and the notes below them."""
-        marks = self.marks or [""] * len(self.dice)
-        texts = ["-" if math.isnan(dice) else f"{dice:.3f}" for dice in self.dice]
-        notes = [f"Dice {text}{mark}" for text, mark in zip(texts, marks, strict=True)]
-        labels = (self.reference, *self.predictions)
-        drawn = [draw_labels(self.image, label, opacity=_OPACITY) for label in labels]
-        return list(zip([grey(self.image), *drawn], ["", "", *notes], strict=True))
 
 
 def draw_pair(
@@ -113,13 +80,13 @@ def draw_pair(
     """Draws two views side by side with their keypoints and correspondences.
 
     Matched keypoints are blue, unmatched ones orange, correspondences green lines; a caption below
-    counts them. The grey levels of each view run from its 1st to its 99th percentile.
+    counts them. Each view's grey levels span its 1st to 99th percentile.
 
     Args:
       image_1: [h, w] or [h, w, 1], the left view.
       image_2: of the same h x w, the right view.
       keypoints_1: [k, 2], (row, col).
-      mask_1: bool [k], which are real; others are not drawn.
+      mask_1: bool [k], true for real keypoints; others are not drawn.
       keypoints_2: [k', 2].
       mask_2: bool [k'].
       correspondence: integer [k], index into keypoints_2 or -1; not drawn where an end is masked.
@@ -159,16 +126,16 @@ def plot_pair(
     marker_size: float = 3.6,
     line_width: float = 0.7,
 ) -> None:
-    """Plots a pair's views, keypoints and correspondences, as `draw_pair`, into axes.
+    """Plots a pair's views, keypoints and correspondences into axes, as `draw_pair`.
 
     Args:
-      axes: in whose units lengths are given; rows run downwards.
+      axes: lengths are in their units; rows run downwards.
       pair: what to plot.
       second: (row, col) at which the second view begins; the first begins at (0, 0).
       zoom: the side of an image's pixel.
       lines: whether correspondences are plotted.
-      lost: of each view, bool [k], keypoints that become masked later: purple crosses, and their
-        correspondences purple lines.
+      lost: bool [k] of each view, keypoints that become masked later: drawn as purple crosses,
+        their correspondences as purple lines.
       marker_size: of a keypoint, in points.
       line_width: in points.
     """
@@ -195,42 +162,6 @@ def plot_pair(
             _plot_points(axes, places[chosen], colour, marker, marker_size)
 
 
-def draw_segmentations(
-    rows: Sequence[SegmentedSlice],
-    columns: Sequence[str],
-    classes: Sequence[str],
-    *,
-    footnote: str = "",
-) -> Figure:
-    """A grid of slices, each in grey and with reference and predictions in colour, and a legend.
-
-    Args:
-      rows: one for each slice.
-      columns: titles of the predictions, as many as each row has.
-      classes: names of all classes, the background first; the legend has those that are shown.
-      footnote: stands beside the legend.
-    """
-    labels = [label for row in rows for label in (row.reference, *row.predictions)]
-    shown = np.unique(np.concatenate([np.unique(label) for label in labels]))
-    fills = class_colours(len(classes)) / 255
-    patches = [Patch(fc=fills[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
-    patches += [Patch(fc="none", ec="none", label=footnote)] if footnote else []
-    heights = [row.image.shape[0] * row.pixel_aspect / row.image.shape[1] for row in rows]
-    shape = len(rows), 2 + len(columns)
-    titles = [wrap(title, WIDTH / shape[1] - 0.2) for title in ("image", "reference", *columns)]
-    top = 0.06 + _LINE * max(title.count("\n") + 1 for title in titles)
-    grid = make_grid(*shape, max(heights), row_gap=0.17, top=top, bottom=0.2, legend=patches)
-    for panel, title in zip(grid[0], titles, strict=True):
-        write_above(panel, title)
-    for row, axes in zip(rows, grid, strict=True):
-        write_beside(axes[0], row.title)
-        for panel, (picture, note) in zip(axes, row.panels(), strict=True):
-            panel.imshow(picture, interpolation="nearest", aspect=row.pixel_aspect)
-            write_below(panel, note)
-    figure: Figure = grid[0, 0].figure
-    return figure
-
-
 def make_grid(
     num_rows: int,
     num_columns: int,
@@ -243,7 +174,7 @@ def make_grid(
     widest: float = 1.7,
     legend: Sequence[Any] = (),
 ) -> np.ndarray:
-    """Axes without ticks for images, Axes [rows, columns] of a new figure, `WIDTH` wide or less.
+    """A new figure, at most `WIDTH` wide, and its Axes [rows, columns] for images, without ticks.
 
     Args:
       num_rows: of the grid.
@@ -253,7 +184,7 @@ def make_grid(
       row_gap: inches between rows.
       top: inches above the grid.
       bottom: inches below it, without the legend.
-      widest: inches that a column has at most.
+      widest: maximum width of a column, inches.
       legend: labelled artists, shown below.
     """
     left, right = 0.3, 0.03
@@ -261,7 +192,7 @@ def make_grid(
     side = min(widest, (WIDTH - left - right - sum(gaps)) / num_columns)
     width = left + right + num_columns * side + sum(gaps)
     columns = _legend_columns(legend, width)
-    bottom += 1.4 * _LINE * math.ceil(len(legend) / columns)
+    bottom += 1.4 * LINE * math.ceil(len(legend) / columns)
     height = top + bottom + num_rows * side * aspect + (num_rows - 1) * row_gap
     figure = Figure(figsize=(width, height))
     axes = np.empty((num_rows, num_columns), object)
@@ -287,12 +218,12 @@ def write_below(axes: Axes, text: str) -> None:
 
 
 def write_beside(axes: Axes, text: str, *, height: float = 0.5) -> None:
-    """Writes a text at the left of axes, upwards, its middle at a fraction of their height."""
+    """Writes vertical text left of axes, centred at a fraction of their height."""
     _annotate(axes, text, (0, height), (-3, 0), ha="right", va="center", rotation=90)
 
 
 def wrap(text: str, length: float) -> str:
-    """Breaks a name after `_`, `-`, `/` or a space, into lines of so many inches where it can."""
+    """Breaks a name after `_`, `-`, `/` or a space into lines of `length` inches if possible."""
     lines = [""]
     for piece in re.findall(r"[^_\-/ ]*[_\-/ ]?", text):
         if lines[-1] and len(lines[-1] + piece.rstrip()) * _LETTER > length:
@@ -323,7 +254,7 @@ def _add_legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
 
 
 def _legend_columns(handles: Sequence[Any], width: float) -> int:
-    """How many entries of a legend stand beside each other in `width` inches; 1 or more."""
+    """The number of legend entries that fit side by side in `width` inches; 1 or more."""
     widths = [0.42 + _LETTER * len(str(handle.get_label())) for handle in handles]
     if sum(widths) <= width:
         return max(1, len(handles))
@@ -348,7 +279,7 @@ def svg_text(figure: Figure) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, PDF or SVG by the extension, whole or not at all.
+    """Writes a figure atomically, as PNG, PDF or SVG by the extension.
 
     The same figure gives the same bytes.
 
@@ -406,6 +337,6 @@ def _plot_points(axes: Axes, places: np.ndarray, colour: str, marker: str, size:
 
 
 def _write(figure: Figure, text: str, *, at: float) -> None:
-    """Writes a centred line; `at` is its middle in pixels from the bottom."""
+    """Writes a centred line; `at` is its vertical centre in pixels from the bottom."""
     middle = at / (figure.get_figheight() * _DPI)
     figure.text(0.5, middle, text, ha="center", va="center", fontsize=9)

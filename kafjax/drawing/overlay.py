@@ -14,7 +14,7 @@ CLASS_COLOURS = np.concatenate([_BRIGHT, _BRIGHT // 2, _BRIGHT // 4])
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """Colours uint8 [d, 3] of class numbers; the background's is black, and nowhere drawn."""
+    """Colours uint8 [d, 3] of class numbers; the background's is black and never drawn."""
     return np.vstack([np.zeros((1, 3), np.uint8), np.resize(CLASS_COLOURS, (num_classes - 1, 3))])
 
 
@@ -26,7 +26,7 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 
 def draw_labels(image: np.ndarray, label: np.ndarray, *, opacity: float = 0.5) -> np.ndarray:
-    """A slice with each class in its colour; the background stays as it is."""
+    """A slice with each class in its colour; the background is unchanged."""
     colours = CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
     picture = grey(image)
     mixed = np.round((1 - opacity) * picture + opacity * colours).astype(np.uint8)
@@ -36,7 +36,7 @@ def draw_labels(image: np.ndarray, label: np.ndarray, *, opacity: float = 0.5) -
 def draw_sample(
     image: np.ndarray, label: np.ndarray, keypoints: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """A slice with its real keypoints as dots, and beside it the slice with its labels.
+    """A slice with its real keypoints as dots, next to the slice with its labels.
 
     Args:
       image: [h, w].
@@ -45,7 +45,7 @@ def draw_sample(
       mask: bool [k], which are real.
 
     Returns:
-      uint8 [z h, 2 z w, 3], RGB; small slices are enlarged by a whole factor z.
+      uint8 [z h, 2 z w, 3], RGB; small slices are enlarged by an integer factor z.
     """
     left = grey(image)
     left[tuple(keypoints[mask].T)] = CLASS_COLOURS[0]

@@ -1,1 +1,1 @@
-"""The paper's figures of any prepared dataset and any runs: `kafjax figures --help`."""
+"""The paper's figures for any prepared dataset and runs: `kafjax figures --help`."""

@@ -18,7 +18,7 @@ from kafjax.xla import set_up_xla
 
 
 class _Parser(argparse_flags.ArgumentParser):
-    """A parser whose mistakes are one line and status 2, as those of the other commands."""
+    """A parser that reports mistakes in one line with status 2, like the other commands."""
 
     def error(self, message: str) -> NoReturn:
         fail(message, 2)
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_figure(figures, "similarity", "a point's feature and all others", _SIMILARITY)
     )
     _add_segmentation(
-        _add_figure(figures, "segmentation", "slices as runs segment them", _SEGMENTATION)
+        _add_figure(figures, "segmentation", "slices segmented by runs", _SEGMENTATION)
     )
     return parser
 
@@ -49,17 +49,17 @@ keypoints are blue, unmatched ones orange; crosses are those that the augmentati
 """
 _SIMILARITY = """
 The cosine similarity of a point's feature in a run's encoder with the features of all positions, on
-the slice, its neighbour, and both after augmentation: a row for each run, which may be one of
-pretraining or segmentation, of any network (figure 4). The star is the query, the ring the keypoint
-of the neighbour that corresponds with it.
+the slice, its neighbour, and both after augmentation: a row for each pretraining or segmentation
+run, of any network (figure 4). The star is the query, the ring the keypoint of the neighbour that
+corresponds with it.
 
   kafjax figures similarity --workdir runs/chd_pretrain runs/chd_unet \\
       --volume ct_1001 --slice 40 --output out.pdf
 """
 _SEGMENTATION = """
 Slices, their reference and a column for each segmentation run (figure 5). Below each prediction is
-its Dice in the slice, the mean over the classes that the slice or the prediction has; a star there
-says that the run was trained on the volume.
+its Dice in the slice, the mean over the classes present in the slice or the prediction; a star
+marks a run trained on the volume.
 
   kafjax figures segmentation --workdir runs/chd_scratch runs/chd_M2 --output out.pdf
 """

@@ -1,7 +1,7 @@
-"""What a figure shows: a dataset, volumes and slices, and pairs of slices as training makes them.
+"""Chooses a figure's dataset, volumes and slices, and makes pairs of slices as training does.
 
-Slices are counted from 0; keypoints are (row, col) in pixels. Mistakes are `ValueError`s that tell
-what there is.
+Slices are counted from 0; keypoints are (row, col) in pixels. Mistakes raise `ValueError`s that
+list the choices.
 """
 
 import itertools
@@ -33,7 +33,7 @@ _augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
 
 
 def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
-    """Opens DATA_DIR/NAME, or without a name the only prepared dataset of the folder."""
+    """Opens DATA_DIR/NAME or, without a name, the folder's only prepared dataset."""
     if name is not None:
         return open_dataset(data_dir, name)
     names = sorted({path.parts[-3] for path in data_dir.glob("*/*/dataset_info.json")})
@@ -44,7 +44,7 @@ def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
 
 
 def check_run_dataset(workdir: str | os.PathLike[str], config: Any, dataset: SliceDataset) -> None:
-    """Raises `ValueError` where a run is on another dataset, or on one prepared differently."""
+    """Raises `ValueError` if a run's dataset is another one, or prepared differently."""
     name = dataset.directory.parent.name
     if config.data.name != name:
         raise UserError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
@@ -68,7 +68,7 @@ def largest_foreground(dataset: SliceDataset, volume: str) -> int:
 
 
 def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None) -> int:
-    """The offset of a slice's neighbour: as given, or else the next slice, or the one before."""
+    """The offset of a slice's neighbour: as given, else the next slice, else the previous one."""
     records = dataset.volumes[dataset.volume_of(record)]
     reach = neighbour_reach(dataset, record)
     near = (1, -1, *range(-reach, reach + 1))
@@ -86,9 +86,9 @@ def choose_offset(dataset: SliceDataset, record: int, offset: int | None = None)
 def make_chosen_pair(
     dataset: SliceDataset, record: int, offset: int, *, patch_size: PatchSize, seed: int
 ) -> Batch:
-    """The first pretraining sample of a seed that pairs a slice with its neighbour at an offset.
+    """A seed's first pretraining sample that pairs a slice with its neighbour at an offset.
 
-    Fields as `kafjax.data.input_pipeline.make_pair`, which makes it.
+    Fields as in `kafjax.data.input_pipeline.make_pair`.
     """
     records = dataset.volumes[dataset.volume_of(record)]
     reach, index = neighbour_reach(dataset, record), record - records.start
@@ -102,7 +102,7 @@ def make_chosen_pair(
 
 
 def augment_sample(sample: Batch, *, mode: str, config: AugmentConfig) -> Batch:
-    """A pretraining sample after augmentation, by the key that training would give it."""
+    """A pretraining sample after augmentation, with the key that training would use."""
     key = sample_keys({name: jnp.asarray(sample[name])[None] for name in ("seed", "sample")})[0]
     fields = ("image", "keypoints", "keypoint_mask")
     views = [tuple(sample[field][i] for field in fields) for i in range(2)]
@@ -114,6 +114,6 @@ def augment_sample(sample: Batch, *, mode: str, config: AugmentConfig) -> Batch:
 
 
 def as_pair(sample: Batch) -> Pair:
-    """A pretraining sample as it is drawn."""
+    """A pretraining sample as a `Pair` to draw."""
     keypoints, masks = list(sample["keypoints"]), list(sample["keypoint_mask"])
     return Pair(sample["image"][..., 0], keypoints, masks, sample["correspondence"])

@@ -2,7 +2,7 @@
 
 Columns: (a) the slices with their keypoints, (b) the correspondences, (c) and (d) the same after
 augmentation, as one sample of pretraining. Keypoints that the augmentation masks are crosses in (a)
-and (b); (c) and (d) have what the network is given.
+and (b); (c) and (d) show the network's input.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ def keypoints_figure(
     Args:
       dataset: where the slices are.
       record: number of the slice's record.
-      offset: of the neighbour; by default the next slice, or the one before.
+      offset: of the neighbour; by default the next slice, else the previous one.
       patch_size: of the run, (h, w); by default the slice's own.
-      mode: how keypoints follow, see `kafjax.augment.transfer_keypoints`.
-      seed: decides the augmentation, and the crop where the patch is smaller.
+      mode: how keypoints are moved, see `kafjax.augment.transfer_keypoints`.
+      seed: of the augmentation, and of the crop if the patch is smaller.
 
     Raises:
-      ValueError: there is no such neighbour or mode.
+      ValueError: no such neighbour or mode.
     """
     offset = choose_offset(dataset, record, offset)
     if patch_size is None:

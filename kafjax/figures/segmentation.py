@@ -1,7 +1,7 @@
-"""Figure 5 of the appendix: slices, their reference, and what runs make of them.
+"""Figure 5 of the appendix: slices, their reference, and the predictions of runs.
 
-Below each prediction stands its Dice in that slice: the mean over the classes that the slice or the
-prediction has. A star there says that the run was trained on the volume.
+Below each prediction is its Dice in that slice: the mean over the classes present in the slice or
+the prediction. A star marks a run trained on the volume.
 """
 
 import os
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
 from kafjax.data.splits import Split
-from kafjax.drawing.figures import SegmentedSlice, draw_segmentations
+from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
 from kafjax.inference.predictor import Predictor, load_predictor
@@ -39,12 +39,12 @@ def segmentation_figure(
       workdirs: of segmentation runs on that dataset.
       volumes: labelled, a row for each; by default the first `num_slices` that all runs were
         validated on.
-      slices: one of each volume; by default that with the largest foreground, the first of equals.
+      slices: one of each volume; by default the first with the largest foreground.
       num_slices: see `volumes`.
       step: of the checkpoints; by default each run's best by validation.
 
     Raises:
-      ValueError: no such volume, slice or run, or they do not fit each other.
+      ValueError: no such volume, slice or run, or they do not match.
     """
     devices = jax.local_device_count()
     predictors = [load_predictor(workdir, step=step, batch_size=devices) for workdir in workdirs]
@@ -79,10 +79,10 @@ def segmentation_figure(
 def choose_slices(
     dataset: SliceDataset, volumes: Sequence[str], slices: Sequence[int] | None
 ) -> list[int]:
-    """The record of one slice of each volume: as given, or that with the largest foreground.
+    """The record of one slice of each volume: as given, else with the largest foreground.
 
-    Raises `ValueError` for a volume that is not there or has no labels, a slice that it has not, or
-    another number of slices than volumes.
+    Raises `ValueError` for a missing volume or one without labels, a missing slice, or different
+    numbers of slices and volumes.
     """
     select_volumes(dataset, sorted(set(volumes)))
     unlabelled = sorted(set(volumes) - set(labelled_volumes(dataset)))

@@ -1,8 +1,8 @@
-"""Figure 4 of the appendix: how alike a query point's feature and those of all positions are.
+"""Figure 4 of the appendix: the similarity of a query point's feature to all others.
 
-A point of a slice has its feature in a run's encoder at each level; the maps show its cosine with
-the features of the slice, of a neighbour, and of both after augmentation. A network whose features
-stay with the anatomy is bright at the query and at its counterparts, and there only. Levels are 0
+A point of a slice has a feature in a run's encoder at each level; the maps show its cosine with the
+features of the slice, of a neighbour, and of both after augmentation. If features follow the
+anatomy, the maps are bright only at the query and its counterparts. Levels are 0
 to 3, finest first, and 4, the centre.
 """
 
@@ -42,12 +42,12 @@ _COLOUR_MAP = "cividis"
 _RED = VERMILION  # stands out from grey, blue and yellow
 _STAR: dict[str, Any] = {"marker": "*", "mfc": _RED, "mec": "white", "mew": 0.5, "ls": ""}
 _RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _RED, "mew": 1.0, "ls": ""}
-_MOST_LEVELS = 3  # that a page's width holds
-_ALWAYS = AugmentConfig(spatial_probability=1.0)  # without a transform there is nothing to see
+_MOST_LEVELS = 3  # that fit a page's width
+_ALWAYS = AugmentConfig(spatial_probability=1.0)  # without a transform the views are equal
 
 
 class Point(NamedTuple):
-    """Where a point of the anatomy is in the four views, and which of them have it.
+    """The position of an anatomical point in the four views, and in which of them it is visible.
 
     Attributes:
       places: int [4, 2], (row, col) in the slice, its neighbour, and both augmented.
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 
 class Views(NamedTuple):
-    """A slice, its neighbour, and both augmented, as a network takes them.
+    """A slice, its neighbour, and both augmented, as network inputs.
 
     Attributes:
       images: float32 [4, h, w, 1].
@@ -91,12 +91,12 @@ def similarity_figure(
       record: number of the slice's record.
       workdirs: of pretraining or segmentation runs, of any network.
       query: (row, col) in the slice; by default its keypoint with the most correspondences.
-      offset: of the neighbour; by default the next slice, or the one before.
+      offset: of the neighbour; by default the next slice, else the previous one.
       levels: of the encoder, one to three of 0 to 4.
       seed: of the augmentation.
 
     Raises:
-      ValueError: no such neighbour, query, level or run, or a run of another dataset.
+      ValueError: no such neighbour, query, level or run, or a run on another dataset.
     """
     _check_levels(levels)
     configs = [_read_config(workdir, dataset) for workdir in workdirs]
@@ -121,14 +121,14 @@ def make_views(
     patch_size: PatchSize,
     seed: int,
 ) -> Views:
-    """The four views of a pair, and where the query is in them.
+    """The four views of a pair, with the query's position in each.
 
     Args:
       query: (row, col) in the slice's own pixels, or None for a keypoint.
       patch_size: not smaller than the slice.
 
-    Others as `similarity_figure`; raises `ValueError` for a query outside the slice, or where none
-    is given and the slice has no keypoints.
+    Others as in `similarity_figure`. Raises `ValueError` for a query outside the slice, or without
+    a query if the slice has no keypoints.
     """
     whole = dataset.read(record)
     size = whole.image.shape[0], whole.image.shape[1]
@@ -138,7 +138,7 @@ def make_views(
         raise UserError(
             f"the query is {query}; expected a pixel of {size[0]} rows, {size[1]} columns"
         )
-    # The query travels as one more keypoint of both slices.
+    # The query is an additional keypoint of both slices.
     sample = _append(sample, added - patch_origin(size, patch_size, None))
     moved = augment_sample(sample, mode="analytic", config=_ALWAYS)
     counts = (whole.correspondences >= 0).sum(axis=0)
@@ -152,9 +152,9 @@ def make_views(
 
 
 def choose_query(counts: np.ndarray, before: Batch, after: Batch) -> int:
-    """The keypoint with the most correspondences; of equals the one nearest to the middle.
+    """The keypoint with the most correspondences; ties go to the one nearest the centre.
 
-    Those that correspond in both pairs come first, then those that are real in both.
+    Keypoints that correspond in both pairs come first, then those real in both.
 
     Args:
       counts: int [k], correspondences of the slice's keypoints with all neighbours.
@@ -183,7 +183,7 @@ def similarity_maps(
     Args:
       config: of a run.
       variables: {'params', 'batch_stats'} of its network.
-      views: what to look at.
+      views: the network's inputs.
       levels: of the encoder.
 
     Returns:
@@ -235,12 +235,12 @@ def _read_config(workdir: str | os.PathLike[str], dataset: SliceDataset) -> Any:
 
 
 def _load(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The best by validation, or the newest where there was none."""
+    """The variables of the best step by validation, or of the newest without validation."""
     return load_variables(workdir, step=Workdir(workdir).select_step()[0])
 
 
 def _patch_size(dataset: SliceDataset, record: int, config: Any) -> PatchSize:
-    """The run's patch, larger where the slice is, so that nothing of the slice is cropped."""
+    """The run's patch, enlarged to the slice so that nothing is cropped."""
     rows, columns, _ = dataset.read(record).image.shape
     h, w = config.data.patch_size
     return max(h, -(-rows // _MULTIPLE) * _MULTIPLE), max(w, -(-columns // _MULTIPLE) * _MULTIPLE)
@@ -285,7 +285,7 @@ def _legend() -> list[Line2D]:
 
 
 def _mark(axes: Axes, query: Point, view: int) -> None:
-    """A star at the query, and a ring at what corresponds with it in the neighbour."""
+    """A star at the query, and a ring at its counterpart in the neighbour."""
     if query.found[view]:
         row, column = query.places[view]
         style = {"markersize": 4.5, **_RING} if view % 2 else {"markersize": 6.0, **_STAR}

@@ -1,9 +1,9 @@
 """Every network by name: `build_model(config.model)`.
 
 Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)`
-with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and give
-logits [b, h, w, d]; models without keypoints ignore them. The pretraining networks take the same
-with a view axis of 2 after b; they give a `PretrainingOutput`, or two feature maps for local
+with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and
+return logits [b, h, w, d]; models without keypoints ignore them. The pretraining networks take the
+same with a view axis of 2 after b; they return a `PretrainingOutput`, or two feature maps for local
 contrast. h and w must be divisible by 16.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.fcn import FCNDecoder, FCNEncoder
 from kafjax.models.initialization import example_inputs, init_variables, variable_shapes
@@ -63,7 +64,7 @@ MODELS = Registry(
         "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
     }
 )
-# Whose decoder has blocks that local contrast can train.
+# Networks whose decoder has blocks that local contrast can train.
 LOCAL_MODELS = tuple(name for name, model in MODELS.items() if model.decoder is UNetDecoder)
 
 
@@ -74,9 +75,14 @@ class SegmentationNetwork(nn.Module):
     decoder: nn.Module
 
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
-    ) -> jax.Array:
-        """Gives logits [b, h, w, d] of images [b, h, w, 1]."""
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        keypoint_mask: Bool[Array, "b k"],
+        *,
+        train: bool,
+    ) -> Float[Array, "b h w d"]:
+        """Returns logits."""
         encoding = self.encoder(image, keypoints, keypoint_mask, train=train)
         return self.decoder(encoding, train=train)
 
@@ -93,18 +99,18 @@ def build_model(
     Args:
       config: with the fields `name` (one of `MODELS`), `filters`,
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
-        computation; parameters and statistics are at least float32), `remat` (compute blocks again
-        in the backward pass in place of keeping what is inside them), `norm` (of maps, one of
+        computation; parameters and statistics are at least float32), `remat` (recompute blocks in
+        the backward pass instead of storing their activations), `norm` (of feature maps, one of
         `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
         `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
         `num_decoder_blocks`.
       head: one of `HEADS`; by default `config.head`.
       axis_name: the mapped axis whose devices share batch statistics.
-      heads: of the pretraining network, those of 'cnn', 'kaf' and 'matching' that it shall have.
+      heads: heads of the pretraining network, from 'cnn', 'kaf' and 'matching'.
 
     Raises:
-      ValueError: a name, head, dtype or norm that there is not; float64 where JAX has it switched
-        off; local contrast of a network without the UNet's decoder.
+      ValueError: an unknown name, head, dtype or norm; float64 while JAX disables it; local
+        contrast for a network without the UNet's decoder.
     """
     _check_choice("name", config.name, MODELS)
     head = config.head if head is None else head
@@ -146,7 +152,7 @@ def build_model(
 
 
 def _norm(config: Any) -> str:
-    norm: str = config.get("norm", "batch")  # which runs of older versions do not name
+    norm: str = config.get("norm", "batch")  # absent in runs of older versions
     _check_choice("norm", norm, NORMS)
     return norm
 

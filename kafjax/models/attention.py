@@ -1,8 +1,8 @@
-"""Attention among keypoints. Features are [b, k, 256]; masks [b, k] say which keypoints are real.
+"""Attention among keypoints; masks mark the real ones.
 
 After Sarlin et al., CVPR 2020, section 3.1, with the numbers of docs/method.md section 4. No padded
-keypoint is attended to or enters a statistic; what comes out at padding is finite and must not be
-used. The features that layers add to stay float32 where layers compute in bfloat16.
+keypoint is attended to or enters a statistic; outputs at padding are finite and must not be used.
+The residual stream stays float32 where layers compute in bfloat16.
 """
 
 from typing import Any
@@ -10,59 +10,70 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.layers import BatchNorm, Linear, parameter_dtype
 
 KEYPOINT_FEATURES = 256
 POSITION_MLP_FEATURES = (32, 64, 128, 256)
-# Queries that attend at a time: more take memory that grows as the square of the keypoints.
+# Queries per block: without blocks, memory grows with the square of the keypoints.
 QUERY_BLOCK = 256
-# Real keypoints of a batch, all slices together, that have statistics: with those of two or three,
+# Minimum real keypoints for batch statistics, over all slices of a batch: with two or three,
 # gradients through the norms of the positional code alone reach a thousand times the loss's.
 FEWEST_KEYPOINTS = 16
 
 
-def normalize_keypoints(keypoints: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Maps (row, col) pixels of an image of `shape` (h, w) to about [-0.7, 0.7]: [b, k, 2]."""
+def normalize_keypoints(
+    keypoints: Int[Array, "b k 2"], shape: tuple[int, int], dtype: Any
+) -> Float[Array, "b k 2"]:
+    """Maps (row, col) pixels of an image of `shape` (h, w) to about [-0.7, 0.7]."""
     center = jnp.asarray(shape, dtype) / 2
     return (keypoints.astype(dtype) - center) / (0.7 * max(shape))
 
 
 def masked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Scaled dot-product attention that does not see padded keys.
+    query: Float[Array, "b k heads c"],
+    key: Float[Array, "b s heads c"],
+    value: Float[Array, "b s heads c"],
+    mask: Bool[Array, "b s"],
+) -> Float[Array, "b k heads c"]:
+    """Scaled dot-product attention that ignores padded keys.
 
-    As `jax.nn.dot_product_attention`, whose softmax is float32 even for float64 inputs, too coarse
-    for comparing gradients to the last digit.
+    `jax.nn.dot_product_attention` computes its softmax in float32 even for float64 inputs, which is
+    too coarse for comparing gradients to the last digit.
 
     Args:
-      query: [b, k, heads, c].
-      key: [b, s, heads, c].
-      value: [b, s, heads, c].
-      mask: bool [b, s], which keys are real. Without any, the result is 0.
+      query: of k keypoints.
+      key: of s keypoints.
+      value: of s keypoints.
+      mask: true for real keys. Without any, the result is 0.
 
     Returns:
-      [b, k, heads, c], in the query's type; the softmax is float32 or wider.
+      The messages in the query's type; the softmax is float32 or wider.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bkhc,bshc->bhks", query, key, preferred_element_type=wide)
     logits = logits / query.shape[-1] ** 0.5
     real = mask[:, None, None, :]
     logits = jnp.where(real, logits, jnp.finfo(wide).min / 2)
-    # Among padding alone the softmax is uniform, and would show what the padding holds.
+    # With padding only, the softmax is uniform and would leak the padding's values.
     weights = jnp.where(real, jax.nn.softmax(logits, axis=-1), 0).astype(value.dtype)
     return jnp.einsum("bhks,bshc->bkhc", weights, value)
 
 
 def blocked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, block: int = QUERY_BLOCK
-) -> jax.Array:
-    """`masked_attention`, at most `block` queries at a time: its memory grows as k, not as k * s.
+    query: Float[Array, "b k heads c"],
+    key: Float[Array, "b s heads c"],
+    value: Float[Array, "b s heads c"],
+    mask: Bool[Array, "b s"],
+    *,
+    block: int = QUERY_BLOCK,
+) -> Float[Array, "b k heads c"]:
+    """`masked_attention`, at most `block` queries at a time: memory grows with k, not with k * s.
 
-    The backward pass computes each block's weights again. Arguments and result are those of
-    `masked_attention`. `jax.nn.dot_product_attention` has a fused form on CUDA alone, for half
-    precision, where masks become biases of [k, s] again.
+    The backward pass recomputes each block's weights. Arguments and result are those of
+    `masked_attention`. `jax.nn.dot_product_attention` has a fused form only on CUDA in half
+    precision, where masks become [k, s] biases again.
     """
     b, k, heads, c = query.shape
     if k <= block:
@@ -88,8 +99,10 @@ class KeypointMLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, c] to [b, k, features]."""
+    def __call__(
+        self, x: Float[Array, "b k c"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b k {self.features}"]:
+        """Applies the MLP to each keypoint."""
         for i, features in enumerate(self.hidden, start=1):
             x = Linear(features, dtype=self.dtype, name=f"linear_{i}")(x)
             norm = BatchNorm(
@@ -110,9 +123,14 @@ class PositionalEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int], *, train: bool
-    ) -> jax.Array:
-        """Codes keypoints [b, k, 2], in pixels of an image of `shape`, as [b, k, 256]."""
+        self,
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        shape: tuple[int, int],
+        *,
+        train: bool,
+    ) -> Float[Array, "b k 256"]:
+        """Encodes keypoints in pixels of an image of `shape` (h, w)."""
         wide = parameter_dtype(self.dtype)
         x = normalize_keypoints(keypoints, shape, wide)
         mlp = KeypointMLP(
@@ -124,7 +142,7 @@ class PositionalEncoder(nn.Module):
 class AttentionLayer(nn.Module):
     """One residual layer of multi-head attention and MLP (docs/method.md 4.3).
 
-    Queries come from `x`; keys and values from `source`, which is `x` itself for self-attention.
+    Queries come from `x`, keys and values from `source`, which is `x` for self-attention.
     """
 
     train: bool
@@ -134,9 +152,13 @@ class AttentionLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, source: jax.Array, source_mask: jax.Array
-    ) -> jax.Array:
-        """Updates x [b, k, c] by a message from source [b, s, c]."""
+        self,
+        x: Float[Array, "b k c"],
+        mask: Bool[Array, "b k"],
+        source: Float[Array, "b s c"],
+        source_mask: Bool[Array, "b s"],
+    ) -> Float[Array, "b k c"]:
+        """Updates x by a message from the source."""
         features = x.shape[-1]
         heads = (self.num_heads, features // self.num_heads)
 
@@ -154,7 +176,7 @@ class AttentionLayer(nn.Module):
 
 
 class _SelfAttentionBody(nn.Module):
-    """`AttentionLayer` with the signature that `nn.scan` wants."""
+    """`AttentionLayer` with the signature that `nn.scan` requires."""
 
     train: bool
     num_heads: int
@@ -170,8 +192,8 @@ class _SelfAttentionBody(nn.Module):
 class SelfAttention(nn.Module):
     """A stack of self-attention layers, compiled once: parameters have a leading layer axis.
 
-    The layers' activations are computed again in the backward pass, which costs no measurable time
-    and saves their memory.
+    The backward pass recomputes the layers' activations, which costs no measurable time and saves
+    their memory.
     """
 
     num_layers: int
@@ -180,8 +202,10 @@ class SelfAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, c] to [b, k, c]."""
+    def __call__(
+        self, x: Float[Array, "b k c"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b k c"]:
+        """Updates each keypoint's features."""
         stack = nn.scan(
             nn.remat(_SelfAttentionBody, prevent_cse=False),
             variable_axes={"params": 0, "batch_stats": 0},

@@ -1,34 +1,29 @@
-"""The 3x3 convolution of feature maps [b, h, w, c], in forms that suit CPUs.
+"""The 3x3 convolution of feature maps, in forms that suit CPUs.
 
 XLA's gradient of the kernel is a convolution whose window is the whole map. Accelerators have
 routines for it; on CPU it reaches a fifth of the forward convolution's speed and takes two thirds
-of a training step. There the gradient is a matrix product (`kernel_gradient_by_products`).
-Elsewhere, and for maps so small or batches so large that it gains nothing, XLA's own is taken.
+of a training step. On CPU the gradient is a matrix product instead (`kernel_gradient_by_products`),
+except for small maps or large batches, where it gains nothing.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Numbers in a block of rows with its shifted copies: small enough for a core's cache.
+# Numbers in a block of rows with its shifted copies, which must fit a core's cache.
 _BLOCK_SIZE = 2**19
 
 
 @jax.custom_vjp
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Cross-correlation with zero padding that keeps the size.
-
-    Args:
-      x: [b, h, w, c].
-      kernel: [3, 3, c, d], of the type of x.
-
-    Returns:
-      [b, h, w, d].
-    """
+def conv3x3(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b h w d"]:
+    """Cross-correlation with zero padding that keeps the size; x and kernel have the same type."""
     return native_conv3x3(x, kernel)
 
 
-def native_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def native_conv3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
+) -> Float[Array, "b h w d"]:
     """As `conv3x3`, with XLA's own gradients."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
@@ -60,23 +55,27 @@ def _products_are_faster(shape: tuple[int, ...]) -> bool:
     return h * w >= 16 * 16 and b < 16 and c > 1
 
 
-def native_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """XLA's gradient of the kernel [3, 3, c, d]; x [b, h, w, c], gradient [b, h, w, d]."""
+def native_kernel_gradient(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h w d"]
+) -> Float[Array, "3 3 c d"]:
+    """XLA's gradient of the kernel."""
     shape = (3, 3, x.shape[-1], gradient.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, x.dtype)
     return jax.linear_transpose(lambda kernel: native_conv3x3(x, kernel), kernel)(gradient)[0]
 
 
-def kernel_gradient_by_products(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The same as matrix products.
+def kernel_gradient_by_products(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h w d"]
+) -> Float[Array, "3 3 c d"]:
+    """The same gradient by matrix products.
 
-    Entry (i, j) is the sum over pixels of x moved by j - 1 columns times the gradient moved by
-    1 - i rows, so that one product of three copies of x with three of the gradient gives all nine.
-    Blocks of rows go through it one after the other, for the copies to stay in the cache.
+    Entry (i, j) is the sum over pixels of x shifted by j - 1 columns times the gradient shifted by
+    1 - i rows, so one product of three copies of x with three of the gradient gives all nine.
+    Blocks of rows are processed one after the other to keep the copies in the cache.
     """
     b, h, w, c = x.shape
     d = gradient.shape[-1]
-    # A block is also several times its product, for adding the products to cost little.
+    # A block is also several times larger than its product, so that adding products is cheap.
     size = max(_BLOCK_SIZE, 4 * 9 * c * d)
     rows = _largest_divisor(h, size // (b * w * 3 * (c + d)))
     bordered = jnp.pad(gradient, ((0, 0), (1, 1), (0, 0), (0, 0)))
@@ -88,7 +87,7 @@ def kernel_gradient_by_products(x: jax.Array, gradient: jax.Array) -> jax.Array:
         part = jnp.concatenate([part[:, :, j : j + w] for j in range(3)], axis=-1)
         of_part = jax.lax.dynamic_slice_in_dim(bordered, start, rows + 2, axis=1)
         of_part = jnp.concatenate([of_part[:, 2 - i : 2 - i + rows] for i in range(3)], axis=-1)
-        # Transposed here: left to the product, the transposition costs it a fifth of its speed.
+        # Transposed here: inside the product, the transposition costs a fifth of its speed.
         part = jax.lax.optimization_barrier(part.reshape(-1, 3 * c).T)
         product = jnp.dot(part, of_part.reshape(-1, 3 * d), preferred_element_type=total.dtype)
         return total + product

@@ -3,11 +3,11 @@
 FCN-8s (Long, Shelhamer and Darrell, CVPR 2015) with each VGG block replaced by two convolutions.
 Images are [b, h, w, 1] with h and w divisible by 16.
 
-The appendix leaves open, and we chose: batch norm and leaky ReLU after each convolution, as in the
-UNet, so that the two differ in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers after the
-first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the fifth block
-and its scores; score layers with biases; and fixed bilinear upsampling, where Long et al. learn it
-from a bilinear start in part.
+Our choices where the appendix is silent: batch norm and leaky ReLU after each convolution, as in
+the UNet, so that the two differ only in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers
+after the first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the
+fifth block and its scores; score layers with biases; and fixed bilinear upsampling, part of which
+Long et al. learn from a bilinear start.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kafjax.models.layers import Conv, ConvBlock, max_pool
 from kafjax.models.unet import Encoder, Encoding, apply_block
@@ -26,8 +27,10 @@ class FCNEncoder(Encoder):
     The centre is at 1/32 of the image's size, rounded up where 32 does not divide it.
     """
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h / 16, w / 16, c] to [b, h / 32, w / 32, 16 f]."""
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b (rows+1)//2 (columns+1)//2 {16*self.filters}"]:
+        """Maps the pooled features at 1/16 of the image's size to 1/32."""
         block = ConvBlock(self.filters * 16, self.axis_name, self.dtype, self.norm, name="level_4")
         x = apply_block(block, x, train=train, remat=self.remat)
         return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
@@ -36,7 +39,7 @@ class FCNEncoder(Encoder):
 class FCNDecoder(nn.Module):
     """Scores of the blocks at 1/32, 1/16 and 1/8, each upsampled and added to the next.
 
-    `axis_name`, `remat` and `norm` are as other decoders'; it has nothing to use them for.
+    `axis_name`, `remat` and `norm` match other decoders' and have no effect here.
     """
 
     num_classes: int
@@ -46,8 +49,10 @@ class FCNDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes]."""
+    def __call__(
+        self, encoding: Encoding, *, train: bool
+    ) -> Float[Array, "b h w {self.num_classes}"]:
+        """Returns logits."""
         del train
 
         def score(name: str, x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""A network's variables at the start of training, drawn on the host.
+"""Initial variables of a network, drawn on the host.
 
 Compiling the hundreds of random draws of `model.init` takes longer than a short run's training, and
-their last digits differ between platforms. NumPy's generators have neither fault. The distributions
-are those that the modules give to Flax (`kafjax.models.layers`, `kafjax.models.swin`).
+their last digits differ between platforms. NumPy's generators avoid both. The distributions are
+those that the modules pass to Flax (`kafjax.models.layers`, `kafjax.models.swin`).
 """
 
 import math
@@ -25,19 +25,19 @@ def init_variables(
 ) -> dict[str, Any]:
     """Draws a network's variables.
 
-    A variable's numbers depend on the seed and its own name and shape, so that parts which two
-    networks share start alike.
+    A variable's values depend only on the seed, its name and its shape, so shared parts of two
+    networks start equal.
 
     Args:
       model: from `build_model`.
       seed: not negative.
-      image: inputs as the model's, of which only shapes and types matter; arrays or
-        `jax.ShapeDtypeStruct`s, such as `example_inputs`.
+      image: the model's input, used only for its shape and type; an array or a
+        `jax.ShapeDtypeStruct`, such as from `example_inputs`.
       keypoints: likewise.
       keypoint_mask: likewise.
 
     Returns:
-      {'params', 'batch_stats'} of NumPy arrays; the same for a seed on every platform.
+      {'params', 'batch_stats'} of NumPy arrays, identical for a seed on every platform.
       'batch_stats' is empty for a network without batch norm.
     """
     leaves = flax.traverse_util.flatten_dict(
@@ -60,10 +60,10 @@ def variable_shapes(
 
 
 def example_inputs(head: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The smallest image, keypoints and mask that a network with this `config.model.head` takes.
+    """The smallest image, keypoints and mask for a network with this `config.model.head`.
 
-    Enough for `init_variables` and `variable_shapes`: variables' shapes depend neither on the
-    image's size nor on the number of keypoints.
+    Sufficient for `init_variables` and `variable_shapes`: the variables' shapes depend neither on
+    the image size nor on the number of keypoints.
     """
     views = () if head == "segmentation" else (2,)
     return (

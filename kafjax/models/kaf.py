@@ -1,7 +1,7 @@
 """The keypoint-augmented fusion (KAF) layer: docs/method.md section 4.
 
-Feature maps are [b, h, w, c]; keypoints [b, k, 2] are (row, col) in pixels of that map, masks
-[b, k] say which are real. Where several real keypoints share a pixel, the last in order fills it.
+Keypoints are (row, col) in pixels of the feature map, masks mark the real ones. If several real
+keypoints share a pixel, the last in order fills it.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kafjax.models.attention import KEYPOINT_FEATURES, PositionalEncoder, SelfAttention
 from kafjax.models.layers import Conv, Linear, he_normal, normalize, parameter_dtype
@@ -16,13 +17,17 @@ from kafjax.models.layers import Conv, Linear, he_normal, normalize, parameter_d
 FUSION_FEATURES = 64
 
 
-def gather_at_keypoints(x: jax.Array, keypoints: jax.Array) -> jax.Array:
-    """Features of a map [b, h, w, c] at keypoints [b, k, 2]: [b, k, c]."""
+def gather_at_keypoints(
+    x: Shaped[Array, "b h w c"], keypoints: Int[Array, "b k 2"]
+) -> Shaped[Array, "b k c"]:
+    """Features of a map at keypoints."""
     return jax.vmap(lambda m, p: m[p[:, 0], p[:, 1]])(x, keypoints)
 
 
-def last_at_pixel(keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Says which real keypoints are the last, in order, of those at their pixel: bool [b, k]."""
+def last_at_pixel(
+    keypoints: Int[Array, "b k 2"], mask: Bool[Array, "b k"], shape: tuple[int, int]
+) -> Bool[Array, "b k"]:
+    """Marks the real keypoints that are the last, in order, at their pixel."""
     h, w = shape
     order = jnp.arange(keypoints.shape[1], dtype=jnp.int32)
 
@@ -34,11 +39,13 @@ def last_at_pixel(keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int])
     return jax.vmap(one)(keypoints, mask)
 
 
-def scatter_values(features: jax.Array, winner: jax.Array, mask: jax.Array) -> jax.Array:
-    """What each keypoint adds to the map: its features if it wins its pixel, else 0.
+def scatter_values(
+    features: Float[Array, "b k c"], winner: Bool[Array, "b k"], mask: Bool[Array, "b k"]
+) -> Float[Array, "b k c"]:
+    """Each keypoint's contribution to the map: its features if it wins its pixel, else 0.
 
-    In the backward pass every real keypoint receives its pixel's gradient, losers included, as the
-    release trains (docs/method.md 4.4).
+    In the backward pass every real keypoint receives its pixel's gradient, including losers, as in
+    the release's training (docs/method.md 4.4).
     """
     loser = features - jax.lax.stop_gradient(features)
     values = jnp.where(winner[..., None], features, loser)
@@ -46,25 +53,25 @@ def scatter_values(features: jax.Array, winner: jax.Array, mask: jax.Array) -> j
 
 
 def sparse_conv3x3(
-    values: jax.Array, keypoints: jax.Array, kernel: jax.Array, shape: tuple[int, int]
-) -> jax.Array:
-    """3x3 convolution, zero padding, of a map that is zero but at keypoints.
+    values: Float[Array, "b k c"],
+    keypoints: Int[Array, "b k 2"],
+    kernel: Float[Array, "3 3 c d"],
+    shape: tuple[int, int],
+) -> Float[Array, "b h w d"]:
+    """3x3 convolution with zero padding of a map that is zero except at keypoints.
 
-    Nine products a keypoint, added at its neighbours, in place of the dense map: 0.6 GFLOP for
-    512 keypoints, whatever the image's size (77 for the dense form at 512 x 512).
+    Nine products per keypoint, added at its neighbours, replace the dense map: 0.6 GFLOP for 512
+    keypoints at any image size (77 for the dense form at 512 x 512).
 
     Args:
-      values: [b, k, c], what each keypoint adds to its pixel; 0 for padding.
-      keypoints: int [b, k, 2].
-      kernel: [3, 3, c, d].
+      values: contribution of each keypoint to its pixel; 0 for padding.
+      keypoints: (row, col) in the map.
+      kernel: of the convolution.
       shape: (h, w) of the map.
-
-    Returns:
-      [b, h, w, d].
     """
     h, w = shape
-    # Pixel p feeds the output at p + 1 - (i, j) through kernel[i, j]; one pixel of border takes
-    # what falls outside.
+    # Pixel p feeds the output at p + 1 - (i, j) through kernel[i, j]; a border of one pixel
+    # collects what falls outside.
     flipped = kernel[::-1, ::-1]
     products = jnp.einsum("bkc,ijcd->bkijd", values, flipped)
     window = jnp.arange(3)
@@ -86,9 +93,13 @@ class KeypointConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, shape: tuple[int, int]
-    ) -> jax.Array:
-        """Maps keypoint features [b, k, c] to [b, h, w, features]."""
+        self,
+        x: Float[Array, "b k c"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        shape: tuple[int, int],
+    ) -> Float[Array, "b h w {self.features}"]:
+        """Maps keypoint features to a feature map of `shape` (h, w)."""
         param_dtype = parameter_dtype(self.dtype)
         kernel_shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal, kernel_shape, param_dtype)
@@ -100,14 +111,14 @@ class KeypointConv(nn.Module):
 
 
 class KAF(nn.Module):
-    """Keypoint-augmented fusion: long-range context among keypoints, brought back to the map.
+    """Keypoint-augmented fusion: scatters long-range context among keypoints into the map.
 
     Attributes:
       num_attention_layers: 2 L of the paper.
       num_heads: of each attention layer.
       axis_name: the mapped axis whose devices share batch statistics.
       dtype: of the computation.
-      norm: of the context's map; keypoints are normalised over the batch whatever it is.
+      norm: of the context map; keypoints are always normalised over the batch.
     """
 
     num_attention_layers: int = 16
@@ -118,22 +129,27 @@ class KAF(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: Float[Array, "b h w c"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b h w 2*c"], Float[Array, "b k 256"]]:
         """Fuses keypoint context into a feature map.
 
         Args:
-          x: [b, h, w, c].
-          keypoints: int [b, k, 2], in pixels of x; any place inside for padding.
-          mask: bool [b, k].
+          x: feature map.
+          keypoints: in pixels of x; any place inside for padding.
+          mask: true for real keypoints.
           train: normalise by the batch's statistics and update the running ones.
 
         Returns:
-          The map [b, h, w, 2c]: x and c channels of keypoint context; and the keypoints' features
-          [b, k, 256], meaningless at padding.
+          The map, x and c channels of keypoint context; and the keypoints' features, meaningless at
+          padding.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
-        keypoints = keypoints.astype(jnp.int32)  # a pixel's number overflows int16
+        keypoints = keypoints.astype(jnp.int32)  # a pixel's flat index overflows int16
         shape = (x.shape[1], x.shape[2])
         points = Linear(KEYPOINT_FEATURES, dtype=self.dtype, name="project")(
             gather_at_keypoints(x, keypoints)

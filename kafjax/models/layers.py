@@ -1,8 +1,8 @@
-"""The parts that every network is built of. Images are [b, h, w, c], keypoint sets [b, k, c].
+"""Building blocks of all networks.
 
-Every module takes `dtype`, the type it computes in; parameters, running statistics and sums over
-batches stay at least float32. Convolutions start He-normal with zero biases, linear maps uniform in
-+-1/sqrt(fan in) as in the authors' release (docs/method.md section 5).
+Every module takes `dtype`, the type of its computation; parameters, running statistics and sums
+over batches are at least float32. Convolutions start He-normal with zero biases, linear maps
+uniform in +-1/sqrt(fan in) as in the authors' release (docs/method.md section 5).
 """
 
 import math
@@ -12,11 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kafjax.models.convolution import conv3x3
 
 LEAKY_SLOPE = 0.01
-# Roundings of the mean that a channel's standard deviation is within if its entries are the same.
+# A standard deviation within this many roundings of the mean counts as 0: all entries are equal.
 _ALL_THE_SAME = 64
 
 
@@ -51,14 +52,14 @@ def linear_uniform(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Linear(nn.Module):
-    """Linear map of the last axis: [..., c] -> [..., features]."""
+    """Linear map of the last axis."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to [..., features]."""
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... {self.features}"]:
+        """Applies the map."""
         init = linear_uniform(x.shape[-1])
         return nn.Dense(
             self.features,
@@ -71,13 +72,13 @@ class Linear(nn.Module):
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """What `nn.Conv` calls for its product: a 3x3 or 1x1 kernel, stride 1, zero padding."""
+    """The convolution that `nn.Conv` calls: a 3x3 or 1x1 kernel, stride 1, zero padding."""
     assert kernel.shape[:2] in ((1, 1), (3, 3))
     return conv3x3(x, kernel) if kernel.shape[0] == 3 else x @ kernel[0, 0]
 
 
 class Conv(nn.Module):
-    """Convolution, 1x1 or 3x3, that keeps the size: [b, h, w, c] -> [b, h, w, features]."""
+    """Convolution, 1x1 or 3x3, that keeps the size."""
 
     features: int
     kernel_size: int = 3
@@ -85,8 +86,8 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h, w, features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w {self.features}"]:
+        """Applies the convolution."""
         return nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
@@ -100,18 +101,18 @@ class Conv(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Transposed convolution 2x2 of stride 2: [b, h, w, c] -> [b, 2h, 2w, features].
+    """Transposed convolution 2x2 of stride 2.
 
-    With stride and kernel alike no two inputs meet: the output at (2r + i, 2c + j) is the input at
-    (r, c) times kernel[i, j]. A matrix product for each i gives whole rows, in place.
+    Since stride and kernel size are equal, outputs do not overlap: the output at (2r + i, 2c + j)
+    is the input at (r, c) times kernel[i, j]. One matrix product for each i gives whole rows.
     """
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, 2h, 2w, features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w {self.features}"]:
+        """Applies the transposed convolution."""
         b, h, w, c = x.shape
         param_dtype = parameter_dtype(self.dtype)
         # The release's fan-in of a transposed convolution counts its outputs: 4 x features.
@@ -128,22 +129,22 @@ class BatchNorm(nn.Module):
     """Batch normalisation over the real entries of the whole global batch.
 
     Differs from `flax.linen.BatchNorm` in three ways that the release's numbers depend on: masked
-    entries count nowhere, also when devices hold different numbers of real ones; the running
-    variance takes the unbiased variance; a batch without a real entry leaves the running
-    statistics as they were.
+    entries never count, even if devices hold different numbers of real ones; the running variance
+    uses the unbiased variance; a batch without a real entry leaves the running statistics
+    unchanged.
 
-    And in one that only rounding tells: of masked sets, a channel whose real entries are all the
-    same becomes its bias and gives no gradient, as where all keypoints lie at one pixel. Rounding,
-    divided by sqrt(epsilon) in one layer after the other, would end in gradients of any size where
-    the exact ones are 0.
+    And in one that matters only for rounding: in masked sets, a channel whose real entries are all
+    equal, as when all keypoints are at one pixel, becomes its bias and has no gradient. Otherwise
+    rounding errors, divided by sqrt(epsilon) layer after layer, would produce arbitrary gradients
+    where the exact ones are 0.
 
     Attributes:
-      axis_name: the mapped axis whose devices share statistics, or None for each on its own.
-      momentum: the share of the running statistics that a step keeps.
+      axis_name: the mapped axis whose devices share statistics, or None for separate statistics.
+      momentum: fraction of the running statistics that a step keeps.
       epsilon: added to the variance.
       dtype: of the output; statistics are at least float32.
-      fewest: real entries that have statistics; fewer are normalised by the running ones, which
-        they leave as they were.
+      fewest: minimum real entries for batch statistics; fewer are normalised by the running
+        statistics and do not update them.
     """
 
     axis_name: str | None = None
@@ -153,8 +154,10 @@ class BatchNorm(nn.Module):
     fewest: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises x [..., c] by channel; `mask` [...] says which entries are real."""
+    def __call__(
+        self, x: Float[Array, "*b c"], *, train: bool, mask: Bool[Array, "*b"] | None = None
+    ) -> Float[Array, "*b c"]:
+        """Normalises x by channel; `mask` marks the real entries."""
         dtype = parameter_dtype(self.dtype)
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, dtype)
@@ -167,7 +170,7 @@ class BatchNorm(nn.Module):
             enough = count >= self.fewest
             mean, var = jnp.where(enough, batch_mean, mean), jnp.where(enough, batch_var, var)
             if not self.is_initializing():
-                # A batch of one entry has no unbiased variance; PyTorch refuses it, we keep var.
+                # A batch of one entry has no unbiased variance; PyTorch raises, we keep var.
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 step = jnp.where(enough, 1 - self.momentum, 0.0).astype(dtype)
                 running_mean.value += step * (mean - running_mean.value)
@@ -194,17 +197,17 @@ class BatchNorm(nn.Module):
     def _global_sum(self, x: jax.Array) -> jax.Array:
         if self.axis_name is None or self.is_initializing():
             return x
-        # A sum over one device is left out: XLA keeps it, and computes apart what lies around it.
+        # A sum over one device is skipped: XLA would keep it, and not fuse the code around it.
         return jax.lax.psum(x, self.axis_name) if jax.lax.axis_size(self.axis_name) > 1 else x
 
 
 class SampleNorm(nn.Module):
-    """Normalises each sample of maps [b, h, w, c] by itself, the same in training and use.
+    """Normalises each sample of feature maps separately, in training and inference alike.
 
     Attributes:
       group_size: channels that share mean and variance: 1 is instance norm (Ulyanov et al. 2016),
-        more is group norm (Wu and He, ECCV 2018). Where it does not divide c, its greatest divisor
-        in common with c is taken.
+        more is group norm (Wu and He, ECCV 2018). If it does not divide c, their greatest common
+        divisor is used.
       epsilon: added to the variance.
       dtype: of the output; statistics are at least float32.
     """
@@ -214,14 +217,14 @@ class SampleNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x [b, h, w, c]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises x."""
         dtype = parameter_dtype(self.dtype)
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,), dtype)
         bias = self.param("bias", nn.initializers.zeros, (c,), dtype)
         size = math.gcd(c, self.group_size)
-        # Sums over pixels first: they are large, and what is left of them is small.
+        # Sum over pixels first: that reduces the large axes, the rest is small.
         x = x.astype(dtype)
         mean = _mean_of_groups(jnp.mean(x, axis=(1, 2)), size)
         x = x - mean[:, None, None]
@@ -242,9 +245,15 @@ _GROUP_SIZE = 16  # channels; the best of Wu and He's table 3
 
 
 def normalize(
-    x: jax.Array, norm: str, *, train: bool, axis_name: str | None, dtype: Any, name: str
-) -> jax.Array:
-    """Normalises maps [b, h, w, c] by one of `NORMS`, inside a compact module, under `name`."""
+    x: Float[Array, "b h w c"],
+    norm: str,
+    *,
+    train: bool,
+    axis_name: str | None,
+    dtype: Any,
+    name: str,
+) -> Float[Array, "b h w c"]:
+    """Normalises feature maps by one of `NORMS`, inside a compact module, under `name`."""
     if norm == "batch":
         return BatchNorm(axis_name, dtype=dtype, name=name)(x, train=train)
     size = 1 if norm == "instance" else _GROUP_SIZE
@@ -260,8 +269,10 @@ class ConvBlock(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h, w, features]."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool
+    ) -> Float[Array, "b h w {self.features}"]:
+        """Applies the block."""
         common = {"train": train, "axis_name": self.axis_name, "dtype": self.dtype}
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv_{i}")(x)
@@ -270,10 +281,10 @@ class ConvBlock(nn.Module):
         return x
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max pooling: [b, h, w, c] -> [b, h/2, w/2, c]; of equals the first has the gradient.
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
+    """2x2 max pooling; the first of equals gets the gradient.
 
-    As `nn.max_pool`, whose gradient looks for each window's largest in a slow way on CPU.
+    Equals `nn.max_pool`, whose gradient is slow on CPU.
     """
     b, h, w, c = x.shape
     x = x.reshape(b, h // 2, 2, w // 2, 2, c)
@@ -282,5 +293,5 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def _first_larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger of each pair, all gradient to it, and to `a` among equals; NaN if either is."""
+    """The larger of each pair, which gets the gradient (`a` for equals); NaN if either is."""
     return jnp.where((a >= b) | jnp.isnan(a), a, b)

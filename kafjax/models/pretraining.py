@@ -1,8 +1,9 @@
 """The pretraining networks: an encoder with global heads and the keypoint matcher; and, for local
 contrast, a frozen encoder with the first blocks of a decoder.
 
-The two views of a pair go through the same weights one after the other, so that batch statistics
-are each view's own and running statistics take the first view, then the second (docs/method.md 5).
+The two views of a pair go through the same weights one after the other, so each view has its own
+batch statistics, and running statistics are updated by the first view, then the second
+(docs/method.md 5).
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.assignment import log_optimal_transport
 from kafjax.models.attention import KEYPOINT_FEATURES, AttentionLayer, PositionalEncoder
@@ -19,17 +21,17 @@ PRETRAINING_HEADS = ("cnn", "kaf", "matching")
 
 
 class PretrainingOutput(NamedTuple):
-    """What the losses need. Places of heads that the network has not hold None.
+    """Inputs of the losses. Fields of missing heads are None.
 
     Attributes:
-      cnn: the CNN head's embeddings of the two views, each [b, e].
-      kaf: the KAF head's embeddings of the two views, each [b, e].
+      cnn: the CNN head's embeddings of the two views.
+      kaf: the KAF head's embeddings of the two views.
       log_assignment: [b, k + 1, k + 1], of the first view's keypoints to the second's.
     """
 
-    cnn: tuple[jax.Array, jax.Array] | None
-    kaf: tuple[jax.Array, jax.Array] | None
-    log_assignment: jax.Array | None
+    cnn: tuple[Float[Array, "b e"], Float[Array, "b e"]] | None
+    kaf: tuple[Float[Array, "b e"], Float[Array, "b e"]] | None
+    log_assignment: Float[Array, "b rows columns"] | None
 
 
 class CNNHead(nn.Module):
@@ -39,8 +41,8 @@ class CNNHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, center: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, e]."""
+    def __call__(self, center: Float[Array, "b h w c"]) -> Float[Array, "b {self.embedding}"]:
+        """Embeds feature maps."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = jnp.mean(center, axis=(1, 2), dtype=wide).astype(self.dtype)
         x = nn.relu(Linear(x.shape[-1] // 2, dtype=self.dtype, name="linear_1")(x))
@@ -48,15 +50,17 @@ class CNNHead(nn.Module):
 
 
 class KAFHead(nn.Module):
-    """Embedding of the mean over a slice's real keypoints; of zeros for a slice without any."""
+    """Embedding of the mean over a slice's real keypoints, or of zeros without keypoints."""
 
     embedding: int
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, points: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, k, 256] to [b, e]."""
+    def __call__(
+        self, points: Float[Array, "b k 256"], mask: Bool[Array, "b k"], *, train: bool
+    ) -> Float[Array, "b {self.embedding}"]:
+        """Embeds keypoints' features."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         total = jnp.sum(points.astype(wide), axis=1, where=mask[..., None])
         mean = total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
@@ -67,7 +71,7 @@ class KAFHead(nn.Module):
 
 
 class Matcher(nn.Module):
-    """Assignment of two slices' keypoints: self and cross attention in turn, then transport."""
+    """Assignment of two slices' keypoints: alternating self and cross attention, then transport."""
 
     num_attention_layers: int = 4
     num_iterations: int = 100
@@ -77,18 +81,14 @@ class Matcher(nn.Module):
     @nn.compact
     def __call__(
         self,
-        points: tuple[jax.Array, jax.Array],
-        keypoints: tuple[jax.Array, jax.Array],
-        mask: tuple[jax.Array, jax.Array],
+        points: tuple[Float[Array, "b k 256"], Float[Array, "b k 256"]],
+        keypoints: tuple[Int[Array, "b k 2"], Int[Array, "b k 2"]],
+        mask: tuple[Bool[Array, "b k"], Bool[Array, "b k"]],
         shape: tuple[int, int],
         *,
         train: bool,
-    ) -> jax.Array:
-        """Matches features [b, k, 256] of two slices of `shape` (h, w).
-
-        Returns:
-          The log assignment [b, k + 1, k + 1] (`kafjax.assignment`).
-        """
+    ) -> Float[Array, "b k+1 k+1"]:
+        """Matches keypoints of two slices of `shape` (h, w); returns the log assignment."""
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
         position = PositionalEncoder(**common, name="position")
         a, b = (points[i] + position(keypoints[i], mask[i], shape, train=train) for i in range(2))
@@ -109,9 +109,9 @@ class PretrainingNetwork(nn.Module):
     """An encoder with the paper's pretraining heads.
 
     Attributes:
-      encoder: gives an `Encoding`; without KAF layers only the CNN head exists.
+      encoder: returns an `Encoding`; without KAF layers only the CNN head exists.
       embedding: e.
-      heads: which of 'cnn', 'kaf' and 'matching' to have; the others cost nothing.
+      heads: any of 'cnn', 'kaf' and 'matching'; the others cost nothing.
     """
 
     encoder: nn.Module
@@ -124,14 +124,19 @@ class PretrainingNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b 2 h w 1"],
+        keypoints: Int[Array, "b 2 k 2"],
+        keypoint_mask: Bool[Array, "b 2 k"],
+        *,
+        train: bool,
     ) -> PretrainingOutput:
         """Embeds and matches pairs of slices.
 
         Args:
-          image: [b, 2, h, w, 1].
-          keypoints: int [b, 2, k, 2], in pixels of the image.
-          keypoint_mask: bool [b, 2, k].
+          image: the two slices of each pair.
+          keypoints: (row, col) in pixels of the image.
+          keypoint_mask: true for real keypoints.
           train: normalise by the batch's statistics and update the running ones.
         """
         common = {"axis_name": self.axis_name, "dtype": self.dtype}
@@ -169,8 +174,8 @@ class LocalContrastNetwork(nn.Module):
     The second stage of Chaitanya et al. (NeurIPS 2020).
 
     Attributes:
-      encoder: gives an `Encoding`, by its running statistics; no gradient reaches it.
-      decoder: gives features [b, h', w', c].
+      encoder: returns an `Encoding`, using its running statistics; no gradient reaches it.
+      decoder: returns features [b, h', w', c].
       embedding: e.
     """
 
@@ -181,9 +186,14 @@ class LocalContrastNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, keypoint_mask: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        """Gives features of two views, each [b, h', w', e]; arguments as `PretrainingNetwork`'s."""
+        self,
+        image: Float[Array, "b 2 h w 1"],
+        keypoints: Int[Array, "b 2 k 2"],
+        keypoint_mask: Bool[Array, "b 2 k"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b rows columns e"], Float[Array, "b rows columns e"]]:
+        """Returns feature maps of the two views; see `PretrainingNetwork`."""
         wide = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_1")
         narrow = Conv(self.embedding, kernel_size=1, dtype=self.dtype, name="project_2")
 

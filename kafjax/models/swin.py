@@ -1,13 +1,14 @@
 """Swin-UNet: a Swin Transformer (Liu et al., ICCV 2021) as the encoder of a UNet.
 
-Token maps are [b, h, w, c]. Images of swin_unet are [b, h, w, 1] with h and w divisible by 16.
-`filters` f gives the embedding 3f and heads of f channels, so that f = 32 with 12 layers is Swin-T
-and with 24 Swin-S; `num_attention_layers` is the number of transformer blocks (`stage_depths`).
+Images of swin_unet are [b, h, w, 1] with h and w divisible by 16.
+`filters` f sets an embedding of 3f and heads of f channels, so f = 32 with 12 layers is Swin-T and
+with 24 Swin-S; `num_attention_layers` is the number of transformer blocks (`stage_depths`).
 
-As the authors' paper, but: windows are 8 x 8 (7 x 7 in the paper), which divides the tokens of 512
-x 512 pixels at every stage; a map that windows do not divide is padded, and padding is masked where
-they let it take part; a map smaller than a window is one window; no drop path, since networks here
-are deterministic functions of their inputs and runs are short. The decoder is ours: the UNet's.
+Differences from the authors' paper: windows are 8 x 8 (7 x 7 in the paper), which divides the
+tokens of 512 x 512 pixels at every stage; a map that windows do not divide is padded, and padding
+is masked where theirs takes part; a map smaller than a window is one window; no drop path, because
+networks here are deterministic functions of their inputs and runs are short. The decoder is ours:
+the UNet's.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kafjax.models.layers import ConvBlock, Linear, UpConv, max_pool, parameter_dtype
 from kafjax.models.unet import Encoding, UNetDecoder, apply_block, check_size
@@ -29,10 +31,10 @@ SMALL_STDDEV = 0.02
 def stage_depths(num_blocks: int) -> tuple[int, int, int, int]:
     """Blocks of the four stages: 2, 2, n - 6, 2, as in Swin-T (12) and Swin-S (24).
 
-    Fewer than 8 leave first the first stage without blocks, then the second, then the fourth.
+    With fewer than 8, first the first stage has no blocks, then the second, then the fourth.
 
     Raises:
-      ValueError: not a positive even number; plain and shifted windows take turns.
+      ValueError: not a positive even number; plain and shifted windows alternate.
     """
     if num_blocks < 2 or num_blocks % 2:
         raise ValueError(
@@ -50,21 +52,21 @@ class Tiling(NamedTuple):
     Attributes:
       size: of a window, in tokens.
       number: of windows; they cover the map and less than a window of padding at its end.
-      shift: by how many tokens the map is rolled towards its start before it is cut.
-      groups: [count, size]; tokens of a window see each other if their numbers are alike. The last
-        window holds tokens rolled from the other edge, and padding, each of which is a group.
+      shift: tokens by which the map is rolled towards its start before it is cut.
+      groups: number of each token; tokens of a window attend to each other if theirs are equal.
+        The last window holds tokens rolled from the other edge, and padding, each in its own group.
     """
 
     size: int
     number: int
     shift: int
-    groups: np.ndarray
+    groups: Int[np.ndarray, "n size"]
 
 
 def tile(length: int, window: int, *, shifted: bool) -> Tiling:
-    """Cuts `length` tokens into windows of `window`, or fewer if there are fewer tokens.
+    """Cuts `length` tokens into windows of `window`, or of `length` if it is smaller.
 
-    Shifted windows begin half a window later; a single window has nothing to be shifted against.
+    Shifted windows begin half a window later; a single window is not shifted.
     """
     size = min(window, length)
     number = -(-length // size)
@@ -74,8 +76,10 @@ def tile(length: int, window: int, *, shifted: bool) -> Tiling:
     return Tiling(size, number, shift, groups.reshape(number, size))
 
 
-def cut_windows(x: jax.Array, rows: Tiling, columns: Tiling) -> jax.Array:
-    """Cuts a map [b, h, w, c] into windows [b, n, t, c] of t tokens each, row by row."""
+def cut_windows(
+    x: Shaped[Array, "b h w c"], rows: Tiling, columns: Tiling
+) -> Shaped[Array, "b n t c"]:
+    """Cuts a map into n windows of t tokens each, row by row."""
     b, h, w, c = x.shape
     padding = (rows.number * rows.size - h, columns.number * columns.size - w)
     x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
@@ -85,9 +89,9 @@ def cut_windows(x: jax.Array, rows: Tiling, columns: Tiling) -> jax.Array:
 
 
 def join_windows(
-    windows: jax.Array, rows: Tiling, columns: Tiling, shape: tuple[int, int]
-) -> jax.Array:
-    """Undoes `cut_windows`: [b, n, t, c] to a map of `shape`, [b, h, w, c]."""
+    windows: Shaped[Array, "b n t c"], rows: Tiling, columns: Tiling, shape: tuple[int, int]
+) -> Shaped[Array, "b h w c"]:
+    """Undoes `cut_windows`, to a map of `shape` (h, w)."""
     b, c = windows.shape[0], windows.shape[-1]
     x = windows.reshape(b, rows.number, columns.number, rows.size, columns.size, c)
     x = x.swapaxes(2, 3).reshape(b, rows.number * rows.size, columns.number * columns.size, c)
@@ -95,8 +99,8 @@ def join_windows(
     return x[:, : shape[0], : shape[1]]
 
 
-def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
-    """Says which tokens of a window see which: bool [n, t, t], or None where all see all."""
+def visible_tokens(rows: Tiling, columns: Tiling) -> Bool[Array, "n t t"] | None:
+    """Marks which tokens of each window attend to which; None for all to all."""
     if not (rows.groups.any() or columns.groups.any()):
         return None
     groups = 3 * rows.groups[:, None, :, None] + columns.groups[None, :, None, :]
@@ -104,8 +108,8 @@ def visible_tokens(rows: Tiling, columns: Tiling) -> jax.Array | None:
     return flat[:, :, None] == flat[:, None, :]
 
 
-def offset_index(window: int, size: tuple[int, int]) -> np.ndarray:
-    """Where the table of a `window` has the offsets between tokens of a smaller one: [t, t].
+def offset_index(window: int, size: tuple[int, int]) -> Int[np.ndarray, "t t"]:
+    """Rows, in a `window`'s bias table, of the offsets between a smaller one's tokens.
 
     The table's rows are the offsets query - key in (-window, window), column offsets fastest.
     """
@@ -122,8 +126,8 @@ class SmallLinear(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to [..., features]."""
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... {self.features}"]:
+        """Applies the map."""
         return nn.Dense(
             self.features,
             use_bias=self.use_bias,
@@ -140,8 +144,8 @@ class LayerNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., c] to the same shape."""
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        """Normalises x."""
         return nn.LayerNorm(
             epsilon=1e-5,
             dtype=self.dtype,
@@ -166,8 +170,8 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape: the paper's equation 4 in each window."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies the paper's equation 4 in each window."""
         _, h, w, c = x.shape
         rows, columns = (tile(length, self.window, shifted=self.shifted) for length in (h, w))
         windows = cut_windows(x, rows, columns)
@@ -198,7 +202,7 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: windowed attention, then an MLP, each on normalised tokens and added."""
+    """A transformer block: windowed attention, then an MLP, each pre-normalised and residual."""
 
     num_heads: int
     window: int
@@ -206,8 +210,8 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape: half of the paper's equation 3."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies half of the paper's equation 3."""
         attention = WindowAttention(
             self.num_heads, self.window, self.shifted, self.dtype, name="attention"
         )
@@ -219,7 +223,7 @@ class Block(nn.Module):
 
 
 class _BlockPair(nn.Module):
-    """A block of plain and one of shifted windows, with the signature that `nn.scan` wants."""
+    """A block of plain and one of shifted windows, with the signature that `nn.scan` requires."""
 
     num_heads: int
     window: int
@@ -233,7 +237,7 @@ class _BlockPair(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks with plain and shifted windows in turn, compiled once: a leading axis of pairs."""
+    """Blocks with alternating plain and shifted windows, compiled once: a leading axis of pairs."""
 
     num_blocks: int
     num_heads: int
@@ -242,8 +246,8 @@ class Stage(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to the same shape."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies the blocks."""
         if not self.num_blocks:
             return x
         pairs = nn.scan(
@@ -261,8 +265,8 @@ class PatchMerging(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] to [b, h / 2, w / 2, 2c], halves rounded up."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
+        """Merges tokens."""
         b, h, w, c = x.shape
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
         x = x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c)
@@ -279,7 +283,7 @@ class SwinTransformer(nn.Module):
       embedding: channels of the first stage's tokens; each later stage has twice as many.
       depths: blocks of each stage, even numbers.
       window: edge of a window, in tokens.
-      remat: keep of each pair of blocks its output alone for the backward pass.
+      remat: store only each block pair's output for the backward pass.
     """
 
     embedding: int = 96
@@ -289,8 +293,8 @@ class SwinTransformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Maps [b, h, w, c] to the stages' tokens, [b, h / 4, w / 4, e] to [b, h / 32, w / 32, 8e].
+    def __call__(self, image: Float[Array, "b h w c"]) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Returns the stages' tokens, from [b, h / 4, w / 4, e] to [b, h / 32, w / 32, 8e].
 
         h and w are divisible by 4; later halves are rounded up.
         """
@@ -318,9 +322,9 @@ class SwinEncoder(nn.Module):
     Attributes:
       filters: f; tokens of the first stage have 3f channels.
       num_attention_layers: blocks of all stages together (`stage_depths`).
-      axis_name: taken as by other encoders; there are no batch statistics to share.
+      axis_name: as other encoders'; has no effect, since there are no batch statistics.
       remat: as `SwinTransformer`'s.
-      norm: taken as by other encoders; tokens have layer norm.
+      norm: as other encoders'; has no effect, since tokens have layer norm.
     """
 
     filters: int
@@ -333,9 +337,14 @@ class SwinEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
     ) -> Encoding:
-        """Encodes images [b, h, w, 1]."""
+        """Encodes images."""
         del keypoints, mask, train
         check_size(image)
         depths = stage_depths(self.num_attention_layers)
@@ -350,9 +359,9 @@ class SwinEncoder(nn.Module):
 class SwinUNetDecoder(nn.Module):
     """The UNet's decoder, one level deeper.
 
-    Tokens know nothing finer than a patch: the two finest levels are convolution blocks of the
-    image, as in SwinUNETR (Hatamizadeh et al. 2022); the others are the stages', normalised. Blocks
-    and norms are the decoder's, since no pretraining loss would reach them.
+    Tokens resolve nothing finer than a patch, so the two finest levels are convolution blocks of
+    the image, as in SwinUNETR (Hatamizadeh et al. 2022); the others are the stages', normalised.
+    Blocks and norms belong to the decoder, because no pretraining loss would reach them.
     """
 
     num_classes: int
@@ -362,8 +371,10 @@ class SwinUNetDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes]."""
+    def __call__(
+        self, encoding: Encoding, *, train: bool
+    ) -> Float[Array, "b h w {self.num_classes}"]:
+        """Returns logits."""
 
         def block(features: int, name: str, x: jax.Array) -> Any:
             made = ConvBlock(features, self.axis_name, self.dtype, self.norm, name=name)

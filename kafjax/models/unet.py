@@ -1,7 +1,7 @@
 """UNet, UNet (c2) and KAF-UNet: docs/method.md section 5 and the appendix's table 1.
 
-One encoder, whose blocks' output is widened in one of three ways: not at all, by a copy of itself,
-or by a KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
+One encoder, whose blocks' outputs are widened in one of three ways: not at all, by a copy, or by a
+KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kafjax.models.kaf import KAF
 from kafjax.models.layers import Conv, ConvBlock, UpConv, max_pool
@@ -17,29 +18,29 @@ NUM_LEVELS = 4
 WIDENINGS = ("none", "copy", "kaf")
 
 
-def check_size(image: jax.Array) -> None:
-    """Raises ValueError unless height and width of [b, h, w, 1] survive being halved four times."""
+def check_size(image: Float[Array, "b h w 1"]) -> None:
+    """Raises ValueError unless height and width can be halved four times."""
     h, w = image.shape[1:3]
     if h % 2**NUM_LEVELS or w % 2**NUM_LEVELS:
         raise ValueError(f"image is {h} x {w} pixels, expected both divisible by {2**NUM_LEVELS}")
 
 
 class Encoding(NamedTuple):
-    """What an encoder gives: features of its levels, finest first.
+    """The output of an encoder: features of its levels, finest first.
 
     Attributes:
       levels: the widened block outputs, [b, h / 2^l, w / 2^l, c_l].
       center: the deepest features, [b, h / 16, w / 16, c].
-      points: the keypoints' features at each level with a KAF layer, each [b, k, 256].
+      points: the keypoints' features at each level with a KAF layer.
     """
 
-    levels: tuple[jax.Array, ...]
-    center: jax.Array
-    points: tuple[jax.Array, ...]
+    levels: tuple[Float[Array, "b _ _ _"], ...]
+    center: Float[Array, "b _ _ c"]
+    points: tuple[Float[Array, "b k 256"], ...]
 
 
 def apply_block(block: nn.Module, *inputs: jax.Array, train: bool, remat: bool) -> Any:
-    """Applies a block; with `remat`, the backward pass computes what is inside it again."""
+    """Applies a block; with `remat`, the backward pass recomputes its activations."""
 
     def call(block: Any, *inputs: jax.Array) -> Any:
         return block(*inputs, train=train)
@@ -68,9 +69,14 @@ class WidenedBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps [b, h, w, c'] to the widened features and the keypoints' features, if any."""
+        self,
+        x: Float[Array, "b h w _"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k 256"] | None]:
+        """Returns the widened features and the keypoints' features, if any."""
         common = {"axis_name": self.axis_name, "dtype": self.dtype, "norm": self.norm}
         x = ConvBlock(self.features, **common, name="block")(x, train=train)
         if self.widening == "copy":
@@ -82,13 +88,13 @@ class WidenedBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four widened blocks, each followed by pooling, and what a backbone puts at their end.
+    """Four widened blocks, each followed by pooling, and the backbone's deepest features.
 
     Attributes:
       filters: f, the channels of the first block.
       widening: 'none', 'copy' or 'kaf'.
-      remat: keep of each block its output alone for the backward pass: less memory, more time on
-        accelerators. XLA's CPU compiler merges what is computed again: nothing is won.
+      remat: store only each block's output for the backward pass: less memory, more time on
+        accelerators. No gain on CPU, where XLA merges the recomputation.
       norm: of maps, one of `kafjax.models.layers.NORMS`.
     """
 
@@ -102,9 +108,14 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, keypoints: jax.Array, mask: jax.Array, *, train: bool
+        self,
+        image: Float[Array, "b h w 1"],
+        keypoints: Int[Array, "b k 2"],
+        mask: Bool[Array, "b k"],
+        *,
+        train: bool,
     ) -> Encoding:
-        """Encodes images [b, h, w, 1] with keypoints [b, k, 2] in their pixels."""
+        """Encodes images with keypoints in their pixels."""
         check_size(image)
         x, levels, points = image.astype(self.dtype), [], []
         for level in range(NUM_LEVELS):
@@ -124,16 +135,20 @@ class Encoder(nn.Module):
             x = max_pool(x)
         return Encoding(tuple(levels), self.deepest(x, train=train), tuple(points))
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """The encoding's centre, of the fourth block's pooled features."""
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b _ _ d"]:
+        """The encoding's centre, computed from the fourth block's pooled features."""
         raise NotImplementedError  # each backbone has its own
 
 
 class UNetEncoder(Encoder):
     """The UNet's encoder: its centre is two convolutions without normalisation."""
 
-    def deepest(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [b, h / 16, w / 16, c] to the same size."""
+    def deepest(
+        self, x: Float[Array, "b rows columns c"], *, train: bool
+    ) -> Float[Array, "b rows columns d"]:
+        """Applies two convolutions, which keep the size of the pooled features."""
         features = self.filters * 16 * (1 if self.widening == "none" else 2)
         for i in (1, 2):
             x = nn.relu(Conv(features, dtype=self.dtype, name=f"center_{i}")(x))
@@ -146,8 +161,8 @@ class UNetDecoder(nn.Module):
     Attributes:
       num_classes: d.
       remat: as the encoder's.
-      num_blocks: of the blocks, coarsest first. With fewer than all four there are no logits: the
-        last block's features [b, h / 2^n, w / 2^n, c] are what comes out, n = 4 - num_blocks.
+      num_blocks: number of blocks, coarsest first. With fewer than four, the output is not logits
+        but the last block's features [b, h / 2^n, w / 2^n, c], n = 4 - num_blocks.
       norm: as the encoder's.
     """
 
@@ -159,8 +174,8 @@ class UNetDecoder(nn.Module):
     norm: str = "batch"
 
     @nn.compact
-    def __call__(self, encoding: Encoding, *, train: bool) -> jax.Array:
-        """Gives logits [b, h, w, num_classes], or features."""
+    def __call__(self, encoding: Encoding, *, train: bool) -> Float[Array, "b h w d"]:
+        """Returns logits, or features."""
         x = encoding.center
         for level in reversed(range(NUM_LEVELS - self.num_blocks, NUM_LEVELS)):
             features = x.shape[-1] // 2

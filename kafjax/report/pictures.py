@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
 from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
-from kafjax.drawing.figures import SegmentedSlice
 from kafjax.drawing.overlay import class_colours
+from kafjax.drawing.segmentations import SegmentedSlice
 from kafjax.errors import UserError
 from kafjax.figures.choice import largest_foreground
 from kafjax.inference.predictor import load_predictor

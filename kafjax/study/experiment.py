@@ -45,14 +45,7 @@ from kafjax.models import PRETRAINING_HEADS
 from kafjax.paths import expand
 from kafjax.study.jobs import Job
 from kafjax.study.plan import SCRATCH, Row, Study, Table
-from kafjax.study.runs import (
-    RunKey,
-    complete_scores,
-    has_trained,
-    listed,
-    plan_runs,
-    run_config,
-)
+from kafjax.study.runs import RunKey, are_complete, has_trained, listed, plan_runs
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import count_parameters
 from kafjax.training.preflight import with_classes
@@ -131,9 +124,9 @@ class Experiment(Study):
     def segmentation(self, row: Row, seed: int) -> ConfigCommand:
         """What the row's runs of a seed have in common."""
         if row.pretraining == SCRATCH:
-            return self._command("finetune", "scratch", {"model.name": row.model})
+            return self._command("finetune.py:scratch", {"model.name": row.model})
         start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
-        return self._command("finetune", "", start)
+        return self._command("finetune.py", start)
 
     def pretraining(self, row: Row, seed: int) -> ConfigCommand:
         """The row's pretraining."""
@@ -142,7 +135,7 @@ class Experiment(Study):
             changes["init_from"] = str(self._pretraining_dir(stage, seed))
         weights = zip(PRETRAINING_HEADS, row.weights or (), strict=False)
         changes |= {f"loss.weights.{name}": float(weight) for name, weight in weights}
-        return self._command("pretrain", row.pretraining, changes)
+        return self._command(f"pretrain.py:{row.pretraining}", changes)
 
     def parameters(self) -> dict[str, int]:
         """By row's name; none where the dataset, which knows the number of classes, is missing."""
@@ -228,7 +221,7 @@ class Experiment(Study):
                 *("--seeds", str(seed), "--workdir", str(root)),
             )
             runs = [run for run in self.runs if run.seed == seed and run.fold in folds]
-            is_done = partial(_are_complete, config, root, runs)
+            is_done = partial(are_complete, config, root, runs)
             work = {row.model: self._segmentation_work(config, runs)}
             yield self._job(name, command, is_done, needs, work)
 
@@ -252,8 +245,8 @@ class Experiment(Study):
         log = self.root / "logs" / f"{name.replace('/', '_')}.log"
         return Job(name, command, log, is_done, needs, work)
 
-    def _command(self, kind: str, variant: str, changes: Mapping[str, Any]) -> ConfigCommand:
-        file = ":".join(filter(None, (f"configs/{self.dataset}_{kind}.py", variant)))
+    def _command(self, kind: str, changes: Mapping[str, Any]) -> ConfigCommand:
+        file = f"configs/{self.dataset}_{kind}"
         return ConfigCommand(file, {"data.dir": self.data_dir, **changes})
 
     def _prepared(self) -> tuple[str, ...]:
@@ -384,10 +377,6 @@ def _earlier(row: Row) -> Row | None:
 
 def _pretraining_name(row: Row, seed: int) -> str:
     return f"pretrain/{row.workdir}_seed{seed}"
-
-
-def _are_complete(config: Any, root: Path, runs: Sequence[RunKey]) -> bool:
-    return all(complete_scores(run_config(config, run), root / run.name) for run in runs)
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:

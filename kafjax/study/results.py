@@ -1,24 +1,25 @@
 """What a study found: tables in Markdown, CSV and JSON, every run's Dice, and a plot.
 
     table1.md         for reading: mean, standard error, difference from the reference row
-    table1.csv        the same with all digits, and each fold
+    table1.csv        the same with all digits, and each fold: a line for each row and M
     table1.json       the same, with the scores of each run, also by class
     table1_runs.csv   the Dice of each run
     table1.{png,svg}  mean and standard error
 
-A table names the runs that are missing and says which checkpoint each score is of. Its means are of
-all runs of a row: those of fewer would not compare with other rows. The same runs give the same
-bytes.
+Dice is the mean over classes, pooled over the pixels of a fold. A fold's cell is the mean over
+seeds, `mean` over folds and seeds with its standard error (ddof 1), `std_over_folds` numpy's (ddof
+0), as the appendix has it, and `difference` from the reference row, of runs with the same fold and
+seed. A number is empty where one of its runs is missing or has no Dice: fewer runs would not
+compare with other rows. Such runs are named, and so is the checkpoint that scores are of. The same
+runs give the same bytes.
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,83 +32,88 @@ from kafjax.study.plan import Row, Study
 from kafjax.study.runs import RunKey, complete_scores, listed, run_config
 from kafjax.workdir.scores import Scores
 
-ScoresByRun = Mapping[RunKey, Scores]
+Line = dict[
+    str, Any
+]  # of a table, by the names of the CSV's columns; None where there is no number
 
 _RUN_FIELDS = ("step", "checkpoint", "pooled_dice", "chance", "by_class")
 
 
-class Mean(NamedTuple):
-    """The mean of some values, its standard error (None for one value), and their number."""
-
-    mean: float
-    error: float | None
-    number: int
-
-
-class Line(NamedTuple):
-    """A row of a study with one M; None where runs are missing or have no Dice.
-
-    Attributes:
-      row: which.
-      num_labeled: M.
-      dice: of each complete run, pooled over the pixels of its fold; None where neither labels nor
-        predictions have a class.
-      missing: the other runs.
-      mean: over folds and seeds.
-      folds: of each fold, the mean over seeds.
-      std: over folds, numpy's (ddof 0), as the appendix has it.
-      difference: from the reference row, of runs with the same fold and seed.
-      checkpoint: how the checkpoints of the runs were chosen, each way once.
-    """
-
-    row: Row
-    num_labeled: int
-    dice: Mapping[RunKey, float | None]
-    missing: tuple[RunKey, ...]
-    mean: Mean | None
-    folds: tuple[float | None, ...]
-    std: float | None
-    difference: Mean | None
-    checkpoint: str
-
-
-@dataclass(frozen=True)
-class Results:
-    """A study and, by row's name, the scores of its complete runs."""
+class Results(NamedTuple):
+    """A study, the scores of its complete runs by row's name, and the lines of its table."""
 
     study: Study
-    scores: Mapping[str, ScoresByRun]
+    scores: Mapping[str, Mapping[RunKey, Scores]]
+    lines: list[Line]
 
-    @functools.cached_property
-    def lines(self) -> list[Line]:
-        """The lines of the table, row by row."""
-        reference = self.scores.get(self.study.table.reference, {})
-        rows = itertools.product(self.study.table.rows, self.study.num_labeled)
-        return [_line(self.study, row, m, self.scores[row.name], reference) for row, m in rows]
-
-    @functools.cached_property
-    def parameters(self) -> dict[str, int]:
-        """See `Study.parameters`."""
-        return self.study.parameters()
-
-    def runs(self) -> Iterator[tuple[Row, RunKey, Scores]]:
+    def runs(self) -> list[tuple[Row, RunKey, Scores]]:
         """Each complete run with its scores."""
-        for row in self.study.table.rows:
-            for run, scores in self.scores[row.name].items():
-                yield row, run, scores
+        rows = self.study.table.rows
+        return [(row, *item) for row in rows for item in self.scores[row.name].items()]
 
 
 def collect(study: Study) -> Results:
     """Reads the scores of all complete runs; `ValueError` names those that are damaged."""
-    results: dict[str, ScoresByRun] = {}
+    found: dict[str, dict[RunKey, Scores]] = {}
     for row in study.table.rows:
         configs = {seed: study.config(row, seed) for seed in study.seeds}
         scores = {
             run: complete_scores(run_config(configs[run.seed], run), study.row_dir(row) / run.name)
             for run in study.runs
         }
-        results[row.name] = {run: found for run, found in scores.items() if found is not None}
-    return Results(study, results)
+        found[row.name] = {run: of_run for run, of_run in scores.items() if of_run is not None}
+    return tabulate(study, found)
+
+
+def tabulate(study: Study, scores: Mapping[str, Mapping[RunKey, Scores]]) -> Results:
+    """The table of these scores."""
+    dice = {
+        name: {run: of_run["pooled_dice"]["mean"] for run, of_run in found.items()}
+        for name, found in scores.items()
+    }
+    reference, parameters = dice.get(study.table.reference, {}), study.parameters()
+    lines = []
+    for row, m in itertools.product(study.table.rows, study.num_labeled):
+        own = dice[row.name]
+        cells = [[RunKey(m, fold, seed) for seed in study.seeds] for fold in study.folds]
+        runs = [run for cell in cells for run in cell]
+        pairs = [(own.get(run), reference.get(run)) for run in runs]
+        differences = [None if a is None or b is None else a - b for a, b in pairs]
+        is_reference = row.name == study.table.reference
+        mean, error = mean_of([*map(own.get, runs)])
+        difference, its_error = (None, None) if is_reference else mean_of(differences)
+        folds = [mean_of([*map(own.get, cell)])[0] for cell in cells]
+        known = [cell for cell in folds if cell is not None]
+        chosen = {scores[row.name][run]["checkpoint"] for run in runs if run in own}
+        lines.append(
+            {
+                "row": row.name,
+                "model": row.model,
+                "pretraining": row.pretraining,
+                **dict(zip(("w1", "w2", "w3"), row.weights or (None,) * 3, strict=True)),
+                "M": m,
+                "n": sum(run in own for run in runs),
+                "mean": mean,
+                "standard_error": error,
+                "std_over_folds": float(np.std(known)) if len(known) == len(folds) else None,
+                "difference": difference,
+                "difference_standard_error": its_error,
+                **{f"fold{fold + 1}": x for fold, x in zip(study.folds, folds, strict=True)},
+                "paper": row.paper.get(study.dataset, {}).get(m),
+                "parameters": parameters.get(row.name),
+                "checkpoint": " or ".join(sorted(chosen)),
+            }
+        )
+    return Results(study, scores, lines)
+
+
+def mean_of(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The mean and its standard error, which a single value has not; None where a value is None."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
+    return float(np.mean(known)), error
 
 
 def write_results(
@@ -127,7 +133,7 @@ def write_results(
     results = collect(study)
     texts = {
         ".md": format_markdown(results, command),
-        ".csv": format_csv(results),
+        ".csv": format_csv(results.lines),
         ".json": format_json(results),
         "_runs.csv": format_runs(results),
     }
@@ -141,18 +147,9 @@ def write_results(
     return texts[".md"]
 
 
-def mean_of(values: Sequence[float | None]) -> Mean | None:
-    """The mean with its standard error (ddof 1); None of no values, or where one is None."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
-    return Mean(float(np.mean(known)), error, len(known))
-
-
 def format_markdown(results: Results, command: str = "") -> str:
     """The table, what its columns mean, the checkpoint of its scores, and the missing runs."""
-    study, lines = results.study, results.lines
+    study, rows = results.study, results.study.table.rows
     columns = _columns(results)
     folds = listed([fold + 1 for fold in study.folds], ", ")
     text = [
@@ -178,42 +175,26 @@ def format_markdown(results: Results, command: str = "") -> str:
         text.append(f"Checkpoint of each run: {' or '.join(chosen)}.")
     if "Paper" in columns:
         text.append("Paper: mean and standard deviation over folds, as the appendix prints them.")
-    if any(line.row.beyond for line in lines):
+    if any(row.beyond for row in rows):
         text.append(r"\* not in the appendix.")
-    total = len(study.table.rows) * len(study.runs)
-    missing = [(line.row, run) for line in lines for run in line.missing]
-    empty = [(x.row, run) for x in lines for run, dice in x.dice.items() if dice is None]
-    for title, runs in (
-        (f"Missing, {len(missing)} of {total} runs:", missing),
-        (f"No class in labels or predictions, so no Dice, {len(empty)} of {total} runs:", empty),
+    empty = [
+        _place(study, row, run)
+        for row, run, scores in results.runs()
+        if scores["pooled_dice"]["mean"] is None
+    ]
+    of_all = f"of {len(rows) * len(study.runs)} runs:"
+    for title, names in (
+        ("Missing,", _missing(results)),
+        ("No class in labels or predictions, so no Dice,", empty),
     ):
-        names = [f"- {_place(study, row, run)}" for row, run in runs]
-        text += ["", title, "", *names] if names else []
+        if names:
+            text += ["", f"{title} {len(names)} {of_all}", "", *(f"- {name}" for name in names)]
     return "\n".join(text) + "\n"
 
 
-def format_csv(results: Results) -> str:
-    """A line for each row and M with all digits."""
-    study = results.study
-    header = [
-        *("row", "model", "pretraining", "w1", "w2", "w3", "M", "n", "mean", "standard_error"),
-        *("std_over_folds", "difference", "difference_standard_error"),
-        *(f"fold{fold + 1}" for fold in study.folds),
-        *("paper", "parameters", "checkpoint"),
-    ]
-    body = []
-    for line in results.lines:
-        row = line.row
-        mean, difference = (of or (None, None) for of in (line.mean, line.difference))
-        body.append(
-            [
-                *(row.name, row.model, row.pretraining, *(row.weights or (None,) * 3)),
-                *(line.num_labeled, len(line.dice), *mean[:2], line.std, *difference[:2]),
-                *(*line.folds, _paper(study, line), results.parameters.get(row.name)),
-                line.checkpoint,
-            ]
-        )
-    return _csv([header, *body])
+def format_csv(lines: Sequence[Line]) -> str:
+    """The lines with all digits."""
+    return _csv([list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def format_json(results: Results) -> str:
@@ -221,11 +202,11 @@ def format_json(results: Results) -> str:
     study = results.study
     rows = [
         {
-            "row": line.row.name,
-            "num_labeled": line.num_labeled,
-            "folds": line.folds,
-            "mean": line.mean and line.mean.mean,
-            "std": line.std,
+            "row": line["row"],
+            "num_labeled": line["M"],
+            "mean": line["mean"],
+            "std": line["std_over_folds"],
+            "folds": [line[f"fold{fold + 1}"] for fold in study.folds],
         }
         for line in results.lines
     ]
@@ -238,13 +219,12 @@ def format_json(results: Results) -> str:
         }
         for row, run, scores in results.runs()
     ]
-    missing = [_place(study, line.row, run) for line in results.lines for run in line.missing]
-    document = {"folds": study.folds, "rows": rows, "runs": runs, "missing": missing}
+    document = {"folds": study.folds, "rows": rows, "runs": runs, "missing": _missing(results)}
     return json.dumps(document, indent=2) + "\n"
 
 
 def format_runs(results: Results) -> str:
-    """A line for each complete run."""
+    """A line of CSV for each complete run."""
     header = ["row", "M", "fold", "seed", "dice", "step", "checkpoint"]
     body = [
         [
@@ -266,13 +246,13 @@ def draw(results: Results) -> Figure:
     axes = figure.add_subplot()
     axes.tick_params(labelsize=FONT_SIZE)
     for i, row in enumerate(rows):
-        known = [(x.num_labeled, x.mean) for x in results.lines if x.row == row and x.mean]
-        means = [mean.mean for _, mean in known]
-        errors = [mean.error or 0.0 for _, mean in known]
+        known = [x for x in results.lines if x["row"] == row.name and x["mean"] is not None]
+        means = [line["mean"] for line in known]
+        errors = [line["standard_error"] or 0.0 for line in known]
         style: dict[str, Any] = {"marker": "o", "ms": 4, "capsize": 3, "lw": 1, "label": row.name}
         style["color"] = CURVES[i % len(CURVES)]
         if several:
-            axes.errorbar([m for m, _ in known], means, errors, **style)
+            axes.errorbar([line["M"] for line in known], means, errors, **style)
         else:
             axes.errorbar(means, [i] * len(means), xerr=errors, ls="", **style)
     if several:
@@ -291,76 +271,49 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def _line(
-    study: Study, row: Row, num_labeled: int, scores: ScoresByRun, reference: ScoresByRun
-) -> Line:
-    def dice(of: ScoresByRun, run: RunKey) -> float | None:
-        return of[run]["pooled_dice"]["mean"] if run in of else None
-
-    cells = [[RunKey(num_labeled, fold, seed) for seed in study.seeds] for fold in study.folds]
-    runs = [run for cell in cells for run in cell]
-    found = {run: dice(scores, run) for run in runs if run in scores}
-    folds = [mean and mean.mean for mean in (mean_of([*map(found.get, cell)]) for cell in cells)]
-    pairs = [(found.get(run), dice(reference, run)) for run in runs]
-    differences = [None if a is None or b is None else a - b for a, b in pairs]
-    is_reference = row.name == study.table.reference
-    return Line(
-        row,
-        num_labeled,
-        found,
-        tuple(run for run in runs if run in study.runs and run not in scores),
-        mean_of([*map(found.get, runs)]),
-        tuple(folds),
-        None if None in folds else float(np.std(np.array(folds, float))),
-        None if is_reference else mean_of(differences),
-        " or ".join(sorted({scores[run]["checkpoint"] for run in found})),
-    )
-
-
 def _columns(results: Results) -> dict[str, list[str]]:
     """The Markdown's columns by heading; those that would be empty are absent, except for folds."""
     study, lines = results.study, results.lines
-    table = study.table
+    runs = len(study.folds) * len(study.seeds)
+    starred = {row.name for row in study.table.rows if row.beyond}
     folds = {
-        f"Fold {fold + 1}": ["" if x.folds[i] is None else f"{x.folds[i]:.4f}" for x in lines]
-        for i, fold in enumerate(study.folds if table.with_folds else ())
+        f"Fold {fold + 1}": [_number(line[f"fold{fold + 1}"], ".4f") for line in lines]
+        for fold in (study.folds if study.table.with_folds else ())
     }
     columns = {
-        "": [line.row.name + (r" \*" if line.row.beyond else "") for line in lines],
-        "M": [str(line.num_labeled) for line in lines],
+        "": [x["row"] + (r" \*" if x["row"] in starred else "") for x in lines],
+        "M": [str(x["M"]) for x in lines],
         **folds,
-        "Dice": [_with_error(line.mean) for line in lines],
-        "n": [_count(study, line) for line in lines],
-        "Difference": [_with_error(line.difference, sign="+") for line in lines],
-        "Mean(Std)": [_with_std(line) for line in lines],
-        "Paper": [_paper(study, line) or "" for line in lines],
+        "Dice": [_number(x["mean"], ".3f", x["standard_error"]) for x in lines],
+        "n": [str(runs) if x["n"] == runs else f"{x['n']} of {runs}" for x in lines],
+        "Difference": [
+            _number(x["difference"], "+.3f", x["difference_standard_error"]) for x in lines
+        ],
+        "Mean(Std)": [mean_and_std(x["mean"], x["std_over_folds"]) for x in lines],
+        "Paper": [x["paper"] or "" for x in lines],
     }
-    if table.with_parameters and results.parameters:
-        columns["#params"] = [f"{results.parameters[x.row.name] / 1e6:.1f} M" for x in lines]
+    if study.table.with_parameters and all(x["parameters"] for x in lines):
+        columns["#params"] = [f"{x['parameters'] / 1e6:.1f} M" for x in lines]
     return {name: cells for name, cells in columns.items() if any(cells) or name in folds}
 
 
-def _count(study: Study, line: Line) -> str:
-    runs = len(study.folds) * len(study.seeds)
-    return str(runs) if len(line.dice) == runs else f"{len(line.dice)} of {runs}"
-
-
-def _with_error(mean: Mean | None, *, sign: str = "") -> str:
-    if mean is None:
-        return ""
-    error = "" if mean.error is None else f" ± {mean.error:.3f}"
-    return f"{mean.mean:{sign}.3f}{error}"
-
-
-def _with_std(line: Line) -> str:
+def mean_and_std(mean: float | None, std: float | None) -> str:
     """As the appendix prints them, 0.392(.062); nothing where one is missing."""
-    if line.mean is None or line.std is None:
+    if mean is None or std is None:
         return ""
-    return f"{line.mean.mean:.3f}({f'{line.std:.3f}'.removeprefix('0')})"
+    return f"{mean:.3f}({f'{std:.3f}'.removeprefix('0')})"
 
 
-def _paper(study: Study, line: Line) -> str | None:
-    return line.row.paper.get(study.dataset, {}).get(line.num_labeled)
+def _number(value: float | None, digits: str, error: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{value:{digits}}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _missing(results: Results) -> list[str]:
+    study = results.study
+    pairs = itertools.product(study.table.rows, study.runs)
+    return [_place(study, row, run) for row, run in pairs if run not in results.scores[row.name]]
 
 
 def _place(study: Study, row: Row, run: RunKey) -> str:

@@ -75,7 +75,7 @@ def plan_runs(
         faults.append(f"num_labeled: found {listed(too_few, ', ')}, expected 1 or more")
     if faults:
         raise UserError("; ".join(faults))
-    numbers = itertools.product(sorted(num_labeled), sorted(folds), sorted(seeds))
+    numbers = itertools.product(*(sorted(set(given)) for given in (num_labeled, folds, seeds)))
     return tuple(itertools.starmap(RunKey, numbers))
 
 
@@ -120,6 +120,11 @@ def complete_scores(config: Any, workdir: Path) -> Scores | None:
       ValueError: the scores are damaged, or another run's.
     """
     return read_scores(Workdir(workdir)) if has_trained(config, workdir) else None
+
+
+def are_complete(config: Any, root: Path, runs: Sequence[RunKey]) -> bool:
+    """Whether the runs of a config below `root` have trained to their end and have scores."""
+    return all(complete_scores(run_config(config, run), root / run.name) for run in runs)
 
 
 def parse_numbers(flag: str, text: str | None) -> list[int] | None:

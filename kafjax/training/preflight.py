@@ -150,7 +150,7 @@ def with_classes(config: Any) -> Any:
         return config
     try:
         return complete_config(config, open_run_dataset(config))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
         ) from None

@@ -17,7 +17,8 @@ from kafjax.data.input_pipeline import (
     evaluation_batches,
     make_labelled,
 )
-from kafjax.drawing.figures import SegmentedSlice, draw_segmentations, render
+from kafjax.drawing.figures import render
+from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.segmentation_metrics import mean_pooled_dice
 from kafjax.tasks.base import Task
 from kafjax.training.step import TrainState, make_count, own_part, shard, to_host

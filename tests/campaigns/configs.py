@@ -147,7 +147,7 @@ def _checks(accepted: list[ml_collections.ConfigDict], workdir: Path) -> Tally:
     """The check traces a step with its gradients: that it fails on no shape or type."""
     from kafjax.training.preflight import look
 
-    tally = Tally("the check of accepted configs traces a step, or tells why not")
+    tally = Tally("the check of accepted configs traces a step, or reports why not")
     for config in accepted:
         try:
             wrong = [finding.text for finding in look(config, workdir) if finding.wrong]
@@ -163,7 +163,7 @@ def _steps(accepted: list[ml_collections.ConfigDict], settings: Settings, count:
     from kafjax.training.loop import train
     from kafjax.training.preflight import look
 
-    tally = Tally("accepted configs run a step, or the check tells why not")
+    tally = Tally("accepted configs run a step, or the check reports why not")
     for i, config in enumerate(accepted[:count]):
         config.num_steps = 1
         workdir = settings.folder(f"configs/run_{i}")

@@ -132,7 +132,7 @@ def run(settings: Settings) -> Iterator[Tally]:
     optimizer = make_optimizer(config.optimizer)
     update = make_update(task, optimizer)
     state = replicate(init_state(task, optimizer))
-    tally = Tally("degenerate batches: steps without NaN, and what is skipped is counted")
+    tally = Tally("degenerate batches: steps without NaN, skipped items counted")
     names = list(KINDS)
     for i in range(settings.tries(USUAL)):
         name = names[i % len(names)]

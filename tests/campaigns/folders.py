@@ -154,7 +154,7 @@ def _reader(layout: str, raw: Path) -> Reader:
 def run_texts(settings: Settings) -> Iterator[Tally]:
     """What text files say is the same from every system."""
     rng = settings.generator("texts")
-    tally = Tally("Info.cfg, dataset.json and a run's JSON as other systems write them: read alike")
+    tally = Tally("Info.cfg, dataset.json and a run's JSON as other systems write them")
     folder = settings.folder("texts")
     acdc, nnunet = write_acdc(folder / "acdc", 1, size=_SIZE), write_nnunet(folder / "nnunet")
     fields = {"kind": "chd", "classes": ["background", "Herz ä"], "n": 1.5}

@@ -97,7 +97,7 @@ def _keep_listed(case: Case, place: Path) -> Path:
 
 
 def _read_listed(workdirs: list[Path], log: Path) -> Tally:
-    tally = Tally("after each of those kills all checkpoints that are listed can be read")
+    tally = Tally("after each of those kills all listed checkpoints can be read")
     for problem in unreadable(workdirs, log):
         tally.expect(not problem, problem)
     return tally
@@ -107,7 +107,7 @@ def _preparation_kills(folder: Path, rng: np.random.Generator, count: int) -> Ta
     """Kills preparations, with worker processes and without, and finishes each."""
     from data_prep.main import main as prepare
 
-    tally = Tally("SIGKILL in a preparation; finished, it has the same bytes")
+    tally = Tally("SIGKILL in a preparation; resumed, it has the same bytes")
     data = folder / "killed"
     final, expected = data / "phantom/1.0.0", _contents(folder / "data/phantom/1.0.0")
     arguments = ["--dataset", "chd", "--name", "phantom", "--raw_dir", str(folder / "raw")]

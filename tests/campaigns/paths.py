@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+
 from data_prep.nifti import read_nifti
 from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
 
-_LATIN = b"caf\xe9".decode(errors="surrogateescape")  # not UTF-8
+_LATIN = b"\xe9t\xe9".decode(errors="surrogateescape")  # not UTF-8
 NAMES = {
     "many at once": f"[copy] *?**{{0}} gs: a,b 'q\" \\n$HOME 日本🫀 {_LATIN}",
     "brackets": "project [copy]",
@@ -68,6 +70,7 @@ def run(settings: Settings) -> Iterator[Tally]:
             problem = problem or f"written elsewhere: {strange}"
         tally.expect(not problem, f"{what}: {problem}")
         shutil.rmtree(parent)
+        jax.clear_caches()  # or a process has no mappings left for programs after some 20 runs
     yield tally
     yield _refusals(settings, raw)
 

@@ -133,7 +133,7 @@ def _foreign_shards(trial: _Trial, others: list[Path]) -> Tally:
 def _damaged_indices(
     trial: _Trial, rng: np.random.Generator, count: int, others: list[Path]
 ) -> Tally:
-    tally = Tally("a damaged, missing, stale or foreign index is made anew")
+    tally = Tally("a damaged, missing, stale or foreign index is rebuilt")
     kinds = ["flip", "flip", "flip", *sorted(DAMAGES)]
     for i in range(count):
         kind = kinds[i % len(kinds)]
