@@ -26,4 +26,6 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     config.optimizer.update(
         {"learning_rate": 2e-3, "final_learning_rate": 2e-5, "warmup": 0.1}  # of 300 steps or more
     )
+    # Largest components or smallest sizes, where they help on the training volumes.
+    config.postprocess = True
     return config

@@ -26,10 +26,12 @@ from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
 from data_prep.faults import DatasetError, Fault, findings_text, refuse
 from data_prep.flags import make_parser, refuse_stray
+from data_prep.folder import FolderReader, open_folder
 from data_prep.nnunet import NnunetReader, open_nnunet
 from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
+from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
 from kafjax.files import show_any_name, write_text
 
@@ -99,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
         strict=arguments.strict,
+        subjects=None if arguments.subjects is None else read_subjects(arguments.subjects),
     )
     _note(summary.findings)
     print(_describe(summary, name, reader, options))
@@ -140,6 +143,14 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
         return open_nnunet(
             raw_dir,
             channel=arguments.channel,
+            intensity=arguments.intensity,
+            radius=arguments.radius,
+        )
+    if arguments.dataset == FolderReader.kind:
+        return open_folder(
+            raw_dir,
+            arguments.labels,
+            classes=arguments.classes or (),
             intensity=arguments.intensity,
             radius=arguments.radius,
         )

@@ -88,6 +88,8 @@ _SECTIONS = {
 _MEANINGS = {
     "task": "The task; set by the config file.",
     "seed": "Seed of the initial values, the data order and augmentation.",
+    "postprocess": "Keep only the largest component of a class, or none below a size, where it "
+    "raises the class's Dice on the training volumes. Evaluation and prediction apply it.",
     "init_from": "Workdir of a pretraining run or an import that provides the encoder (glcl: "
     "of the `gcl` run).",
     "num_epochs": "Length of the run and of the learning rate schedule.",
@@ -97,6 +99,7 @@ _MEANINGS = {
     "data.patch_size": "Part of a slice that the network sees, pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
+    "data.include_test": "Pretrain on the test set, nnU-Net's `imagesTs`, too.",
     "data.validation": "Names of volumes or subjects to validate on, instead of folds.",
     "data.splits_file": "nnU-Net's `splits_final.json`; `data.fold` selects its fold.",
     "data.num_folds": "Number of folds of the labelled subjects.",

@@ -214,6 +214,12 @@ def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
     return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
 
 
+def volumes_for_test(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes of the test set, in order of name, with labels or without."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name].get("test"))
+
+
 def steps_per_epoch(
     dataset: SliceDataset, batch_size: int, volumes: Sequence[str] | None = None
 ) -> int:

@@ -30,10 +30,13 @@ from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import printable
+from kafjax.inference.evaluation import rules_of_run
+from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
+from kafjax.workdir.workdir import Workdir
 
 # Axes of a slice that test-time mirroring flips.
 _MIRRORS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
@@ -47,11 +50,19 @@ class VolumePredictor:
       predictors: of one or more runs; their probabilities are averaged.
       preparation: of the runs' dataset, see `kafjax.workdir.preparation`.
       mirror: also average over each slice's three mirror images; four times the work.
+      rules: of post-processing, those that all runs have.
     """
 
     predictors: tuple[Predictor, ...]
     preparation: Preparation
     mirror: bool = False
+    rules: Rules = dataclasses.field(default_factory=dict)
+
+    def clear_up(self, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+        """Classes [row, col, slice] after post-processing; `spacing` is mm along each axis."""
+        if not self.rules:
+            return labels
+        return clear_up(labels, self.rules, self.reader.classes[1:], float(np.prod(spacing)))
 
     @property
     def reader(self) -> Reader:
@@ -82,7 +93,13 @@ def load_volume_predictor(
     """
     preparation = _read_preparations(workdirs, data_dir)
     predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    return VolumePredictor(predictors, preparation, mirror)
+    rules = common_rules(
+        [
+            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
+            for workdir, predictor in zip(workdirs, predictors, strict=True)
+        ]
+    )
+    return VolumePredictor(predictors, preparation, mirror, rules)
 
 
 def predict_volume(
@@ -108,7 +125,8 @@ def predict_volume(
       ValueError: the array is not three-dimensional, not finite, or constant.
     """
     volume = _as_volume(array, spacing, volume_id)
-    return np.stack([_classes(p) for p in slice_probabilities(volume, predictor)], axis=-1)
+    found = [_classes(p) for p in slice_probabilities(volume, predictor)]
+    return predictor.clear_up(np.stack(found, axis=-1), spacing)
 
 
 def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
@@ -168,6 +186,7 @@ def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
+    labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
     like = open_header(request.source.image)
     plane = reader.plane(like.affine)
     # Labels last: their presence means that everything is written.

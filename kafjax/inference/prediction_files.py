@@ -8,7 +8,7 @@ import gzip
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from data_prep.entries import (
     unused_folder,
 )
 from data_prep.faults import DatasetError, Fault
+from data_prep.folder import split_name
 from data_prep.nifti import open_header, read_nifti
-from data_prep.nnunet import split_name
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.files import replacing
@@ -109,7 +109,7 @@ def list_requests(
             requests.append(_request(path, name, target, probabilities=probabilities))
         elif not _belongs_to_one_of(path, paths, preparation):
             faults.append(_no_scan(path, preparation))
-    requests = _without_results(requests, len(preparation.get("classes", ())))
+    requests = _without_results(requests, preparation)
     wrong = _wrong_places(requests)
     faults += wrong.values()
     return Listing([request for request in requests if request not in wrong], faults)
@@ -220,8 +220,9 @@ def _probabilities(labels: Path) -> Path:
     return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
 
 
-def _without_results(requests: list[Request], num_classes: int) -> list[Request]:
+def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
     """The requests, except those whose scan is an earlier result on another scan's grid."""
+    values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
     maker = {
         place.resolve(): request
         for request in requests
@@ -232,11 +233,11 @@ def _without_results(requests: list[Request], num_classes: int) -> list[Request]
         request
         for request in requests
         if (made := maker.get(request.source.image.resolve())) is None
-        or not _is_result(request.source.image, made.source.image, num_classes)
+        or not _is_result(request.source.image, made.source.image, values)
     ]
 
 
-def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
+def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
     """Whether a file holds labels or probabilities on a scan's grid."""
     try:
         found, header = open_header(path), open_header(scan)
@@ -244,8 +245,8 @@ def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
             return False
         kind = found.get_data_dtype().newbyteorder("=")
         if kind == np.float32:
-            return found.shape[3:] == (num_classes,)
-        return kind == np.uint8 and read_nifti(path).array.max() < num_classes
+            return found.shape[3:] == (len(values),)
+        return kind.kind == "u" and bool(np.isin(read_nifti(path).array, values).all())
     except DatasetError:
         return False
 

@@ -165,7 +165,7 @@ def _class_legend(classes: Sequence[str]) -> Element:
 
 def _evaluation(run: Run) -> Fields:
     """The evaluation of the first evaluated split: validation if available."""
-    return next(run.evaluations[split] for split in reversed(SPLITS) if split in run.evaluations)
+    return next(run.evaluations[split] for split in SPLITS if split in run.evaluations)
 
 
 def _read_events(path: Path) -> Iterator[Any]:

@@ -165,14 +165,15 @@ _ANYWHERE = {
     "checkpoint.select": _choice(("best", "last")),
 }
 _OPTIONAL = {
-    "pretrain": _ANYWHERE,
-    "local_contrast": _ANYWHERE,
+    "pretrain": {**_ANYWHERE, "data.include_test": _FLAG},
+    "local_contrast": {**_ANYWHERE, "data.include_test": _FLAG},
     "segment": {
         **_ANYWHERE,
         "model.num_classes": _or_none(_integer(2, _MAX_CLASSES)),
         "init_from": _or_none(_TEXT),
         "data.validation": _or_none(_NAMES),
         "data.splits_file": _or_none(_TEXT),
+        "postprocess": _FLAG,
     },
 }
 

@@ -52,6 +52,7 @@ from kafjax.workdir.environment import write_environment
 from kafjax.workdir.metrics import (
     MetricMeans,
     MetricWriter,
+    OnStep,
     read_metrics,
 )
 from kafjax.workdir.preparation import write_preparation
@@ -62,12 +63,15 @@ from kafjax.workdir.workdir import Workdir
 _OF_HOST = ("data.dir", "data.num_threads")
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
+def train(
+    config: Any, workdir: str | os.PathLike[str], *, on_step: OnStep | None = None
+) -> int | None:
     """Trains by `config`, from the workdir's last checkpoint or from scratch.
 
     Args:
       config: see `configs/`.
       workdir: folder of the run's checkpoints, metrics and pictures.
+      on_step: called after each step with its number and the last one's.
 
     Returns:
       None if the run is complete; the signal's number if one stopped it, after a checkpoint.
@@ -85,7 +89,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         folder.check_config(fields)
         split = open_run_split(config, folder, dataset)
         # Before the workdir is created, so a mistake in the config leaves none behind.
-        run = _make_run(config, folder, dataset, split.names)
+        run = _make_run(config, folder, dataset, split.names, on_step)
     check_same("the config", checksum({**flatten(fields), **dict.fromkeys(_OF_HOST)}))
     check_same("the dataset", checksum({**dataset.identity(), **dataset.contents()}))
     check_same("the split", split.digest)
@@ -135,9 +139,12 @@ class _Run(NamedTuple):
     cadence: Cadence
     optimizer: optax.GradientTransformation
     rates: np.ndarray
+    on_step: OnStep | None
 
 
-def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split) -> _Run:
+def _make_run(
+    config: Any, workdir: Workdir, dataset: SliceDataset, split: Split, on_step: OnStep | None
+) -> _Run:
     if "init_from" in config and not workdir.checkpoints.exists():
         check_architecture(config.init_from, config)
     task = TASKS[config.task](config, axis_name=AXIS_NAME)
@@ -153,6 +160,7 @@ def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split
         cadence=Cadence(config.every, num_steps, epoch, has_validation=bool(split.validation)),
         optimizer=make_optimizer(config.optimizer, frozen=task.frozen),
         rates=learning_rates(config.optimizer, schedule_steps),
+        on_step=on_step,
     )
 
 
@@ -251,8 +259,13 @@ def _batch_options(config: Any) -> BatchOptions:
 
 
 def _open_writer(run: _Run, start: int) -> MetricWriter:
-    is_first, num_steps = jax.process_index() == 0, run.cadence.num_steps
-    return MetricWriter(run.workdir, start_step=start, num_steps=num_steps, enabled=is_first)
+    return MetricWriter(
+        run.workdir,
+        start_step=start,
+        num_steps=run.cadence.num_steps,
+        enabled=jax.process_index() == 0,
+        on_step=run.on_step,
+    )
 
 
 def _draw(writer: MetricWriter, step: int, pictures: Mapping[str, np.ndarray]) -> None:

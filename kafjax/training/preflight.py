@@ -22,6 +22,7 @@ from kafjax.data.input_pipeline import (
     labelled_volumes,
     open_dataset,
     steps_per_epoch,
+    volumes_for_test,
 )
 from kafjax.data.patches import count_places
 from kafjax.data.splits import (
@@ -171,15 +172,23 @@ def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunS
 def split_run(config: Any, dataset: SliceDataset) -> Split:
     """The training and validation volumes, by the config's `data` fields.
 
-    Pretraining trains on all volumes. Otherwise the validation volumes are the labelled ones that
+    Volumes of the test set are on neither side. Pretraining trains on all others, and on the test
+    set too if `include_test` is true. Otherwise the validation volumes are the labelled ones that
     `validation` names, those of a fold of `splits_file` (nnU-Net's splits_final.json) or of the
     paper's folds, or none if `fold` is None. `num_labeled` subjects are chosen from the others.
     Equal images count as one subject, except in the paper's protocol, whose folds are fixed.
     """
     data, metadata = config.data, dataset.metadata
+    apart = () if data.get("include_test") else volumes_for_test(dataset)
     if "fold" not in data:
-        return Split(tuple(dataset.volumes), ())
-    volumes = labelled_volumes(dataset)
+        volumes = tuple(name for name in dataset.volumes if name not in apart)
+        if not volumes:
+            raise ValueError(
+                f"{dataset.directory} has no volume but those of its test set; expected others, or "
+                "config.data.include_test=True to pretrain on them"
+            )
+        return Split(volumes, ())
+    volumes = tuple(name for name in labelled_volumes(dataset) if name not in apart)
     equal_images = () if metadata.get("kind") in PAPER_KINDS else metadata.get("equal_images", ())
     common = {
         "num_labeled": data.num_labeled,

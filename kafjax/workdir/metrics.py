@@ -7,7 +7,7 @@ the file equals that of an uninterrupted run.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +17,8 @@ import tqdm
 from kafjax.errors import UserError
 from kafjax.files import read_text, write_text
 from kafjax.workdir.workdir import Workdir
+
+OnStep = Callable[[int, int], None]
 
 
 class MetricMeans:
@@ -80,6 +82,7 @@ class MetricWriter:
       start_step: the step that the run resumes from; later lines of an earlier start are dropped.
       num_steps: the last step, for the progress bar.
       enabled: whether this process writes at all.
+      on_step: called after each step with its number and the last one's.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ class MetricWriter:
         start_step: int,
         num_steps: int,
         enabled: bool = True,
+        on_step: OnStep | None = None,
     ):
         self._enabled = enabled
+        self._on_step = on_step
         if not enabled:
             return
         path = Workdir(workdir).metrics_file
@@ -100,12 +105,16 @@ class MetricWriter:
         board = Workdir(workdir).tensorboard
         self._board = tensorboardX.SummaryWriter(str(board), purge_step=start_step + 1)
         # None: no bar if the output is not a terminal; each log step then prints a line.
+        self._step = start_step
         self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit="step", disable=None)
 
     def advance(self) -> None:
         """Counts one step done."""
         if self._enabled:
             self._bar.update()
+            self._step += 1
+            if self._on_step is not None:
+                self._on_step(self._step, self._bar.total)
 
     def write(self, step: int, metrics: Mapping[str, float], time: Mapping[str, float]) -> None:
         """Writes one line and its scalars."""

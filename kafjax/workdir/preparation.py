@@ -21,7 +21,7 @@ Preparation = dict[str, Any]
 # Common to all kinds of datasets; `data_prep.readers.reader_of` knows the rest.
 _NEEDED = ("kind", "classes", "max_keypoints", "keypoint_selection", "seed")
 # Fields that may differ between datasets with equal preparation.
-_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images")
+_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images", "subjects")
 
 
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:

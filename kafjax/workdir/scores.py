@@ -2,7 +2,8 @@
 
     WORKDIR/evaluation.json             of the selected checkpoint on the validation volumes
     WORKDIR/evaluation_train.json       of the same checkpoint on the training volumes
-    WORKDIR/evaluation[_train]_stepN.json    of another checkpoint
+    WORKDIR/evaluation_test.json        of the same checkpoint on the dataset's test set
+    WORKDIR/evaluation[_train|_test]_stepN.json    of another checkpoint
 
 Scores record their checkpoint, split and run, so they cannot be mistaken for another's.
 """
@@ -15,7 +16,7 @@ from kafjax.files import differences, read_checked
 from kafjax.workdir.split import read_split
 from kafjax.workdir.workdir import Workdir
 
-SPLITS = ("validation", "train")
+SPLITS = ("validation", "train", "test")
 _NEEDED = ("step", "checkpoint", "split", "run", "pooled_dice", "by_class", "by_volume")
 
 Scores = dict[str, Any]
@@ -39,7 +40,7 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
 
     Args:
       workdir: of the run.
-      split: 'validation' or 'train'.
+      split: 'validation', 'train' or 'test'.
 
     Returns:
       The evaluation's results; None if that checkpoint has not been evaluated, or only by kafjax

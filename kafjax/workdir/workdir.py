@@ -6,7 +6,8 @@
     environment.json            the environment of its last start (`kafjax.workdir.environment`)
     metrics.jsonl, tensorboard/ its numbers and pictures (`kafjax.workdir.metrics`)
     checkpoints/<step>/         its states (`kafjax.checkpoint`); damaged/ holds those moved aside
-    evaluation*.json, .csv      its scores (`kafjax.inference.evaluation`)
+    evaluation*.json, .csv      its scores, and volumes*.csv in mm^3 (`kafjax.inference.evaluation`)
+    postprocessing.json         how predictions are cleaned (`kafjax.inference.postprocessing`)
     lock                        the process that trains in the folder (`kafjax.workdir.lock`)
 
 These file names appear in no other module.
@@ -26,7 +27,7 @@ from kafjax.files import differences, flatten, read_checked, write_checked
 from kafjax.paths import expand
 from kafjax.workdir.lock import locked
 
-# Fields that may change when a run is resumed: length, intervals and paths.
+# Fields that may change when a run is resumed: length, intervals, paths and what follows.
 MAY_CHANGE = (
     "num_steps",
     "every.log",
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "checkpoint.select",
     "data.dir",
     "data.num_threads",
+    "postprocess",
 )
 # Filled in from the dataset and the task if the config omits them.
 FROM_DATASET = (
@@ -91,6 +93,11 @@ class Workdir:
     def metrics_file(self) -> Path:
         """The run's metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def postprocessing_file(self) -> Path:
+        """See the module."""
+        return self.path / "postprocessing.json"
 
     @property
     def tensorboard(self) -> Path:
