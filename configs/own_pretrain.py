@@ -19,6 +19,4 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config.data.update({"name": "own", "patch_size": (256, 256)})
     # Whether the volumes of the test set, nnU-Net's imagesTs, are pretrained on too.
     config.data.include_test = False
-    # As fine-tuning, which takes the encoder.
-    config.model.norm = "instance"
     return config

@@ -1,8 +1,8 @@
 """One prepared volume -> one finished TFRecord shard; all shards -> a dataset that tfds opens.
 
 A dataset has one split per volume, one shard per split and one record per slice, in slice order.
-Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds encodes features
-and serialises them as tf.train.Example by itself, and `kafjax.data.records` frames each as a
+Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds itself encodes
+features and serialises them as tf.train.Example, and `kafjax.data.records` frames each as a
 TFRecord. The output does not depend on the time, the host or the worker.
 """
 

@@ -1,7 +1,7 @@
 """`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 a disk or memory that did not suffice: the same command then continues; 70 a fault of ours.
+fault; 1 the disk or memory ran out: rerun the command to resume; 70 a fault of kafjax.
 With `--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, require_extra
 
 if __name__ == "__main__":
-    require_extra("data")  # before the imports of what needs it
+    require_extra("data")  # before the imports that need it
 
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
@@ -190,7 +190,7 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 
 
 def _next_command(summary: Summary, name: str, reader: Reader) -> str:
-    """Pretraining on the dataset, by its own config or by the one for anyone's data."""
+    """The command that pretrains on the dataset, with its own config or `own_pretrain`."""
     known = "phantom" if name == "phantom" else reader.kind
     config = known if known in ("phantom", "chd", "acdc") else "own"
     words = ["kafjax", "train", "--config", f"{config}_pretrain"]

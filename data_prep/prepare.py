@@ -212,8 +212,8 @@ def read_through(
 ) -> tuple[dict[str, T], list[Fault]]:
     """Applies a function to every volume; returns results by id, and faults of the others.
 
-    The function raises `DatasetError` for faults. Raises `PreparationError` where workers died, and
-    any other error as it is.
+    The function raises `DatasetError` for faults. Raises `PreparationError` if workers died, and
+    any other error unchanged.
     """
     found: dict[str, T] = {}
     faults: list[Fault] = []
@@ -310,7 +310,7 @@ def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) 
 
 
 def _failure(failures: Mapping[Path, Exception]) -> Exception:
-    """What to raise for volumes whose files are sound: a fault of ours as it is, named."""
+    """The error to raise for volumes with sound files: our own faults unchanged, with the file."""
     for path, error in failures.items():
         if not isinstance(error, WorkerDied | MemoryError | OSError):
             error.add_note(f"while {path} was prepared")

@@ -77,8 +77,8 @@ _SECTIONS = {
     "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
     "augment": (
         "Augmentation",
-        "Fine-tuning on CHD and phantoms crops slices at random, and changes nothing else: all "
-        "probabilities are 0. `augment` may also be none there, as it was in older runs.",
+        "Fine-tuning on CHD and phantoms only crops slices at random: all probabilities are 0. "
+        "`augment` may also be None there, as in older runs.",
     ),
     "loss": ("Loss", "A loss whose weight is 0 costs nothing."),
     "optimizer": ("Optimiser", ""),
@@ -105,8 +105,8 @@ _MEANINGS = {
     "data.num_folds": "Number of folds of the labelled subjects.",
     "data.max_keypoints": "K, the slots for a slice's keypoints. Default: the dataset's; "
     "another value is an error.",
-    "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
-    "its share of a slice's K, or K where patches hold slices whole.",
+    "data.patch_keypoints": "Slots for the keypoints inside a patch. None: 1.5 times its share of "
+    "a slice's K, or K if patches hold whole slices.",
     "data.radius": "Pixels within which keypoints correspond. Default: the dataset's; "
     "another value is an error.",
     "model.name": "The network (5).",

@@ -6,11 +6,9 @@ import re
 import pytest
 
 from kafjax.config_files import shipped_names
-from kafjax.files import write_checked
 from kafjax.tasks.registry import TASKS
 from kafjax.training.describe import count_parameters
 from kafjax.training.step import make_optimizer
-from kafjax.training.transfer import check_architecture
 
 NAMES = shipped_names()
 
@@ -61,12 +59,3 @@ def test_what_is_set_in_one_config_is_not_set_in_the_next() -> None:
         else:
             config.loss.weights.cnn = 7.0
         assert get_config(method).to_dict() == before
-
-
-def test_own_fine_tuning_takes_the_encoder_of_own_pretraining(tmp_path) -> None:
-    pretraining, finetuning = (
-        importlib.import_module(f"kafjax.configs.own_{task}").get_config()
-        for task in ("pretrain", "finetune")
-    )
-    write_checked(tmp_path / "config.json", pretraining.to_dict())
-    check_architecture(tmp_path, finetuning)

@@ -268,7 +268,10 @@ def test_a_run_keeps_its_split_when_volumes_come_and_is_refused_others(
     capsys.readouterr()
     after = evaluate_run(finetuned, data_dir=tmp_path / "grown", batch_size=1)
     assert after["by_volume"] == before["by_volume"]
-    assert "came after the run began and are no part of it: ct_1999" in capsys.readouterr().out
+    assert (
+        "volumes added after the run started, which are not part of it: ct_1999"
+        in capsys.readouterr().out
+    )
 
     split = read_split(Workdir(finetuned))
     assert split is not None

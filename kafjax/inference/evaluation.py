@@ -4,10 +4,10 @@
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
 pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). `volumes.csv` has
-the classes' volumes in mm^3. The JSON also has the seconds that each volume took, and what they
-were measured on. Every pixel of every slice counts once. Where slices are larger than the patch,
-which the paper crops, they are predicted in tiles (`kafjax.inference.predictor`); where they are
-smaller, the padding does not count.
+the classes' volumes in mm^3. The JSON also has the seconds per volume and the machine that they
+were measured on. Every pixel of every slice counts once. Slices larger than the patch, which the
+paper crops, are predicted in tiles (`kafjax.inference.predictor`); for smaller ones, padding does
+not count.
 """
 
 import csv
@@ -63,13 +63,14 @@ Results = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` finds.
+    """The results of `evaluate`.
 
     Attributes:
       counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
       metrics: for each volume and foreground class, by name, its `ClassMetrics`.
       mm3: for each volume and foreground class, by name, what `count_mm3` gives.
-      seconds: for each volume, of reading, prediction and comparison; the first compiles as well.
+      seconds: for each volume, of reading, prediction and comparison; the first includes
+        compilation.
     """
 
     counts: np.ndarray
@@ -89,8 +90,8 @@ def evaluate(
 
     Args:
       predictor: of the run.
-      dataset: where the volumes are.
-      volumes: names of labelled volumes, in the order in which they are predicted.
+      dataset: contains the volumes.
+      volumes: names of labelled volumes, in the order of prediction.
       rules: of post-processing.
     """
     classes = dataset.classes
@@ -221,18 +222,18 @@ def evaluate_run(
       workdir: of a segmentation run.
       split: 'validation' or 'train', the volumes that the run has recorded, or 'test', the labelled
         volumes of the dataset's test set.
-      step: the checkpoint, a number, 'best' by validation or 'last'; by default what the run's
-        config says. Scores of another one than that have files of their own.
-      data_dir: where the dataset is, if not where the run had it.
+      step: the checkpoint, a number, 'best' by validation or 'last'; by default the run's config's
+        choice. Scores of another step get separate files.
+      data_dir: folder of the dataset, if it has moved since the run.
       batch_size: of prediction; changes the results only by rounding.
       record_split: for runs of kafjax 0.1, which recorded no split: record the one that the config
-        gives for the dataset as it is now.
+        gives for the current dataset.
 
     Returns:
-      What `evaluation.json` holds.
+      The content of `evaluation.json`.
 
     Raises:
-      ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
+      ValueError: workdir, dataset, split or checkpoint are missing or do not match.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -259,7 +260,7 @@ def evaluate_run(
         "checkpoint": how,
         "split": split,
         "run": describe_run(folder, config),
-        # Training and validation volumes that are one scan: the paper's folds of ACDC have such.
+        # Training and validation volumes that are the same scan, as in the paper's folds of ACDC.
         "equal_images": equal_images_across(
             recorded.names, dataset.metadata.get("equal_images", ())
         ),
@@ -282,7 +283,7 @@ def evaluate_run(
         )
         print(f"post-processing: of {name}, {size} only")
     for trained, validated in results["equal_images"]:
-        print(f"\n{validated}, validated on, has the image of {trained}, trained on.")
+        print(f"\nValidation volume {validated} has the same image as training volume {trained}.")
     if later := describe_later(recorded, dataset):
         print(f"\n{later}")
     return results
@@ -301,12 +302,12 @@ def summarize(
 ) -> Results:
     """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
 
-    `chance` is the mean Dice to expect of drawing each pixel's class with the labels' frequencies,
-    which is, for a class, its frequency.
+    `chance` is the expected mean Dice of drawing each pixel's class with the labels' frequencies;
+    for one class it is its frequency.
 
     Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
-    those where neither labels nor prediction have the class, `missed` those where one has it.
-    Numbers that there are not are None.
+    those where neither labels nor prediction have the class, `missed` those where only one does.
+    Missing numbers are None.
     """
     dice = pooled_dice(counts)
     by_class = {}
@@ -342,7 +343,7 @@ def _chance(counts: np.ndarray) -> float:
 
 
 def write_results(results: Results, stem: Path) -> None:
-    """Writes STEM.json and STEM.csv, whole or not at all."""
+    """Writes STEM.json and STEM.csv, each atomically."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["volume", "class", *_METRICS, "empty", "missed"])

@@ -164,7 +164,7 @@ def _class_legend(classes: Sequence[str]) -> Element:
 
 
 def _evaluation(run: Run) -> Fields:
-    """Of the first split that is evaluated, which is validation if that is."""
+    """The evaluation of the first evaluated split: validation if available."""
     return next(run.evaluations[split] for split in SPLITS if split in run.evaluations)
 
 
