@@ -219,8 +219,8 @@ def grid_faults(
     if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
         # Resampling by a wrong header would lose labels and still pass the next check.
         remedy = (
-            f"do not resample it: its shape is right. Lay it on {image_path.name} voxel by "
-            "voxel; if it fits, its header is wrong: save it with {of}'s affine"
+            f"do not resample it: its shape is {of}'s. Lay it on {image_path.name} voxel by "
+            f"voxel; if it fits, its header is wrong: save it with {of}'s affine"
         )
         return [Fault(path, f"its affine differs from {of}'s by up to {apart:.3g} mm", remedy)]
     return []

@@ -54,7 +54,7 @@ def test_unknown_commands_are_one_line_with_the_nearest(
     assert main(["trai", "--config", "x"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trai'; the nearest is train\n"
     assert main(["zzz"]) == 2
-    assert "expected one of prepare, train, " in capsys.readouterr().err
+    assert "expected one of auto, prepare, train, " in capsys.readouterr().err
     assert main(["--version", "--verbose"]) == 2
     assert "found '--verbose', expected --devices or nothing" in capsys.readouterr().err
 

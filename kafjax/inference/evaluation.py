@@ -140,14 +140,14 @@ def rules_of_run(
     Raises:
       ValueError: nothing is recorded, and the run's dataset is not there.
     """
-    config = predictor.config
+    config = workdir.read_config(task="segment")
     if not config.get("postprocess"):
         return {}
     rules = read_rules(workdir, predictor.step)
     if rules is not None:
         return rules
     try:
-        dataset = open_dataset(Path(data_dir or config.data.dir), config.data.name)
+        dataset = open_dataset(Path(data_dir or config["data"]["dir"]), config["data"]["name"])
         names = open_split(workdir, dataset).names.train
     except UserError as error:
         raise UserError(

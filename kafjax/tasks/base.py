@@ -6,7 +6,7 @@ reader when called: losses need only JAX and Flax.
 
 import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -47,12 +47,17 @@ def sample_keys(batch: Batch) -> jax.Array:
 
 def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., Any]:
     """`augment_view` or `augment_pair` with the options of `config.augment`."""
-    transform = augment.AugmentConfig(**config.augment.transform)
+    transform = augment.AugmentConfig(**_ranges(config.augment.transform))
     fields = config.augment.get("intensity")  # absent in runs of older versions
     changes = fields is not None and fields.probability > 0
-    intensity = IntensityConfig(**fields) if changes else None
+    intensity = IntensityConfig(**_ranges(fields)) if changes else None
     mode = config.augment.keypoints
     return functools.partial(function, mode=mode, config=transform, intensity=intensity)
+
+
+def _ranges(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config with ranges as tuples, which a stored config has as lists."""
+    return {n: tuple(v) if isinstance(v, Sequence) else v for n, v in fields.items()}
 
 
 def make_model(config: Any, axis_name: str | None) -> nn.Module:
