@@ -15,22 +15,13 @@ from kafjax.configs import chd_finetune, own_pretrain
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
-<<<<<<< HEAD
-    for field in ("name", "patch_size"):
-        config.data[field] = own_pretrain.get_config().data[field]
-    # Turns of a patient, not any angle, and no mirror: where an organ lies tells what it is.
-    config.augment.transform.update({"spatial_probability": 0.67, "rotation": (-0.5, 0.5)})
-=======
     pretraining = own_pretrain.get_config()
     config.model.num_classes = None
     for field in ("name", "patch_size"):
         config.data[field] = pretraining.data[field]
     config.model.norm = pretraining.model.norm
-    # Rotations as patients turn, not any angle: an organ's position identifies it.
-    config.augment.transform.update(
-        {"mirror_probability": 0.5, "spatial_probability": 0.67, "rotation": (-0.5, 0.5)}
-    )
->>>>>>> main
+    # Rotations as patients turn, not any angle, and no mirrors: an organ's position identifies it.
+    config.augment.transform.update({"spatial_probability": 0.67, "rotation": (-0.5, 0.5)})
     config.augment.intensity.probability = 1.0
     config.loss.weights.dice = 1.0
     config.data.foreground_share = 0.33

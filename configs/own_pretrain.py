@@ -17,4 +17,6 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.data.update({"name": "own", "patch_size": (256, 256)})
+    # Whether the volumes of the test set, nnU-Net's imagesTs, are pretrained on too.
+    config.data.include_test = False
     return config
