@@ -3,8 +3,8 @@
 For each network and image edge: GFLOP and memory of one slice, in float32, from the programs that
 XLA makes of prediction. GFLOP are XLA's own count, two for a multiply-add, of the program with its
 loops over layers unrolled, since XLA counts a loop's body once. Memory is what the compiled program
-plans beside the parameters: temporaries, image and logits. On a GPU the program runs too, and the
-most memory that the device has had in use is told. Swin is the whole swin_unet, with its decoder.
+plans in addition to the parameters: temporaries, image and logits. On a GPU the program also runs,
+and the device's peak memory is reported. Swin is the whole swin_unet, with its decoder.
 Two minutes of one core by default.
 """
 
@@ -72,8 +72,8 @@ class Point:
     edge: int  # pixels
     flop: float
     parameters: int  # bytes, running statistics included
-    memory: int  # bytes beside the parameters
-    measured: float | None = None  # the same on the device, where it tells
+    memory: int  # bytes, without the parameters
+    measured: float | None = None  # the same on the device, if it reports it
 
 
 Curves = dict[Network, list[Point]]
@@ -214,7 +214,7 @@ def make_tables(curves: Curves, num_keypoints: int) -> list[Table]:
     tables = [
         Table("GFLOP to predict a slice, by edge in pixels", ["", *edges], flop),
         Table(
-            "Memory to predict a slice beside the parameters, by edge",
+            "Memory to predict a slice, without the parameters, by edge",
             ["", "parameters", *edges],
             memory,
         ),
@@ -246,7 +246,7 @@ def explain(curves: Curves, num_keypoints: int) -> list[str]:
         f"{_giga(kaf_layer[0])} and {_giga(kaf_layer[1])}; a block of the Swin Transformer "
         f"costs {_giga(swin_layer[0])} and {_giga(swin_layer[1])}, as its windows grow in number.",
         "Not constant: the convolutions, which grow with the pixels as everybody's. All that KAF "
-        f"adds to UNet c2 is {added[0]} GFLOP at {small} pixels and {added[1]} at {large}: beside "
+        f"adds to UNet c2 is {added[0]} GFLOP at {small} pixels and {added[1]} at {large}: next to "
         "attention, the convolution that fuses the keypoints' context with the map.",
         f"Memory is the maps': KAF-UNet's grows from {memory['kaf_unet', 64][0]} to "
         f"{memory['kaf_unet', 64][1]}, UNet c2's from {memory['unet_c2', 0][0]} to "

@@ -2,7 +2,7 @@
 
 The paper's two problems with 64 slices a step, in bfloat16 and in float32 (whose products are TF32
 on both sides), against the peer as it is, with channels_last and autocast, and compiled. Sides are
-called turn about, each peer with ours; a side for which memory does not suffice is told so. Needs
+called turn about, each peer with ours; a side that runs out of memory is reported. Needs
 jax, flax, optax, scipy and torch only. Ends with status 1 where there is no GPU.
 """
 
@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--remat", action="store_true", help="config.model.remat")
     flags.add_argument("--scale", type=int, default=1, help="divides sizes, filters: to try it out")
     flags.add_argument("--turns", type=int, default=5)
-    flags.add_argument(
-        "--allow_cpu", action="store_true", help="go on without a GPU, to try it out"
-    )
+    flags.add_argument("--allow_cpu", action="store_true", help="run without a GPU, to try it out")
     return flags
 
 
@@ -87,7 +85,7 @@ def make_case(problem: str, dtype: str, arguments: argparse.Namespace) -> Case:
 
 
 def compare(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What each side took; ours with every number of microbatches, peers beside the first."""
+    """The results of each side; ours with every number of microbatches, peers next to the first."""
     results: dict[str, Any] = {}
     for n in arguments.num_microbatches:
         ours = dataclasses.replace(case, num_microbatches=n)
@@ -136,7 +134,7 @@ def _facts(side: Worker, times: list[float]) -> dict[str, Any]:
 
 def make_tables(case: Case, compared: dict[str, Any], floor: float) -> list[Table]:
     """Times and memory of all sides; and each side's kernels."""
-    columns = ["", "step", "of kafjax's time beside it", "slices/s", "of the paper floor"]
+    columns = ["", "step", "of kafjax's time next to it", "slices/s", "of the paper floor"]
     table = Table(str(case), [*columns, "peak memory of the device"], [])
     tables = [table]
     for name, facts in compared.items():

@@ -28,10 +28,10 @@ REASONS = {
         "time with K squared; the rest of the network is constant."
     ),
     "num_attention_layers": (
-        "Attention layers: linear in time beside the constant UNet; their activations are "
+        "Attention layers: linear in time on top of the constant UNet; their activations are "
         "rematerialised, so that memory grows by the layers' inputs and parameters alone."
     ),
-    "batch_size": "Batch: linear beside the optimiser and what reads the parameters.",
+    "batch_size": "Batch: linear, on top of the optimiser and other work on the parameters.",
 }
 PICTURE = "growth.png"
 

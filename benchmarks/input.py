@@ -77,7 +77,7 @@ def _table(
     ]
     accelerator = (
         f"The accelerator is one that takes {arguments.step_seconds} s for a batch of "
-        f"{arguments.batch_size} pairs, beside {len(usable_cores())} cores."
+        f"{arguments.batch_size} pairs, with {len(usable_cores())} cores."
     )
     size = arguments.size
     return Table(f"Pairs of {size} x {size} slices", columns, rows, [accelerator, RELEASE_NOTE])

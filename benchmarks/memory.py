@@ -1,6 +1,6 @@
 """How much memory does a training step need, and what does it cost to need less?
 
-Temporaries are what the compiled step needs beside its arguments and results. Rematerialising
+Temporaries are the compiled step's memory in addition to its arguments and results. Rematerialising
 (`config.model.remat`) and microbatches (`config.num_microbatches`) buy memory with time; variants
 are timed turn about.
 """

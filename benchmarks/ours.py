@@ -50,7 +50,7 @@ class TrainingStep:
 
     Attributes:
       facts: seconds of `init` and of `compile`; `temporaries`, bytes that the compiled step needs
-        beside its arguments and results.
+        in addition to its arguments and results.
     """
 
     def __init__(self, case: Case):
@@ -114,7 +114,7 @@ def make_profiled_side(case: Case) -> Side:
 
 
 def device_peak() -> float:
-    """Most bytes of device memory ever in use, or NaN where the device does not tell."""
+    """Peak bytes of device memory, or NaN if the device does not report it."""
     statistics = jax.local_devices()[0].memory_stats()
     return float((statistics or {}).get("peak_bytes_in_use", jnp.nan))
 

@@ -60,7 +60,7 @@ def write_phantoms(folder: Path, num_volumes: int, size: tuple[int, int, int]) -
 
 
 def prepare(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) -> dict[str, float]:
-    """What `make_side` tells, of a fresh process."""
+    """The results of `make_side` in a new process."""
     maker = ("benchmarks.preparation:make_side", raw_dir, out, num_keypoints, num_workers)
     with workers({"preparation": maker}) as sides:
         return sides["preparation"].ask("prepare")
@@ -69,8 +69,8 @@ def prepare(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) -> d
 def make_side(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) -> Side:
     """The side that prepares once; it imports before, as the time for that is not measured.
 
-    Its call tells `seconds`, `cpu` seconds of all processes' cores, `slices`, and `peak`, the most
-    bytes that one process had in memory.
+    Its call returns `seconds`, `cpu` seconds of all processes' cores, `slices`, and `peak`, the
+    most bytes that one process had in memory.
     """
     from benchmarks.workers import peak_memory
     from data_prep.builder import Options
@@ -96,7 +96,7 @@ def make_side(raw_dir: Path, out: Path, num_keypoints: int, num_workers: int) ->
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and its finished children."""
     return sum(os.times()[:4])
 
 

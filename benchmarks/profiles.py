@@ -32,7 +32,7 @@ def top_kernels(events: Iterable[tuple[str, float]], steps: int, count: int = 10
 
 
 def profile_jax(step: Callable[[], Any], steps: int = 2) -> list[Kernel]:
-    """Top kernels of calls of a JAX step on a GPU; none where its profiler tells of none."""
+    """Top kernels of calls of a JAX step on a GPU; empty if its profiler reports none."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Results: the machine and versions beside every number, as JSON and Markdown."""
+"""Results with the machine and versions, as JSON and Markdown."""
 
 import datetime
 import importlib.metadata

@@ -92,7 +92,7 @@ def _wait_for(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 def temporaries(call: functools.partial) -> int:
-    """Bytes that a compiled call needs beside its arguments and results."""
+    """Bytes that a compiled call needs in addition to its arguments and results."""
     return int(call.args[0].memory_analysis().temp_size_in_bytes)
 
 

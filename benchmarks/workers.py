@@ -1,7 +1,7 @@
 """The protocol: each side in a fresh process, called turn about, medians of paired calls.
 
-A fresh process gives each side its own memory (so that its peak can be told), its own start, and
-the C library's settings, which only a process's start can change. In its turn a side makes each
+A fresh process gives each side its own memory (so that its peak can be measured), its own start,
+and the C library's settings, which only a process's start can change. In its turn a side makes each
 call twice, and the second is timed: a call after idling is slower, for XLA by up to 40 %. A long
 call is made once; where there are shorter ones too, they come before it.
 """
@@ -43,7 +43,7 @@ class SideError(RuntimeError):
 
 
 class Worker:
-    """A process that makes a side and then waits to be told what to call."""
+    """A process that makes a side and then waits for calls."""
 
     def __init__(self, make: str, *args: Any, environment: Mapping[str, str] = {}):
         """Starts making the side that `make`, 'module:function', gives for the arguments."""

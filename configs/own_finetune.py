@@ -15,11 +15,9 @@ from kafjax.configs import chd_finetune, own_pretrain
 def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     """Fine-tuning of the pretraining run, or the same without it (`scratch`)."""
     config = chd_finetune.get_config(start)
-    pretraining = own_pretrain.get_config()
     config.model.num_classes = None
     for field in ("name", "patch_size"):
-        config.data[field] = pretraining.data[field]
-    config.model.norm = pretraining.model.norm
+        config.data[field] = own_pretrain.get_config().data[field]
     # Rotations as patients turn, not any angle, and no mirrors: an organ's position identifies it.
     config.augment.transform.update({"spatial_probability": 0.67, "rotation": (-0.5, 0.5)})
     config.augment.intensity.probability = 1.0
@@ -28,4 +26,6 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
     config.optimizer.update(
         {"learning_rate": 2e-3, "final_learning_rate": 2e-5, "warmup": 0.1}  # of 300 steps or more
     )
+    # Largest components or smallest sizes, where they help on the training volumes.
+    config.postprocess = True
     return config

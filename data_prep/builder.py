@@ -1,8 +1,8 @@
 """One prepared volume -> one finished TFRecord shard; all shards -> a dataset that tfds opens.
 
 A dataset has one split per volume, one shard per split and one record per slice, in slice order.
-Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds encodes features
-and serialises them as tf.train.Example by itself, and `kafjax.data.records` frames each as a
+Keypoints are (row, col) in pixels of their slice. TensorFlow is not needed: tfds itself encodes
+features and serialises them as tf.train.Example, and `kafjax.data.records` frames each as a
 TFRecord. The output does not depend on the time, the host or the worker.
 """
 
@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from data_prep import sift
 from data_prep.faults import DatasetError, Fault
 from data_prep.findings import equal_images, planes
+from data_prep.subjects import subjects_of
 from data_prep.volumes import Facts, Prepared, Reader, Source
 from kafjax.data.records import masked_crc32c, records_digest, write_index
 from kafjax.errors import UserError
@@ -171,11 +172,15 @@ def write_shard(
 
 
 def write_dataset_files(
-    directory: Path, plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]
+    directory: Path,
+    plan: Plan,
+    shards: list[WrittenShard],
+    sources: list[Source],
+    facts: Mapping[str, Facts],
 ) -> None:
     """Turns a folder of finished shards into a dataset: writes tfds' JSON files and the index.
 
-    `facts` of the volumes, by id, provide the records about the whole dataset.
+    `sources` and `facts` are of the same volumes, the latter by id.
     """
     template = tfds.core.ShardedFileTemplate(
         data_dir=plain(directory), dataset_name=plan.name, filetype_suffix="tfrecord"
@@ -197,12 +202,16 @@ def write_dataset_files(
         check_data=False,
         description="Slices of medical volumes with SIFT keypoints and their correspondences.",
         disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(_metadata(plan, shards, facts)),
+        metadata=tfds.core.MetadataDict(_metadata(plan, shards, sources, facts)),
     )
     write_index(directory)
 
 
-def _metadata(plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]) -> Metadata:
+def _metadata(
+    plan: Plan, shards: list[WrittenShard], sources: list[Source], facts: Mapping[str, Facts]
+) -> Metadata:
+    tests = {source.id for source in sources if source.test}
+    subjects = subjects_of(sources)
     volumes = {
         shard.volume_id: {
             "sources": shard.sources,
@@ -213,6 +222,7 @@ def _metadata(plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]
             "reach": shard.reach,
             "plane": facts[shard.volume_id].plane,
             **({} if shard.case is None else {"case": shard.case}),
+            **({"test": True} if shard.volume_id in tests else {}),
         }
         for shard in shards
     }
@@ -221,6 +231,7 @@ def _metadata(plan: Plan, shards: list[WrittenShard], facts: Mapping[str, Facts]
         **plan.parameters,
         "planes": planes(facts.values()),
         "equal_images": equal_images(facts.values()),
+        **({"subjects": subjects} if subjects else {}),
         "volumes": volumes,
     }
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 from data_prep import sift
 from data_prep.acdc import PIXEL
 from data_prep.builder import Options
+from data_prep.folder import DEFAULT_RADIUS
 from data_prep.intensity import Intensity
-from data_prep.nnunet import DEFAULT_RADIUS
 from data_prep.readers import KINDS
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
@@ -19,23 +19,33 @@ layouts:
   chd      RAW/ct_1001_image.nii.gz, RAW/ct_1001_label.nii.gz, ...; numbers may have gaps
   acdc     RAW/patient001/Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz, ...,
            also in RAW/training and RAW/testing; resampled to 1.25 mm in plane
+  folder   RAW/anna.nii.gz, RAW/ben.nii.gz, ... and, of the same names, --labels LABELS/anna.nii.gz;
+           volumes without labels serve for pretraining
   nnunet   RAW/dataset.json, RAW/imagesTr/case_0000.nii.gz, RAW/labelsTr/case.nii.gz, ...;
-           volumes without labels, and those of RAW/imagesTs, serve for pretraining
+           volumes without labels serve for pretraining; RAW/imagesTs and RAW/labelsTs are for tests
   phantom  synthetic subjects in the chd layout, written to RAW first
 
 examples:
   kafjax prepare --dataset phantom --num_subjects 6 --size 128x128x24
   kafjax prepare --dataset acdc --raw_dir ACDC/database/training --check
   kafjax prepare --dataset nnunet --raw_dir Dataset005_Prostate --name prostate
+  kafjax prepare --dataset folder --raw_dir scans --labels labels --classes liver,tumour --name own
 
 Rerun an interrupted command to finish it.
 """
 
-# Flags of one dataset only, with their defaults there.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "acdc": {"cine": False, "pixel_spacing": PIXEL},
-    "nnunet": {"channel": None, "intensity": None, "radius": None},
-    "phantom": {"num_subjects": 6, "size": (256, 256, 40)},
+# Flags of some datasets only, with their defaults there.
+_OWN = ("folder", "nnunet")
+_DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "cine": (("acdc",), False),
+    "pixel_spacing": (("acdc",), PIXEL),
+    "labels": (("folder",), None),
+    "classes": (("folder",), None),
+    "channel": (("nnunet",), None),
+    "intensity": (_OWN, None),
+    "radius": (_OWN, DEFAULT_RADIUS),
+    "num_subjects": (("phantom",), 6),
+    "size": (("phantom",), (256, 256, 40)),
 }
 
 
@@ -56,13 +66,13 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_stray(arguments: argparse.Namespace) -> None:
     """Fills in defaults of the dataset's own flags; raises `ValueError` for another dataset's."""
     stray = []
-    for dataset, flags in _DEFAULTS.items():
-        for flag, default in flags.items():
-            given = getattr(arguments, flag) is not None
-            if given and dataset != arguments.dataset:
-                stray.append(f"--{flag} is for --dataset {dataset}, not {arguments.dataset}")
-            if not given:
-                setattr(arguments, flag, default)
+    for flag, (datasets, default) in _DEFAULTS.items():
+        given = getattr(arguments, flag) is not None
+        if given and arguments.dataset not in datasets:
+            expected = " or ".join(datasets)
+            stray.append(f"--{flag} is for --dataset {expected}, not {arguments.dataset}")
+        if not given:
+            setattr(arguments, flag, default)
     if arguments.json is not None and not arguments.check:
         stray.append("--json is for --check")
     if stray:
@@ -84,6 +94,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",
+    )
+    add(
+        "--subjects",
+        type=path_argument,
+        metavar="FILE",
+        help="CSV or TSV with columns volume and subject, where a subject has several volumes",
     )
     add(
         "--name",
@@ -152,15 +168,26 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MM",
         help=f"edge of the resampled pixels (default: {PIXEL:g}, the paper's)",
     )
+    folder = parser.add_argument_group("folder")
+    folder.add_argument(
+        "--labels", type=path_argument, metavar="DIR", help="folder of the scans' labels"
+    )
+    folder.add_argument(
+        "--classes",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B,...",
+        help="names of the labels' numbers, ascending, without 0 (default: class_1,class_2,...)",
+    )
     nnunet = parser.add_argument_group("nnunet")
     nnunet.add_argument("--channel", help="number or name in dataset.json (default: 0)")
-    nnunet.add_argument(
+    own = parser.add_argument_group("folder and nnunet")
+    own.add_argument(
         "--intensity",
         choices=get_args(Intensity),
         help="ct: clip to the 1st and 99th percentile of a volume; zscore: leave as it is "
-        "(default: ct if the channel is named CT, else zscore)",
+        "(default: ct if the channel is named CT or, in a folder, values fall below -200)",
     )
-    nnunet.add_argument(
+    own.add_argument(
         "--radius",
         type=int,
         metavar="PX",

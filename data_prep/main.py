@@ -1,7 +1,7 @@
 """`kafjax prepare`: prepares a raw dataset for training, or phantoms to try things on.
 
 Exit status: 0 done or already done; 2 a mistake in the command or in the raw files, one line per
-fault; 1 a disk or memory that did not suffice: the same command then continues; 70 a fault of ours.
+fault; 1 the disk or memory ran out: rerun the command to resume; 70 a fault of kafjax.
 With `--check` nothing is prepared: 0 the raw files are sound, 2 they have faults.
 """
 
@@ -19,17 +19,19 @@ from tqdm import tqdm
 from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, require_extra
 
 if __name__ == "__main__":
-    require_extra("data")  # before the imports of what needs it
+    require_extra("data")  # before the imports that need it
 
 from data_prep.acdc import AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
 from data_prep.faults import DatasetError, Fault, findings_text, refuse
 from data_prep.flags import make_parser, refuse_stray
+from data_prep.folder import FolderReader, open_folder
 from data_prep.nnunet import NnunetReader, open_nnunet
 from data_prep.phantom.subjects import write_subjects
 from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
+from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
 from kafjax.files import show_any_name, write_text
 
@@ -99,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
         strict=arguments.strict,
+        subjects=None if arguments.subjects is None else read_subjects(arguments.subjects),
     )
     _note(summary.findings)
     print(_describe(summary, name, reader, options))
@@ -143,6 +146,14 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             intensity=arguments.intensity,
             radius=arguments.radius,
         )
+    if arguments.dataset == FolderReader.kind:
+        return open_folder(
+            raw_dir,
+            arguments.labels,
+            classes=arguments.classes or (),
+            intensity=arguments.intensity,
+            radius=arguments.radius,
+        )
     if arguments.dataset == AcdcReader.kind:
         return AcdcReader(cine=bool(arguments.cine), pixel_spacing=arguments.pixel_spacing)
     kind = "chd" if arguments.dataset == "phantom" else arguments.dataset  # phantoms are like CHD
@@ -179,7 +190,7 @@ def _describe(summary: Summary, name: str, reader: Reader, options: Options) -> 
 
 
 def _next_command(summary: Summary, name: str, reader: Reader) -> str:
-    """Pretraining on the dataset, by its own config or by the one for anyone's data."""
+    """The command that pretrains on the dataset, with its own config or `own_pretrain`."""
     known = "phantom" if name == "phantom" else reader.kind
     config = known if known in ("phantom", "chd", "acdc") else "own"
     words = ["kafjax", "train", "--config", f"{config}_pretrain"]

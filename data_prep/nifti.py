@@ -52,7 +52,7 @@ class Nifti:
 def read_nifti(path: Path, *, frame: int | None = None) -> Nifti:
     """Reads a `.nii` or `.nii.gz` of three dimensions, or one frame (from 0) of a 4-d one.
 
-    A compressed file is read to its end first, so that its checksum is verified: nibabel by itself
+    A compressed file is read to its end first, so that its checksum is verified: nibabel alone
     accepts most damaged files. The content, not the name, decides whether it is compressed. Headers
     that nibabel would repair or warn about are either faults or sound (`nifti_header`). Integers
     stay integers; a scaled file whose values are all whole becomes int16 or int32, any other

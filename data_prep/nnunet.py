@@ -3,16 +3,15 @@
     RAW/dataset.json                     channel_names, labels, file_ending
     RAW/imagesTr/case_0000.nii.gz        the case's channel 0; case_0001.nii.gz its channel 1, ...
     RAW/labelsTr/case.nii.gz             its labels, which are optional
-    RAW/imagesTs/other_0000.nii.gz       further volumes, without labels
+    RAW/imagesTs/other_0000.nii.gz       the test set, which runs train on only if asked to
+    RAW/labelsTs/other.nii.gz            its labels, which are optional
 
 One channel of a case makes a volume. Source of the layout: nnU-Net's documentation of its dataset
 format (Isensee et al., Nature Methods 2021). Neighbours follow the CHD rule of the KAF paper, and
 so do CT intensities; those of other channels are not clipped.
 """
 
-import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Container, Mapping
@@ -20,32 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.entries import SCAN_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
-from data_prep.intensity import INTENSITIES, Intensity
-from data_prep.nifti import Plane, slice_plane
-from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume
+from data_prep.folder import DEFAULT_RADIUS, OwnReader, split_name
+from data_prep.intensity import Intensity
+from data_prep.volumes import MAX_CLASSES, Source
 from kafjax.errors import UserError
 
-DEFAULT_RADIUS = 20
 _FILE = "dataset.json"
-_LONGEST_NAME = 120
-_IMAGES, _LABELS = ("imagesTr", "imagesTs"), "labelsTr"
+_PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
+_LAYOUT = (_FILE, *(name for part in _PARTS for name in part))
 _EXPECTED = "imagesTr/<case>_0000.nii.gz"
 _CONVERT = "nnUNetv2_convert_MSD_dataset and nnUNetv2_convert_old_nnUNet_dataset write version 2"
 
 
 @dataclass(frozen=True)
-class NnunetReader(Reader):
+class NnunetReader(OwnReader):
     """One channel of a dataset; `faults` are those of its `dataset.json`, which `find` reports."""
 
-    classes: tuple[str, ...]
-    radius: int = DEFAULT_RADIUS
     channel: int = 0
     channel_name: str = ""
-    intensity: Intensity = "zscore"
     ending: str = SCAN_ENDINGS[0]
     num_channels: int = 1
     faults: tuple[Fault, ...] = ()
@@ -55,23 +48,8 @@ class NnunetReader(Reader):
     @property
     def facts(self) -> dict[str, Any]:
         """The channel and its intensity preparation."""
-        return {
-            "channel": self.channel,
-            "channel_name": self.channel_name,
-            "intensity": self.intensity,
-        }
-
-    def plane(self, affine: np.ndarray) -> Plane:
-        """The plane across the coarsest axis; axial if no axis is far coarser."""
-        return slice_plane(affine)
-
-    def reach(self, num_slices: int) -> int:
-        """5 % of the slices, as in CHD."""
-        return max(1, num_slices // 20)
-
-    def prepare(self, volume: Volume) -> Prepared:
-        """Clips CT to its 1st and 99th percentile; leaves other channels unchanged."""
-        return INTENSITIES[self.intensity](volume)
+        channel = {"channel": self.channel, "channel_name": self.channel_name}
+        return {**channel, **super().facts}
 
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
         """The cases of both folders of images, by name."""
@@ -79,13 +57,12 @@ class NnunetReader(Reader):
         if self.ending not in SCAN_ENDINGS or not raw_dir.is_dir():
             return [], faults
         faults += _outside(raw_dir)
-        labels, broken, more = self._find_labels(raw_dir)
-        faults += more
         sources: list[Source] = []
         cases: dict[str, Path] = {}
-        for folder in _IMAGES:
-            images, unread, more = self._find_images(raw_dir / folder, labels)
-            faults += more
+        for images_name, labels_name in _PARTS:
+            labels, broken, more = self._find_labels(raw_dir, labels_name)
+            images, unread, more_of_images = self._find_images(raw_dir / images_name, labels)
+            faults += more + more_of_images
             broken |= unread
             for case, path in images.items():
                 if case in cases:
@@ -93,14 +70,15 @@ class NnunetReader(Reader):
                     continue
                 id = split_name(case)
                 own_name = None if id == case else case
-                source = Source(id, path, labels.get(case), case=own_name)
+                is_test = images_name == _PARTS[1][0]
+                source = Source(id, path, labels.get(case), case=own_name, test=is_test)
                 if path.exists() and not broken & {*source.files}:
                     sources.append(source)
+            for case in sorted(labels.keys() - images.keys()):
+                faults.append(self._without_image(labels, case, images, images_name))
             cases = images | cases
         if not cases and not any(fault.stops for fault in faults):
             faults.append(Fault(raw_dir, "holds no volume", f"expected {_EXPECTED}"))
-        for case in sorted(labels.keys() - cases.keys()):
-            faults.append(self._without_image(labels, case, cases))
         return sorted(sources, key=lambda source: source.id), faults
 
     def _find_images(
@@ -142,10 +120,12 @@ class NnunetReader(Reader):
         broken = entries.broken | frozenset(nameless.values())
         return nameless | chosen, broken, faults
 
-    def _find_labels(self, raw_dir: Path) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
+    def _find_labels(
+        self, raw_dir: Path, name: str
+    ) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
         """Labels by case, the unreadable ones, and faults."""
-        folder = raw_dir / _LABELS
-        for images in _IMAGES:
+        folder = raw_dir / name
+        for images, _ in _PARTS:
             if (
                 folder.is_dir()
                 and (raw_dir / images).is_dir()
@@ -169,10 +149,10 @@ class NnunetReader(Reader):
         return labels, entries.broken, faults
 
     def _without_image(
-        self, labels: Mapping[str, Path], case: str, cases: Mapping[str, Path]
+        self, labels: Mapping[str, Path], case: str, cases: Mapping[str, Path], folder: str
     ) -> Fault:
         """The fault of a label without an image, with the image of the nearest name."""
-        found, remedy = f"has no image in {_IMAGES[0]}", "add it, or move this file away"
+        found, remedy = f"has no image in {folder}", "add it, or move this file away"
         near = max((other for other in cases if case.startswith(other)), key=len, default=None)
         if near is not None:
             image = cases[near]
@@ -220,32 +200,10 @@ def open_nnunet(
     )
 
 
-def split_name(case: str) -> str:
-    """A unique split name for a case: letters, digits and underscores.
-
-    Every other character, and an underscore before an x, becomes `_x<code point, hexadecimal>_`;
-    most names do not change. The first character of a name that tfds reserves or refuses is escaped
-    as well. A name longer than 120 ends in a digest, because it is part of file names.
-    """
-    special = case == "all" or not re.search("[A-Za-z0-9]", case)
-    first = _escape(case[0]) if special else ""
-    name = first + re.sub(
-        "[^A-Za-z0-9_]|_(?=x)", lambda match: _escape(match[0]), case[1:] if special else case
-    )
-    if len(name) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(os.fsencode(case)).hexdigest()[:16]
-    return f"{name[: _LONGEST_NAME - len(digest) - 1]}_{digest}"
-
-
-def _escape(character: str) -> str:
-    return f"_x{ord(character):x}_"
-
-
 def _outside(raw_dir: Path) -> list[Fault]:
     """Faults and findings about everything next to the layout's own entries."""
-    layout = f"{_FILE}, {', '.join((*_IMAGES, _LABELS))}"
-    entries = list_entries(raw_dir, used=(_FILE, *_IMAGES, _LABELS))
+    layout = ", ".join(_LAYOUT)
+    entries = list_entries(raw_dir, used=_LAYOUT)
     faults = [*entries.faults, *misplaced(entries.scans, layout)]
     return faults + [unused_folder(path, layout) for path in entries.folders]
 

@@ -26,6 +26,7 @@ from data_prep import builder
 from data_prep.builder import Options, Plan, WrittenShard
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
+from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, inspect
 from data_prep.workers import WorkerDied, map_in_processes
 from kafjax.data.records import load_index
@@ -80,18 +81,21 @@ def prepare_dataset(
     num_workers: int,
     overwrite: bool = False,
     strict: bool = False,
+    subjects: Mapping[str, str] | None = None,
 ) -> Summary:
     """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, unless already prepared.
 
     The same sources and options give the same bytes for any `num_workers` (0: in this process) and
-    after any interruption. With `strict` findings are faults. Raises `DatasetError` with every
-    fault and finding of the raw files if at least one is a fault; `ValueError` if another dataset
-    is in its place and `overwrite` is false, or another process is preparing it; `PreparationError`
-    if workers died; `OSError` if writing fails.
+    after any interruption. With `strict` findings are faults. `subjects` is a table by the volumes'
+    names (`data_prep.subjects`). Raises `DatasetError` with every fault and finding of the raw
+    files if at least one is a fault; `ValueError` if another dataset is in its place and
+    `overwrite` is false, or another process is preparing it; `PreparationError` if workers died;
+    `OSError` if writing fails.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
-    faults = sort_faults([*faults, *_long_names(name, sources)], strict=strict)
+    sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
+    faults = sort_faults([*faults, *unknown, *_long_names(name, sources)], strict=strict)
     stopped = any(fault.stops for fault in faults)
     if not stopped and place.final.exists() and any(place.final.iterdir()):
         differences = _differences(place.final, reader, sources, options)
@@ -113,7 +117,7 @@ def prepare_dataset(
     with _lock(place.preparing):
         plan = _plan(name, reader, options, facts)
         shards = _prepare_volumes(plan, sources, facts, place, num_workers)
-        _publish(plan, shards, facts, place)
+        _publish(plan, shards, sources, facts, place)
     return Summary(
         directory=place.final,
         already_prepared=False,
@@ -139,12 +143,20 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
         **reader.facts,
         **dataclasses.asdict(options),
     }
+    if (subjects := subjects_of(sources)) or "subjects" in found:
+        asked["subjects"] = subjects or None
     differences = [
         f"{key}: {found.get(key)} there, {value} asked for"
         for key, value in asked.items()
         if found.get(key) != value
     ]
-    there = {id: volume["sources"] for id, volume in found.get("volumes", {}).items()}
+    volumes = found.get("volumes", {})
+    differences += [
+        f"{source.id}: {'is' if source.test else 'is not'} in the test set now"
+        for source in sources
+        if source.id in volumes and volumes[source.id].get("test", False) != source.test
+    ]
+    there = {id: volume["sources"] for id, volume in volumes.items()}
     sha256 = functools.cache(_sha256)  # a cine's frames share their file
     here = {source.id: {p.name: sha256(p) for p in source.files} for source in sources}
     return differences + [
@@ -200,8 +212,8 @@ def read_through(
 ) -> tuple[dict[str, T], list[Fault]]:
     """Applies a function to every volume; returns results by id, and faults of the others.
 
-    The function raises `DatasetError` for faults. Raises `PreparationError` where workers died, and
-    any other error as it is.
+    The function raises `DatasetError` for faults. Raises `PreparationError` if workers died, and
+    any other error unchanged.
     """
     found: dict[str, T] = {}
     faults: list[Fault] = []
@@ -298,7 +310,7 @@ def _raise_failures(failures: dict[str, Exception], sources: dict[str, Source]) 
 
 
 def _failure(failures: Mapping[Path, Exception]) -> Exception:
-    """What to raise for volumes whose files are sound: a fault of ours as it is, named."""
+    """The error to raise for volumes with sound files: our own faults unchanged, with the file."""
     for path, error in failures.items():
         if not isinstance(error, WorkerDied | MemoryError | OSError):
             error.add_note(f"while {path} was prepared")
@@ -307,13 +319,17 @@ def _failure(failures: Mapping[Path, Exception]) -> Exception:
 
 
 def _publish(
-    plan: Plan, shards: list[WrittenShard], facts: dict[str, Facts], place: _Place
+    plan: Plan,
+    shards: list[WrittenShard],
+    sources: list[Source],
+    facts: dict[str, Facts],
+    place: _Place,
 ) -> None:
     """Completes the folder of shards and moves it to its final place."""
     wanted = {shard.file for shard in shards}
     for leftover in [path for path in place.dataset.iterdir() if path.name not in wanted]:
         leftover.unlink()
-    builder.write_dataset_files(place.dataset, plan, shards, facts)
+    builder.write_dataset_files(place.dataset, plan, shards, sources, facts)
     sync_tree(place.dataset)
     if place.final.exists():
         shutil.rmtree(place.final)

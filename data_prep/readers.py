@@ -5,16 +5,17 @@ from typing import Any
 
 from data_prep.acdc import PIXEL, AcdcReader
 from data_prep.chd import ChdReader
+from data_prep.folder import FolderReader
 from data_prep.nnunet import NnunetReader
 from data_prep.volumes import Reader
 from kafjax.errors import UserError
 from kafjax.registry import Registry
 
-# Datasets with fixed rules; nnU-Net's rules are in the folder's own description.
+# Datasets with fixed rules; the others' rules depend on the folder's content.
 READERS: Registry[Reader] = Registry(
     {reader.kind: reader for reader in (AcdcReader(), ChdReader())}
 )
-KINDS = (*READERS, NnunetReader.kind)
+KINDS = (*READERS, FolderReader.kind, NnunetReader.kind)
 
 
 def reader_of(metadata: Mapping[str, Any]) -> Reader:
@@ -23,14 +24,13 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
     Raises `ValueError` for an unknown kind of dataset.
     """
     kind = str(metadata.get("kind"))
-    if kind == NnunetReader.kind:
-        return NnunetReader(
-            classes=tuple(metadata["classes"]),
-            radius=metadata["radius"],
-            channel=metadata["channel"],
-            channel_name=metadata["channel_name"],
-            intensity=metadata["intensity"],
-        )
+    if kind in (FolderReader.kind, NnunetReader.kind):
+        own = {name: metadata[name] for name in ("radius", "intensity")}
+        own["classes"] = tuple(metadata["classes"])
+        if kind == FolderReader.kind:
+            return FolderReader(**own, label_values=tuple(metadata["label_values"]))
+        channel = {name: metadata[name] for name in ("channel", "channel_name")}
+        return NnunetReader(**own, **channel)
     if kind == AcdcReader.kind:
         return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:

@@ -31,6 +31,8 @@ class Source:
     label: Path | None = None
     frame: int | None = None  # of a 4-d image, from 0
     case: str | None = None  # the volume's own name if it differs from `id`
+    subject: str | None = None  # the patient, if the user names one
+    test: bool = False  # in the test set, which runs train on only if asked to
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -117,6 +119,10 @@ class Reader(abc.ABC):
             )
         return raw.astype(np.uint8)
 
+    def raw_labels(self, classes: np.ndarray) -> np.ndarray:
+        """Classes, uint8, to the numbers that label files have for them."""
+        return classes
+
     def read(self, source: Source) -> Volume:
         """Reads and checks one volume. Raises `DatasetError` with all its faults."""
         files, faults = _read_all(source)
@@ -126,7 +132,10 @@ class Reader(abc.ABC):
         classes = None
         if label is not None and source.label is not None:
             if image is not None:
-                faults += _partner_faults(source.image, image, source.label, label)
+                if image.sha256 == label.sha256:
+                    faults.append(Fault(source.label, "is the image itself", "expected its labels"))
+                else:
+                    faults += grid_faults(source.image, image, source.label, label)
             classes, label_faults = self._classes(source.label, label)
             faults += label_faults
         if faults or image is None:
@@ -135,7 +144,7 @@ class Reader(abc.ABC):
         return _volume(source, image, classes, self.plane(image.affine), sha256)
 
     def _classes(self, path: Path, label: Nifti) -> tuple[np.ndarray | None, list[Fault]]:
-        found = _label_problem(label.array)
+        found = label_problem(label.array)
         if not found:
             try:
                 return self.map_labels(label.array), []
@@ -193,11 +202,12 @@ def _image_faults(source: Source, image: Nifti) -> list[Fault]:
     return []
 
 
-def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) -> list[Fault]:
-    if image.sha256 == label.sha256:
-        return [Fault(path, "is the image itself", "expected its labels")]
+def grid_faults(
+    image_path: Path, image: Nifti, path: Path, label: Nifti, *, of: str = "the image"
+) -> list[Fault]:
+    """Why labels do not lie on the grid of an image, or of other labels, by shape and affine."""
     if image.array.shape != label.array.shape:
-        found = f"shape {label.array.shape}, but the image has {image.array.shape}"
+        found = f"shape {label.array.shape}, but {of} has {image.array.shape}"
         remedy = (
             f"draw or resample it onto {image_path.name}'s grid, and check that no label is lost"
         )
@@ -209,14 +219,14 @@ def _partner_faults(image_path: Path, image: Nifti, path: Path, label: Nifti) ->
     if apart > 0.1 * nib.affines.voxel_sizes(image.affine).min():
         # Resampling by a wrong header would lose labels and still pass the next check.
         remedy = (
-            f"do not resample it: its shape is the image's. Lay it on {image_path.name} voxel by "
-            "voxel; if it fits, its header is wrong: save it with the image's affine"
+            f"do not resample it: its shape is right. Lay it on {image_path.name} voxel by "
+            "voxel; if it fits, its header is wrong: save it with {of}'s affine"
         )
-        return [Fault(path, f"its affine differs from the image's by up to {apart:.3g} mm", remedy)]
+        return [Fault(path, f"its affine differs from {of}'s by up to {apart:.3g} mm", remedy)]
     return []
 
 
-def _label_problem(values: np.ndarray) -> str:
+def label_problem(values: np.ndarray) -> str:
     """Why values cannot be labels, or an empty string."""
     if values.dtype.kind == "f" and not (values == np.rint(values)).all():
         return "labels that are not whole numbers"

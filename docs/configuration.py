@@ -77,8 +77,8 @@ _SECTIONS = {
     "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
     "augment": (
         "Augmentation",
-        "Fine-tuning on CHD and phantoms crops slices at random, and changes nothing else: all "
-        "probabilities are 0. `augment` may also be none there, as it was in older runs.",
+        "Fine-tuning on CHD and phantoms only crops slices at random: all probabilities are 0. "
+        "`augment` may also be None there, as in older runs.",
     ),
     "loss": ("Loss", "A loss whose weight is 0 costs nothing."),
     "optimizer": ("Optimiser", ""),
@@ -88,6 +88,8 @@ _SECTIONS = {
 _MEANINGS = {
     "task": "The task; set by the config file.",
     "seed": "Seed of the initial values, the data order and augmentation.",
+    "postprocess": "Keep only the largest component of a class, or none below a size, where it "
+    "raises the class's Dice on the training volumes. Evaluation and prediction apply it.",
     "init_from": "Workdir of a pretraining run or an import that provides the encoder (glcl: "
     "of the `gcl` run).",
     "num_epochs": "Length of the run and of the learning rate schedule.",
@@ -97,13 +99,14 @@ _MEANINGS = {
     "data.patch_size": "Part of a slice that the network sees, pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
+    "data.include_test": "Pretrain on the test set, nnU-Net's `imagesTs`, too.",
     "data.validation": "Names of volumes or subjects to validate on, instead of folds.",
     "data.splits_file": "nnU-Net's `splits_final.json`; `data.fold` selects its fold.",
     "data.num_folds": "Number of folds of the labelled subjects.",
     "data.max_keypoints": "K, the slots for a slice's keypoints. Default: the dataset's; "
     "another value is an error.",
-    "data.patch_keypoints": "Places for the keypoints inside a patch. None: half as many again as "
-    "its share of a slice's K, or K where patches hold slices whole.",
+    "data.patch_keypoints": "Slots for the keypoints inside a patch. None: 1.5 times its share of "
+    "a slice's K, or K if patches hold whole slices.",
     "data.radius": "Pixels within which keypoints correspond. Default: the dataset's; "
     "another value is an error.",
     "model.name": "The network (5).",

@@ -1,6 +1,6 @@
 """Keypoint-augmented self-supervised pretraining and few-label segmentation in JAX.
 
-The packages, each of which lists its public names in `__all__`:
+The packages; each lists its public names in `__all__`:
 
     models, losses, assignment, augment, segmentation_metrics    the library: JAX and Flax only
     data                      prepared datasets: records, slices, batches, patches, splits

@@ -22,9 +22,10 @@ class Command(NamedTuple):
 
 # In the order of a study. A new command needs only a line here.
 COMMANDS = {
+    "auto": Command("kafjax.auto", "from scans, some with labels, to labels for all"),
     "prepare": Command("data_prep.main", "turn raw volumes into a dataset, or check them"),
     "train": Command("kafjax.main", "pretrain or fine-tune by a config"),
-    "evaluate": Command("kafjax.evaluate", "score a segmentation run on its validation volumes"),
+    "evaluate": Command("kafjax.evaluate", "score a segmentation run, or anyone's predictions"),
     "predict": Command("kafjax.predict", "segment raw volumes with one run or several"),
     "cross-validate": Command("kafjax.cross_validate", "train and evaluate over folds, M, seeds"),
     "experiment": Command("kafjax.experiment", "run a table of runs on all devices"),

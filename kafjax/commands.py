@@ -23,22 +23,22 @@ from kafjax.files import show_any_name
 from kafjax.paths import expand, split_list
 from kafjax.xla import set_up_xla
 
-# How absl reports a field of a config, and the config itself.
+# absl's messages about a config field, and about the config itself.
 _VALUE = re.compile(r"flag --(config\..+?)=(.*): (expected .*)")
 _CONFIG = re.compile(r"flag --config=.*?: (?=.*: )")
 _PATH = re.compile(r"flag (--\w+)=(.*): (?=\2: )")
 
 
 def define_path(name: str, default: str | None, help_string: str, **options: Any) -> Any:
-    """Defines a flag whose value is a path, a text, with `~` expanded; returns its holder."""
-    flags.disclaim_key_flags()  # the flag is the caller's, whose --help shows it
+    """Defines a flag for a path, with `~` expanded; returns its holder."""
+    flags.disclaim_key_flags()  # the flag belongs to the caller, whose --help shows it
     parser = _Parser(lambda text: str(expand(text)))
-    serializer: Any = flags.ArgumentSerializer()  # for commands that print how to repeat them
+    serializer: Any = flags.ArgumentSerializer()  # for commands that print how to rerun them
     return flags.DEFINE(parser, name, default, help_string, serializer=serializer, **options)
 
 
 def define_paths(name: str, default: str | None, help_string: str, **options: Any) -> Any:
-    """Defines a flag whose value is a list of paths, A,B,C; see `kafjax.paths.split_list`."""
+    """Defines a flag for a list of paths, A,B,C; see `kafjax.paths.split_list`."""
     flags.disclaim_key_flags()
     return flags.DEFINE(_Parser(expand_list), name, default, help_string, **options)
 
@@ -49,7 +49,7 @@ def expand_list(text: str) -> list[str]:
 
 
 class _Parser(flags.ArgumentParser):
-    """Parses by a function of a text."""
+    """Parses text with a function."""
 
     def __init__(self, function: Callable[[str], Any]):
         self._function = function
@@ -59,17 +59,17 @@ class _Parser(flags.ArgumentParser):
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags for `absl.app.run`; mistakes end the program with a line each and status 2."""
+    """Parses flags for `absl.app.run`; mistakes exit with a line each and status 2."""
     show_any_name()
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for an unknown field, whatever of the above, names no field.
+        # ml_collections' error for an unknown field does not name the field.
         fail("\n".join(unknown_fields(argv)) or _explain(error), MISTAKE)
 
 
 def _explain(error: Exception) -> str:
-    # A KeyError's text is its argument in quotes.
+    # A KeyError's message is its argument in quotes.
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     if match := _VALUE.fullmatch(text):
         return f"{match[1]} is {match[2]!r}, {match[3]}"
@@ -87,9 +87,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
 
     A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows the
     traceback. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
-    A returned signal number is 128 + number. A process of several whose run has lost another ends
-    with status 75. Anything else is a fault of ours: a traceback, and
-    status 70.
+    A returned signal number is 128 + number. A process that has lost another of its run exits with
+    status 75. Any other error is a fault of kafjax: a traceback, and status 70.
     """
     if not flags.FLAGS["verbosity"].present:  # absl's default shows Orbax's internal messages
         logging.get_absl_handler().setLevel("WARNING")
@@ -115,7 +114,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> None:
 
 
 def _end_alone(message: str) -> NoReturn:
-    """Ends a process without JAX's wait for the others, of which one is gone."""
+    """Exits without JAX's wait for the other processes, because one is lost."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(TRY_AGAIN)

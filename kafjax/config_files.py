@@ -88,7 +88,7 @@ def define_config(help_string: str) -> Any:
     from ml_collections.config_flags import tuple_parser
 
     class NoneParser(flags.ArgumentParser):
-        """For fields that are None, such as `augment` where slices are taken as they are."""
+        """For fields that are None, such as `augment` without augmentation."""
 
         def parse(self, argument: str) -> Any:
             raise UserError(argument)
@@ -119,9 +119,9 @@ def define_config(help_string: str) -> Any:
 
 
 def _or_none(parser: Any, words: str) -> Any:
-    """A flag's parser that also takes None, and says what it expects; for `check_fields` to judge.
+    """A flag parser that also accepts None, and reports what it expects; `check_fields` decides.
 
-    It is of the parser's own class, by which ml_collections tells what a flag may be.
+    It keeps the parser's class, from which ml_collections infers the flag's type.
     """
 
     class OrNone(type(parser)):  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _or_none(parser: Any, words: str) -> Any:
 
 
 def unknown_fields(argv: Sequence[str]) -> list[str]:
-    """A line for each field of a command line that its config lacks, with the nearest that it has.
+    """A line for each command-line field that the config lacks, with the nearest existing one.
 
     Args:
       argv: with `--config=FILE` or `--config FILE`, and `--config.FIELD` for fields.
@@ -156,7 +156,7 @@ def unknown_fields(argv: Sequence[str]) -> list[str]:
         if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             try:
                 config_path.get_type(field[1], config)
-            except Exception:  # of many kinds, which all mean that it is not there
+            except Exception:  # any kind of error means that the field is missing
                 lines.append(_unknown(field[1], file, config))
     return lines
 

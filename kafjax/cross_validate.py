@@ -19,7 +19,7 @@ def _run_from_command_line() -> None:
     from kafjax.config_files import define_config
 
     config = define_config("The runs: a config file, or the name of a shipped one.")
-    workdir = define_path("workdir", None, "Where the runs live.", required=True)
+    workdir = define_path("workdir", None, "Folder of the runs.", required=True)
     num_labeled = flags.DEFINE_string(
         "num_labeled", None, "Values of M, as in 2,6,10.", required=True
     )

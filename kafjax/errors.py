@@ -1,7 +1,7 @@
-"""Users' mistakes and our own, told apart.
+"""Separates users' mistakes from faults of kafjax.
 
-What a command was given and cannot use raises `UserError` or, from the system, `OSError`: one line,
-without a traceback. Anything else that ends a command is a fault of kafjax, and is reported as one.
+Bad input to a command raises `UserError` or, from the system, `OSError`: one line, without a
+traceback. Any other error that ends a command is reported as a fault of kafjax.
 """
 
 import importlib
@@ -10,22 +10,22 @@ import traceback
 
 import kafjax
 
-# Exit statuses of commands; docs/recipes.md says which of them to retry.
+# Exit statuses of commands; docs/recipes.md lists which to retry.
 MISTAKE = 2
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 TRY_AGAIN = 75  # EX_TEMPFAIL
-# What XLA reports of a process that is gone, or of the network to it.
+# XLA's errors when a process, or the network to it, is lost.
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL")
-# Modules that only some commands need, and the extra of setup.cfg that has them.
+# Modules that only some commands need, and the extra in setup.cfg that installs them.
 _EXTRAS = {"cv2": "data", "nibabel": "data", "torch": "torch"}
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the text says what was found and what was expected."""
+    """A mistake that the user can fix; the message states what was found and expected."""
 
 
 def describe_fault(error: BaseException) -> str:
-    """The traceback of an error that is no user's mistake, and what to do about it."""
+    """The traceback of an unexpected error, and a request to report it."""
     lines = "".join(traceback.format_exception(error))
     version = kafjax.__version__
     return (
@@ -34,13 +34,13 @@ def describe_fault(error: BaseException) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
-    """How to install a module of an extra that is not there; nothing for a module of ours."""
+    """How to install a missing module of an extra; empty for other modules."""
     extra = _EXTRAS.get(error.name or "")
     return f"{error.name} is missing; expected: pip install 'kafjax[{extra}]'" if extra else ""
 
 
 def require_extra(extra: str) -> None:
-    """Ends the program with one line if a module of an extra is not there."""
+    """Exits with one line if a module of an extra is missing."""
     for module in (name for name, of in _EXTRAS.items() if of == extra):
         try:
             importlib.import_module(module)
@@ -50,7 +50,7 @@ def require_extra(extra: str) -> None:
 
 
 def lost_process(error: BaseException) -> str:
-    """What to do where another process of the run is gone, or the network to it; else nothing."""
+    """Advice if another process of the run, or the network to it, is lost; else empty."""
     if type(error).__name__ != "JaxRuntimeError" or not any(word in str(error) for word in _LOST):
         return ""
     reason = " ".join(str(error).split())[:200]
@@ -58,7 +58,7 @@ def lost_process(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What helps where the memory of the machine or of a device does not suffice; else nothing."""
+    """Advice if the machine or a device ran out of memory; else empty."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     reason = " ".join(str(error).split())[:200] or type(error).__name__

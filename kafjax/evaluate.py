@@ -1,8 +1,11 @@
-"""Evaluates a segmentation run: `kafjax evaluate --workdir RUN`.
+"""Evaluates a run, `kafjax evaluate --workdir RUN`, or anyone's predictions.
 
-`kafjax.inference.evaluation` documents the scores and the output.
+    kafjax evaluate --predictions DIR --labels DIR
+
+`kafjax.inference.evaluation` and `kafjax.inference.folders` document the scores and the output.
 """
 
+from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.workdir.scores import SPLITS
 
@@ -13,7 +16,11 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import define_path, run_app
 
-    workdir = define_path("workdir", None, "Workdir of a segmentation run.", required=True)
+    workdir = define_path("workdir", None, "Workdir of a segmentation run.")
+    predictions = define_path("predictions", None, "Or a folder of NIfTI predictions.")
+    labels = define_path("labels", None, "Their references; without, only volumes in mm^3.")
+    output = define_path("output", None, "Of the results. Default: that of --predictions.")
+    classes = flags.DEFINE_list("classes", [], "Names of the predictions' numbers 1, 2, ...")
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
@@ -26,6 +33,15 @@ def _run_from_command_line() -> None:
     )
 
     def command() -> None:
+        if (workdir.value is None) == (predictions.value is None):
+            raise UserError("expected --workdir RUN, or --predictions DIR and --labels DIR")
+        if predictions.value is not None:
+            from kafjax.inference.folders import evaluate_folders
+
+            evaluate_folders(
+                predictions.value, labels.value, output=output.value, classes=classes.value
+            )
+            return
         evaluate_run(
             workdir.value,
             split=split.value,

@@ -34,11 +34,11 @@ def _run_from_command_line() -> None:
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
-    workdir = define_path("workdir", "runs/experiments", "Where the runs live.")
-    data_dir = define_path("data_dir", "data", "Where the prepared dataset is.")
+    workdir = define_path("workdir", "runs/experiments", "Folder of the runs.")
+    data_dir = define_path("data_dir", "data", "Folder of the prepared dataset.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
     slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
-    plan = boolean("plan", False, "Only list what is left to do.")
+    plan = boolean("plan", False, "Only list the remaining jobs.")
     step_seconds = flags.DEFINE_list(
         "step_seconds", None, "For --plan: of pretraining, fine-tuning, validation: 1.1,0.3,0.1."
     )

@@ -1,8 +1,8 @@
 """Atomic file writing, and JSON files with a checksum.
 
-Every whole file is written here. It is there whole or not at all, wherever a process is killed or
-the power fails, and on the disk before anything counts on it. A checked JSON file carries a
-checksum of its own fields in the field `checksum`, so that a changed value is found; a file
+Every file is written through this module. It is complete or absent, even if a process is killed or
+the power fails, and flushed to the disk before anything depends on it. A checked JSON file carries
+a checksum of its own fields in the field `checksum`, so that a changed value is found; a file
 without that field, written by hand, is taken as it is.
 """
 
@@ -27,8 +27,8 @@ def write_text(
 ) -> None:
     """Writes a UTF-8 file atomically.
 
-    `errors` says what becomes of characters that UTF-8 does not have, as in `str.encode`: those of
-    paths whose bytes are not UTF-8.
+    `errors` handles characters that UTF-8 lacks, as in `str.encode`: those of paths whose bytes are
+    not UTF-8.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
@@ -59,11 +59,11 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `path`, on the disk when this returns.
+    """A temporary path to write to, which then replaces `path`, flushed to the disk on return.
 
-    It lies next to it, hidden, as .<random>.partial: a name of any length has room, two processes
-    that write the same file at once do not meet, and the later one's stays. An exception leaves
-    `path` as it was; an `OSError` names it.
+    It is next to `path`, hidden, as .<random>.partial: a name of any length fits, two processes
+    that write the same file do not collide, and the later one wins. An exception leaves `path`
+    unchanged; an `OSError` names it.
     """
     target = Path(path)
     partial = target.with_name(f".{uuid.uuid4().hex[:8]}.partial")
@@ -81,14 +81,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Returns when a file, or a folder's list of files, is on the disk: no power cut loses it.
+    """Flushes a file, or a folder's list of files, to the disk, to survive a power cut.
 
-    Systems that cannot do so for folders are asked in vain.
+    Has no effect on systems that cannot flush folders.
     """
     is_folder = os.path.isdir(path)
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder may be written to, and not listed
+    except PermissionError:  # a folder may be writable but not readable
         if is_folder:
             return
         raise
@@ -102,7 +102,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def sync_tree(folder: str | os.PathLike[str]) -> None:
-    """Returns when a folder and all that is in it is on the disk."""
+    """Flushes a folder and everything in it to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(os.path.join(parent, name))

@@ -1,4 +1,4 @@
-"""The former place of `kafjax.data.input_pipeline`, for scripts written for kafjax 0.1."""
+"""Alias of `kafjax.data.input_pipeline` for scripts written for kafjax 0.1."""
 
 from kafjax.data import open_dataset
 

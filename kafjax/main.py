@@ -1,10 +1,10 @@
 """Trains by a config file: `kafjax train --config chd_pretrain`.
 
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
-is resumed; Ctrl-C and SIGTERM write one first. `--check` looks at all that a run needs, in seconds.
-Exit status: 0 complete, 2 for a mistake in the command, config or data or a disk that takes no
-more, 1 for a loss that is not finite, 128 + signal when stopped, 75 if another process of the run
-ended, 70 for a fault of kafjax.
+is resumed; Ctrl-C and SIGTERM write one first. `--check` checks everything that a run needs, in
+seconds. Exit status: 0 complete, 2 for a mistake in the command, config or data or a full disk, 1
+for a loss that is not finite, 128 + signal when stopped, 75 if another process of
+the run ended, 70 for a fault of kafjax.
 """
 
 from pathlib import Path

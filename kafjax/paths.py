@@ -1,4 +1,4 @@
-"""Paths that users give: `~`, lists of them, and names that libraries take for patterns or URLs."""
+"""Users' paths: `~`, lists, and names that libraries mistake for patterns or URLs."""
 
 import argparse
 import os
@@ -9,20 +9,21 @@ from pathlib import Path
 
 from kafjax.errors import UserError
 
-# What Orbax, TensorStore, etils and tfds take as it stands: no pattern, no scheme, valid UTF-8.
+# Characters that Orbax, TensorStore, etils and tfds take literally: no pattern, no scheme, valid
+# UTF-8.
 _PLAIN = re.compile(r"[\w/ .,=+@%-]*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_MOST_PLAIN = 1024  # characters; libraries add theirs, and systems take 4096 in all
+_MOST_PLAIN = 1024  # characters; libraries append to it, and systems allow 4096 in total
 _lock = threading.Lock()
 _links: dict[tuple[int, str], Path] = {}  # by process and path
 _folders: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by process: a fork has its own
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """The path with a leading `~` or `~user` as that user's home.
+    """Replaces a leading `~` or `~user` by that user's home.
 
     Raises:
-      UserError: there is no such user, or it is the URL of a bucket and no path.
+      UserError: no such user, or a bucket's URL instead of a path.
     """
     if _URL.match(os.fspath(path)):
         raise UserError(f"{path}: a URL; expected the path of a file or folder of this machine")
@@ -32,13 +33,13 @@ def expand(path: str | os.PathLike[str]) -> Path:
             f"{path}: that user's home is not known; expected another path (a folder of that very "
             f"name is ./{path})"
         )
-    # ./~ is a folder of that name, which pathlib would write as ~.
+    # ./~ is a folder named ~, which pathlib would write as ~.
     found = Path(text)
     return found.absolute() if str(found).startswith("~") else found
 
 
 def path_argument(text: str) -> Path:
-    """`expand` as a type of argparse, which shows no other error's text."""
+    """`expand` as an argparse type; argparse shows only its own error's message."""
     try:
         return expand(text)
     except UserError as error:
@@ -46,7 +47,7 @@ def path_argument(text: str) -> Path:
 
 
 def split_list(text: str) -> list[str]:
-    """The paths of a list A,B,C. A comma inside an existing folder's name belongs to the name."""
+    """The paths in a list A,B,C. A comma in an existing folder's name belongs to the name."""
     parts = text.split(",")
     for count in range(len(parts), 0, -1):
         first = ",".join(parts[:count])
@@ -57,15 +58,14 @@ def split_list(text: str) -> list[str]:
 
 
 def plain(path: str | os.PathLike[str]) -> Path:
-    """The path itself, or one to the same place that libraries take as it stands.
+    """The path, or another path to the same place that libraries take literally.
 
-    Orbax and tfds glob folders, so that `[` in a name hides its files; TensorStore takes no name
-    that is not UTF-8; etils takes `gs:` in a name for another file system. For such names this
-    is a link in a folder of temporary files, which goes when the process ends. The place need not
-    exist yet.
+    Orbax and tfds glob folders, so `[` in a name hides its files; TensorStore requires UTF-8 names;
+    etils takes `gs:` in a name for another file system. For such names this returns a link in a
+    temporary folder, which is removed when the process ends. The target need not exist yet.
 
     Raises:
-      UserError: the folder of temporary files has such a name too.
+      UserError: the temporary folder itself has such a name.
     """
     absolute = os.path.abspath(path)
     if _is_plain(absolute):

@@ -1,7 +1,7 @@
-"""Processes of one run: what ends one ends all of them, each with the reason.
+"""Processes of one run: an error in one ends all of them, each with the reason.
 
-A process that raised alone would leave the others waiting in their next collective operation until
-a heartbeat stays away, with a message about the network.
+If only one process raised, the others would wait in their next collective operation until its
+heartbeat times out, and report a network error.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ _LONGEST = 2000  # bytes of a reason
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs what each process does by itself; if one of them raises, all do.
+    """Runs code that each process executes separately; if one raises, all do.
 
-    What is inside must not wait for other processes.
+    The code must not wait for other processes.
 
     Raises:
-      UserError: another process raised; the text names it and has its reason.
+      UserError: another process raised; the message names it and its reason.
     """
     error = None
     try:
@@ -39,7 +39,7 @@ def together() -> Iterator[None]:
 
 
 def check_same(what: str, found: str) -> None:
-    """Raises `UserError` on all processes unless they all have the same text for something."""
+    """Raises `UserError` on all processes unless all have the same text."""
     texts = gather(found)
     if len(set(texts)) > 1:
         differing = "\n".join(f"  process {i}: {text}" for i, text in enumerate(texts))
@@ -47,7 +47,7 @@ def check_same(what: str, found: str) -> None:
 
 
 def gather(text: str) -> list[str]:
-    """Each process's text, in their order; all must make this call."""
+    """Each process's text, in process order; all must make this call."""
     if jax.process_count() == 1:
         return [text]
     content = text.encode(errors="backslashreplace")[:_LONGEST]

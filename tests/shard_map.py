@@ -1,4 +1,4 @@
-"""A step by `jax.jit(jax.shard_map(...))` in place of `jax.pmap`: all that leaving pmap would take.
+"""A step by `jax.jit(jax.shard_map(...))` instead of `jax.pmap`: the whole change to leave pmap.
 
 `python -m tests.shard_map OUTPUT [ADDRESS PROCESS]` takes two steps by each, on the devices of one
 process or of two, asserts that they agree bit for bit, and writes the last state.
@@ -26,7 +26,7 @@ BATCH_SIZE, RATE = 8, 1e-3
 
 
 class OneBlock(Pretraining):
-    """Pretraining of one convolution block, which compiles soon: all that devices share is there.
+    """Pretraining of one convolution block: it compiles quickly and uses everything devices share.
 
     Batch statistics and positives are those of the global batch.
     """

@@ -70,7 +70,7 @@ def test_a_file_that_may_not_grow_stops_a_save_and_a_preparation(action, tmp_pat
 
 
 def test_what_is_believed_though_it_is_false_is_silent(tmp_path, monkeypatch):
-    """The campaigns themselves notice: readers that believe anything are found out."""
+    """The campaigns detect readers that accept anything."""
     # A frame is 12 bytes of length, the record, and 4 of checksum.
     monkeypatch.setattr("kafjax.data.records._check_record", lambda frame, *_: frame[12:-4])
     monkeypatch.setattr("kafjax.data.records._check_prepared", lambda directory, found: None)

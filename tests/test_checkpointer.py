@@ -117,7 +117,7 @@ def test_a_flipped_bit_in_the_newest_leads_to_the_older(tmp_path, caplog, at):
         assert "checkpoints/3: damaged" in caplog.text
         assert_same_bits(restored, make_state(2))
         assert data == {"step": 2}
-        # The run goes on from step 2, and saves step 3 anew.
+        # The run resumes from step 2, and saves step 3 again.
         assert checkpointer.all_steps() == [1, 2]
         assert checkpointer.save(3, make_state(9), metrics={}, data={})
     assert_same_bits(open_checkpointer(tmp_path).restore_latest(make_state())[0], make_state(9))
@@ -337,7 +337,9 @@ def test_what_cannot_be_written_is_told_and_can_be_saved_again(tmp_path, monkeyp
             patch.setattr(checkpointer._manager, "wait_until_finished", refuse)
             patch.setattr(checkpointer._manager, "check_for_errors", refuse)
             for call in (checkpointer.wait, checkpointer.check):
-                with pytest.raises(SaveError, match=f"{tmp_path}: .* before it are kept.*no space"):
+                with pytest.raises(
+                    SaveError, match=f"{tmp_path}: .* earlier ones are kept.*no space"
+                ):
                     call()
         checkpointer.check()
         assert checkpointer.save(2, make_state(2), metrics={}, data={})

@@ -79,7 +79,7 @@ def test_our_own_mistakes_keep_their_traceback_and_ask_for_a_report(
 def test_a_process_whose_run_has_lost_another_ends_at_once_and_is_worth_a_retry(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As XLA tells it on CPU, seen when the other was killed; JAX would wait for the other."""
+    """XLA's error on CPU after the other process was killed; JAX would wait for the other."""
 
     def end(status: int) -> None:
         raise SystemExit(status)

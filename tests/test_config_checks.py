@@ -1,4 +1,4 @@
-"""The checks of a config's fields: every config passes, every mistake is told by name."""
+"""The checks of a config's fields: every config passes, every mistake is reported by name."""
 
 import importlib
 from typing import Any
@@ -108,8 +108,8 @@ def test_a_mistake_of_local_contrast_is_told(fields: dict[str, Any], line: str) 
         ),
         (
             {"model__name": "unet", "loss__weights__matching": 0.0},
-            "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as "
-            "--config chd_pretrain:pcl has it",
+            "config.loss.weights.kaf is 1.0, expected 0 for a network without KAF layers, as in "
+            "--config chd_pretrain:pcl",
         ),
         (
             {f"loss__weights__{name}": 0.0 for name in ("cnn", "kaf", "matching")},

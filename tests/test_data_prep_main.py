@@ -229,7 +229,7 @@ def test_a_data_folder_that_cannot_be_made_is_one_line(phantom_raw, tmp_path, ca
 
 @pytest.fixture
 def interruptible():
-    """Lets processes started here feel Ctrl-C where the test run itself was told to ignore it."""
+    """Lets processes started here feel Ctrl-C even if the test run itself ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -93,7 +93,7 @@ def check_outputs(workdir: Path) -> None:
 def test_two_processes_train_as_one_of_two_devices(phantom_dataset: Path, tmp_path: Path) -> None:
     # In float64: an untrained network amplifies float32 rounding beyond any useful bound.
     exact = {"JAX_ENABLE_X64": "1"}
-    # The plain UNet compiles in a third of the time and shares all that processes share.
+    # The plain UNet compiles in a third of the time and uses everything that processes share.
     extra = (
         "--config.model.dtype=float64",
         *(f"--config.{field}={value}" for field, value in PLAIN.items()),

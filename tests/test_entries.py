@@ -1,4 +1,4 @@
-"""Nothing in a folder is passed over: each entry is used, harmless, or named with a reason."""
+"""Nothing in a folder is skipped silently: each entry is used, harmless, or named with a reason."""
 
 import os
 import tempfile
@@ -107,7 +107,7 @@ def is_harmless(path: Path) -> bool:
 
 
 def passed_over(folder: Path, used: set[Path], faults: list[Fault]) -> list[str]:
-    """The entries at any depth that are not used and of which nothing is said."""
+    """The entries at any depth that are neither used nor reported."""
     named = {fault.path for fault in faults}
     found = []
     for path in sorted(folder.iterdir()):

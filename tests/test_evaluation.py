@@ -61,7 +61,7 @@ class Shifted:
 def test_volumes_are_compared_whole_in_mm(phantom_dataset: Path) -> None:
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
     names = tuple(dataset.volumes)[2:]
-    counts, metrics, seconds = evaluate(Shifted(dataset), dataset, names)
+    counts, metrics, mm3, seconds = evaluate(Shifted(dataset), dataset, names)
     assert list(seconds) == list(names)
     assert all(found > 0 for found in seconds.values())
     both = np.zeros(8)
@@ -72,6 +72,8 @@ def test_volumes_are_compared_whole_in_mm(phantom_dataset: Path) -> None:
         row, col, between = slices[0].spacing
         expected = volume_metrics(prediction, label, num_classes=8, spacing=(between, row, col))
         assert list(metrics[name]) == list(dataset.classes[1:])
+        sizes = [(prediction == i).sum() * row * col * between for i in range(1, 8)]
+        assert [found for found, _ in mm3[name].values()] == pytest.approx(sizes)
         for found, wanted in zip(metrics[name].values(), expected, strict=True):
             assert found == pytest.approx(wanted, nan_ok=True)
         both += [np.sum((prediction == i) & (label == i)) for i in range(8)]
@@ -266,7 +268,10 @@ def test_a_run_keeps_its_split_when_volumes_come_and_is_refused_others(
     capsys.readouterr()
     after = evaluate_run(finetuned, data_dir=tmp_path / "grown", batch_size=1)
     assert after["by_volume"] == before["by_volume"]
-    assert "came after the run began and are no part of it: ct_1999" in capsys.readouterr().out
+    assert (
+        "volumes added after the run started, which are not part of it: ct_1999"
+        in capsys.readouterr().out
+    )
 
     split = read_split(Workdir(finetuned))
     assert split is not None

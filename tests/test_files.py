@@ -75,7 +75,14 @@ def test_all_of_a_folder_is_synchronised(tmp_path: Path, monkeypatch: pytest.Mon
 def test_nothing_else_writes_whole_files() -> None:
     """What appends to logs, or locks, is no whole file."""
     writing = re.compile(r"write_text\(|write_bytes\(|os\.replace\(|open\(.*[\"'][wx]|savefig\(")
-    ours = ("replacing(", "write_text(", "partial.", "savefig(partial", '"lock").open("w")')
+    ours = (
+        "replacing(",
+        "write_text(",
+        "partial.",
+        "savefig(partial",
+        "savefig(stream",
+        '"lock").open("w")',
+    )
     others = [
         f"{path}: {line}"
         for folder in ("kafjax", "data_prep")

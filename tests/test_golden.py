@@ -196,7 +196,7 @@ def test_running_means_after_a_step_are_the_releases(case: Case) -> None:
     found = by_release_names(results(case)["after"])
     names = [name for name in golden if name.startswith("after/")]
     assert names
-    # Means of thousands of features near 1, of which each library rounds the sum its own way.
+    # Means of thousands of features near 1; each library rounds the sum differently.
     tolerance = {"float64": 1e-7, "float32": 1e-6}[case.dtype]
     for name in names:
         np.testing.assert_allclose(

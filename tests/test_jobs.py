@@ -170,7 +170,7 @@ def test_shards_wait_for_each_other(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert printed.count("waiting  for a, which another shard runs") == 1
 
 
-# A scheduler of its own: the jobs whose numbers are given, of which `a` fails and `b` needs it.
+# A separate scheduler for the given job numbers; `a` fails and `b` needs it.
 SHARD = """
 import sys
 from pathlib import Path

@@ -82,7 +82,7 @@ def test_a_kill_at_any_moment_loses_no_more_than_an_interval(
         lost.append(step - max(saved_steps(tmp_path), default=0))
 
     monkeypatch.setattr(train_module.MetricWriter, "write", look)
-    for num_steps in (7, 14):  # afresh and resumed
+    for num_steps in (7, 14):  # from scratch and resumed
         train(
             tiny_config(phantom_dataset, num_steps=num_steps, **{"every.checkpoint": 3}), tmp_path
         )
@@ -112,7 +112,7 @@ def test_a_run_on_the_plateau_says_so_once_and_at_its_end(
     for num_steps in (7, 9):  # resumed in between
         train(tiny_config(phantom_dataset, num_steps=num_steps, **{"every.log": 1}), tmp_path)
     printed = capsys.readouterr().out.splitlines()
-    told = [line.split(": within")[0] for line in printed if "all embeddings are alike" in line]
+    told = [line.split(": within")[0] for line in printed if "all embeddings are equal" in line]
     assert told[:2] == ["step 3", "step 8"]
     assert told[2].startswith("within 1 %")
     assert len(told) == 3

@@ -245,7 +245,7 @@ def test_local_contrast_of_small_maps_is_refused() -> None:
 
 
 def random_labels(seed: int = 2, d: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [4, 6, 5, d], and labels of which the third class is in one slice only."""
+    """Logits [4, 6, 5, d], and labels with the third class in only one slice."""
     rng = np.random.default_rng(seed)
     label = rng.choice([0, 1, 3], (4, 6, 5), p=[0.7, 0.2, 0.1])
     label[1, :2] = 2

@@ -319,7 +319,7 @@ def test_raw_file_gets_the_labels_that_evaluation_gives_its_records(
     name = min(dataset.volumes)
     evaluate(network, dataset, (name,))
     monkeypatch.setattr(Segmentation, "predict", count)
-    # Two scans of different sizes, of which one was prepared.
+    # Two scans of different sizes; one was prepared.
     small = tmp_path / "in" / "small.nii.gz"
     small.parent.mkdir()
     scan(small, (30, 70, 2))

@@ -62,7 +62,7 @@ def test_four_digits_are_a_channel_and_how_to_say_otherwise(tmp_path: Path) -> N
     folder = make(tmp_path / "in", "amos_0001.nii.gz")
     requests, (fault,) = list_requests(folder, tmp_path / "out", {"kind": "nnunet", "channel": 0})
     assert requests == []
-    assert fault.found == "is by its name of channel 1, the runs are of channel 0"
+    assert fault.found == "belongs to channel 1 by its name, the runs use channel 0"
     assert "amos_0001_0000.nii.gz" in fault.remedy
 
 
@@ -126,16 +126,15 @@ def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
     for path in (one, two):
         path.touch()
     assert wrong(one.parent, one.parent) == [
-        f"{path.name}: its result, {path}, would lie on a scan" for path in (two, one)
+        f"{path.name}: its result, {path}, would overwrite a scan" for path in (two, one)
     ]
-    assert wrong(one, one) == [f"a_0000.nii.gz: its result, {one}, would lie on a scan"]
+    assert wrong(one, one) == [f"a_0000.nii.gz: its result, {one}, would overwrite a scan"]
     place = tmp_path / "out" / "a.nii.gz"
     assert wrong(one.parent, tmp_path / "out", kind="nnunet", channel=0) == [
-        f"{path.name}: its result, {place}, would be that of another scan too"
-        for path in (two, one)
+        f"{path.name}: its result, {place}, is also another scan's" for path in (two, one)
     ]
     (fault,) = listed(one, tmp_path / "out", kind="nnunet", channel=1).left_out
-    assert "is by its name of channel 0, the runs are of channel 1" in fault.found
+    assert "belongs to channel 0 by its name, the runs use channel 1" in fault.found
     assert listed(one, tmp_path / "x" / "y.nii").requests[0].labels == tmp_path / "x" / "y.nii"
 
 

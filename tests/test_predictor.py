@@ -1,4 +1,4 @@
-"""Whole slices from tiles: a network of single pixels must not notice that there are any."""
+"""Whole slices from tiles: a pixel-wise network must give the same result without tiles."""
 
 from pathlib import Path
 from typing import Any

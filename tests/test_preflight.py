@@ -1,4 +1,4 @@
-"""The look at what a run needs: sound runs pass, and all that is wrong is found at once."""
+"""The check of a run's needs: sound runs pass, and all faults are reported at once."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tests import runs
 
 
 def tiny_config(dataset: Path, **overrides: Any) -> Any:
-    """Of the plain UNet, which is traced in a third of the time."""
+    """A config of the plain UNet, which is traced in a third of the time."""
     return runs.tiny_config(dataset, **{**runs.PLAIN, **overrides})
 
 
@@ -26,7 +26,7 @@ def test_a_sound_run_passes_and_nothing_is_written(phantom_dataset: Path, tmp_pa
     text = "\n".join(map(str, findings))
     assert "4 volumes, 4 shards" in text
     assert "6 steps an epoch, 120 in all" in text
-    assert f"{workdir}: begins anew" in text
+    assert f"{workdir}: starts from scratch" in text
     assert not workdir.exists()
 
 

@@ -1,4 +1,4 @@
-"""What a workdir tells of its dataset's preparation, and runs that do not go together."""
+"""A workdir's record of its dataset's preparation, and runs that do not match."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_workdir_alone_tells_how_to_prepare(phantom_dataset: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="not a dataset's metadata"):
         read_preparation(workdir)
     (workdir / "preparation.json").write_text('{"kind": "chd"}')
-    with pytest.raises(ValueError, match="does not tell classes, max_keypoints"):
+    with pytest.raises(ValueError, match="lacks classes, max_keypoints"):
         read_preparation(workdir)
     write_preparation(workdir, {**asked, "max_keypoints": 9, "classes": ["background"]})
     with pytest.raises(ValueError, match=r"max_keypoints: 9 there, 64(.|\n)*classes: 1 there, 8"):

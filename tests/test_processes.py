@@ -22,7 +22,7 @@ CHILD = """
     folder = Path(sys.argv[3])
     state = {"a": np.arange(4.0)}
 
-    def told(action):
+    def outcome(action):
         try:
             action()
         except Exception as error:
@@ -39,14 +39,14 @@ CHILD = """
             checkpointer.restore_latest(state)
 
     print(gather(f"é{number}"))
-    print(told(lambda: check_same("the dataset", "equal")))
-    print(told(lambda: check_same("the dataset", f"content {number}")))
-    print(told(fail_on_1))
+    print(outcome(lambda: check_same("the dataset", "equal")))
+    print(outcome(lambda: check_same("the dataset", f"content {number}")))
+    print(outcome(fail_on_1))
     # Each has a disk of its own, and only the first has a checkpoint on it.
     with Checkpointer(folder / "0", keep_newest=2, best_metric=None) as checkpointer:
         checkpointer.save(3, state, metrics={}, data={})
-    print(told(lambda: restore(folder / str(number))))
-    print(told(lambda: restore(folder / "0")))
+    print(outcome(lambda: restore(folder / str(number))))
+    print(outcome(lambda: restore(folder / "0")))
 """
 
 

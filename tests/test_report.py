@@ -1,4 +1,4 @@
-"""The report's page: what it tells of workdirs, well-formed and escaped, loading nothing."""
+"""The report's page: its content, well-formed and escaped, loading nothing."""
 
 import base64
 import json
@@ -176,7 +176,7 @@ def test_a_run_on_the_plateau_is_named_on_the_page(tmp_path: Path) -> None:
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     page = make(tmp_path, [workdir])
-    assert any("all embeddings are alike: loss_cnn (200 steps)" in text for text in page.texts)
+    assert any("all embeddings are equal: loss_cnn (200 steps)" in text for text in page.texts)
 
 
 def test_page_is_whole_accessible_and_loads_nothing(tmp_path: Path, runs: list[Path]) -> None:

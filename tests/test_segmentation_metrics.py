@@ -121,8 +121,8 @@ def test_shifted_cubes_are_the_shift_apart() -> None:
     (metrics,) = volume_metrics(a, b, num_classes=2, spacing=(1, 1, 2.5))
     assert metrics.dice == 0
     assert metrics.hd95 == 10.0
-    # 9 elements of each cube are at 4, 3 and 2 elements from the other's near side, but for the
-    # cube's middle, which is no surface.
+    # 9 elements of each cube are at 4, 3 and 2 elements from the other's near side, except
+    # the cube's middle, which is no surface.
     assert metrics.assd == pytest.approx(2.5 * (9 * 4 + 8 * 3 + 9 * 2) / 26)
 
 

@@ -68,7 +68,7 @@ def start_python(devices: int, *arguments: str, **environment: str) -> subproces
 
 
 def end(processes: list[subprocess.Popen[str]]) -> None:
-    """Waits for processes, all of which must succeed."""
+    """Waits for processes; all must succeed."""
     try:
         assert [process.wait(timeout=600) for process in processes] == [0] * len(processes)
     finally:

@@ -47,7 +47,7 @@ def tiny_config(dataset: Path, **overrides: Any) -> ml_collections.ConfigDict:
 
 
 class Labels:
-    """A task that predicts every slice's label, but for one class that it never finds."""
+    """A task that predicts every slice's label, except one class that it never finds."""
 
     def count(self, variables: Any, batch: Any) -> Any:
         del variables

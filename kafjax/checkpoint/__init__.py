@@ -1,4 +1,4 @@
-"""Checkpoints that know when they are damaged."""
+"""Checkpoints that detect damage."""
 
 from kafjax._lazy import public
 

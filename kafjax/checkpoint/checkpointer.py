@@ -1,14 +1,15 @@
-"""Checkpoints of a run: saved asynchronously, verified leaf by leaf when read, resumed from.
+"""A run's checkpoints: saved asynchronously, verified leaf by leaf on reading.
 
     WORKDIR/checkpoints/<step>/       `state`, the pytree of arrays, and `meta`, which describes it
-    WORKDIR/damaged/<step>/           what `restore_latest` could not read and moved aside
+    WORKDIR/damaged/<step>/           damaged steps that `restore_latest` moved aside
 
-Orbax writes and retains. What it leaves out is here: it restores flipped bits without a word, does
-not compare shapes or dtypes with NumPy targets, and raises on a truncated newest step instead of
-taking the one before. So `meta` holds shape, dtype and hash of every leaf, and a checksum of its
-own. Reading a checkpoint involves no other process; only `Checkpointer` synchronises processes.
+Orbax writes checkpoints and applies the retention policy. This module adds verification: Orbax
+restores flipped bits silently, does not compare shapes or dtypes with NumPy targets, and raises on
+a truncated newest step instead of falling back to the previous one. So `meta` holds shape, dtype
+and hash of every leaf, and its own checksum. Reading a checkpoint involves no other process; only
+`Checkpointer` synchronises processes.
 
-Leaves are host arrays, those of process 0. Leaf names are paths, as in `params/head/kernel`.
+Leaves are process 0's host arrays. Leaf names are paths, such as `params/head/kernel`.
 """
 
 import contextlib
@@ -58,15 +59,15 @@ log = logging.getLogger(__name__)
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the text names the workdir."""
+    """A checkpoint could not be written; the message names the workdir."""
 
 
 class Checkpointer:
     """Saves and restores the state of the run in `workdir`; a context manager.
 
-    Kept are the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`;
-    `best_mode` says whether more (`max`) or less (`min`) is better. Raises `ValueError` where
-    `keep_newest` is 0. With several processes all of them must make the same calls.
+    Keeps the `keep_newest` newest steps and the `keep_best` best by `metrics[best_metric]`; higher
+    is better if `best_mode` is 'max', lower if 'min'. Raises `ValueError` if `keep_newest` is 0.
+    With several processes, all must make the same calls.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Checkpointer:
             plain(self._workdir) / STEPS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                # Without this Orbax stores no metrics and so forgets the best on resume.
+                # Without this Orbax stores no metrics and forgets the best on resume.
                 best_fn=None if best_metric is None else self._score,
                 cleanup_tmp_directories=True,
                 temporary_path_class=DurablePath,
@@ -106,16 +107,16 @@ class Checkpointer:
     ) -> bool:
         """Starts saving a pytree of host arrays, copied first, with metrics and JSON-able `data`.
 
-        It first waits for the save before, so that one at most is in work. Returns False, and saves
-        nothing, if this step or a later one is there already. An error of writing is a `SaveError`,
-        raised by the next `check`, `save`, `wait` or `close`.
+        Waits for the previous save first, so at most one is in progress. Returns False, without
+        saving, if this step or a later one exists. A write error raises `SaveError` in the next
+        `check`, `save`, `wait` or `close`.
 
-        The first is waited for, read back and compared: a disk, or a name, from which no checkpoint
-        can be read is a `SaveError` here, and not found out when the run is over.
+        The first save is waited for, read back and compared: a disk or path from which checkpoints
+        cannot be read raises `SaveError` here, not after the run.
         """
         arrays = jax.tree.map(np.asarray, state)
         numbers = {name: float(value) for name, value in metrics.items()}
-        # Orbax stores what the primary process gives.
+        # Orbax stores the primary process's arrays.
         meta = describe_state(step, arrays, numbers, data) if jax.process_index() == 0 else {}
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         best = None if self._best_metric is None else scores(self._best_metric, numbers)
@@ -132,9 +133,9 @@ class Checkpointer:
         """The newest good checkpoint's state, shaped as `template`, and its data; None without any.
 
         `template` has the state's structure with arrays or `jax.ShapeDtypeStruct` leaves; the
-        state's leaves are NumPy arrays. Newer checkpoints that are damaged are named in a warning
-        and moved aside. Raises `UserError` listing all differences in tree, shape and dtype, or if
-        every checkpoint is damaged; on all processes, if one of them cannot read what others can.
+        state's leaves are NumPy arrays. Newer damaged checkpoints are named in a warning and moved
+        aside. Raises `UserError` listing all differences in tree, shape and dtype, or if every
+        checkpoint is damaged; on all processes, if only some of them can read a checkpoint.
         """
         self.wait()
 
@@ -145,7 +146,7 @@ class Checkpointer:
             found = newest_good(self._workdir, read)
         steps = gather("" if found is None else str(found[0]))
         if found is None or not all(steps):
-            if any(steps):  # never a fresh start where another process sees what was learnt
+            if any(steps):  # never start from scratch if another process finds a checkpoint
                 told = ", ".join(f"process {i} {s or 'none'}" for i, s in enumerate(steps))
                 raise UserError(f"{self._workdir}: not all processes find a checkpoint: {told}")
             return None
@@ -156,21 +157,21 @@ class Checkpointer:
         return state, meta["data"]
 
     def all_steps(self) -> list[int]:
-        """The steps that are saved, or being saved, in order."""
+        """The saved steps, and those being saved, in order."""
         return sorted(self._manager.all_steps())
 
     def check(self) -> None:
-        """Raises what has gone wrong with what is being saved, without waiting for it."""
+        """Raises any error of the save in progress, without waiting for it."""
         with self._telling():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when what was being saved is on disk; raises what went wrong with it."""
+        """Waits until the save in progress is on disk; raises its errors."""
         with self._telling():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then ends Orbax's threads."""
+        """Waits, then stops Orbax's threads."""
         with self._telling():
             self._manager.close()
 
@@ -182,7 +183,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Errors of a full, read-only or forbidden disk come as those of many libraries."""
+        """Turns disk errors of any library into `SaveError`."""
         try:
             yield
         except Exception as error:
@@ -191,8 +192,8 @@ class Checkpointer:
             reason = " ".join(str(error).split())
             reason = reason.replace(str(plain(self._workdir)), str(self._workdir))[:400]
             raise SaveError(
-                f"{self._workdir}: a checkpoint could not be saved; those before it are kept, and "
-                "the same command goes on from them when there is room and permission "
+                f"{self._workdir}: a checkpoint could not be saved; earlier ones are kept; rerun "
+                "the command to resume, once there is space and permission "
                 f"({type(error).__name__}: {reason})"
             ) from error
 
@@ -201,7 +202,7 @@ class Checkpointer:
         return -math.inf if math.isnan(value) else self._best_sign * value
 
     def _move_aside(self, good: int) -> None:
-        """Moves what is newer than the good step away: Orbax would save no step before it."""
+        """Moves steps newer than the good one away: Orbax would save no earlier step."""
         newer = [step for step in self.all_steps() if step > good]
         if not newer:
             return
@@ -220,7 +221,7 @@ def load_variables(
 ) -> dict[str, dict[str, Any]]:
     """The `params` and `batch_stats` of a run's newest good checkpoint, or of `step`, verified.
 
-    Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder holds no such checkpoint
+    Returns nested dicts of NumPy arrays. Raises `ValueError` if the folder has no such checkpoint
     or only damaged ones.
     """
     return load_step(workdir, step=step)[1]
@@ -241,12 +242,12 @@ def load_step(
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-    """The steps of the checkpoints in a workdir, good or damaged, in order; none without any."""
+    """The steps of a workdir's checkpoints, good or damaged, in order."""
     return steps_in(Path(workdir).absolute() / STEPS)
 
 
 def check_resumable(workdir: str | os.PathLike[str]) -> None:
-    """Raises `ValueError` where there is nothing to resume: never a fresh start by mistake."""
+    """Raises `ValueError` if there is nothing to resume, to avoid an accidental restart."""
     if not saved_steps(workdir):
         raise UserError(
             f"{workdir}: holds no checkpoint to resume from; expected the workdir of a run that "
@@ -255,7 +256,7 @@ def check_resumable(workdir: str | os.PathLike[str]) -> None:
 
 
 def saved_metrics(workdir: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
-    """The metrics that were saved with each checkpoint whose description is good, by step."""
+    """The metrics saved with each checkpoint whose `meta` is good, by step."""
     directory = Path(workdir).absolute() / STEPS
     metrics = {}
     for step in steps_in(directory):

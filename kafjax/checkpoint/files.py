@@ -1,10 +1,10 @@
-"""The files of a checkpoint: what describes them, and reading them without belief.
+"""The files of a checkpoint: their description, and verified reading.
 
     checkpoints/<step>/state     the pytree of arrays, as Orbax writes it
     checkpoints/<step>/meta      shape, type and hash of every leaf, metrics, data; and a checksum
-    checkpoints/<step>/metrics   what Orbax reads to know the best, a copy of what `meta` has
+    checkpoints/<step>/metrics   the scores that Orbax reads, a copy of those in `meta`
 
-Reading involves no other process. Leaf names are paths, as in `params/head/kernel`.
+Reading involves no other process. Leaf names are paths, such as `params/head/kernel`.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint cannot be read, or is not what was saved; the text names step and fault."""
+    """A checkpoint is unreadable or was changed; the message names the step and the fault."""
 
 
 class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that Orbax fills and renames: on the disk before it counts, and older ones go."""
+    """A folder that Orbax fills and renames, flushed to the disk before older ones are deleted."""
 
     async def finalize(self) -> None:
         """Renames the folder."""
@@ -54,28 +54,28 @@ class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def scores(best_metric: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What Orbax stores beside a checkpoint, and reads before anything else to know the best."""
+    """The scores that Orbax stores next to a checkpoint and reads first to find the best."""
     return {best_metric: math.nan, **metrics}
 
 
 def mend_scores(directory: Path, best_metric: str) -> None:
-    """Writes anew what Orbax has stored of the metrics where that is not what `meta` says.
+    """Rewrites Orbax's copy of the metrics if it differs from `meta`.
 
-    Orbax checks nothing there: a flipped bit would stop it, or have it keep another than the best.
-    With several processes all of them must make this call.
+    Orbax does not verify its copy: a flipped bit would stop it, or make it keep a checkpoint other
+    than the best. With several processes, all must make this call.
     """
     for step in steps_in(directory):
         path = directory / str(step) / "metrics" / "metrics"
         found = path.read_bytes() if path.is_file() else None
         try:
             metrics = read_meta(directory / str(step))["metrics"]
-        except UserError:  # which whoever reads the checkpoint will say
+        except UserError:  # reading the checkpoint will report it
             if found is None or _are_metrics(found):
                 continue
             metrics = {}
         content = json.dumps(scores(best_metric, metrics))
         if found not in (None, content.encode()) and jax.process_index() == 0:
-            log.warning("%s: not the metrics that were saved; written anew", path)
+            log.warning("%s: not the metrics that were saved; rewritten", path)
             write_text(path, content)
     ocp.multihost.sync_global_processes("kafjax_mend_scores")
 
@@ -114,7 +114,7 @@ def _hashes(tree: PyTree) -> dict[str, str]:
 def describe_state(
     step: int, arrays: PyTree, metrics: Mapping[str, float], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `meta` says of a checkpoint: see the module."""
+    """The content of `meta`, see the module's docstring."""
     body = {
         "format": _FORMAT,
         "step": step,
@@ -127,9 +127,9 @@ def describe_state(
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps of a folder of checkpoints, good or damaged, in order; none without the folder.
+    """The steps in a folder of checkpoints, good or damaged, in order; empty without the folder.
 
-    Raises `OSError` for what is no folder, or no link to one: never a fresh start by mistake.
+    Raises `OSError` for anything else of that name, to avoid an accidental restart.
     """
     if not os.path.lexists(directory):
         return []
@@ -141,9 +141,9 @@ def steps_in(directory: Path) -> list[int]:
 def newest_good(
     workdir: Path, read: Callable[[int], T], step: int | None = None
 ) -> tuple[int, T] | None:
-    """The newest step that `read` finds good (of `step` alone if given), and what it read.
+    """The newest step that `read` accepts (only `step` if given), and the result of `read`.
 
-    None where there is no step; `ValueError` where all are damaged.
+    None without any step; `ValueError` if all are damaged.
     """
     steps = [s for s in reversed(steps_in(workdir / STEPS)) if step in (None, s)]
     for candidate in steps:
@@ -157,9 +157,9 @@ def newest_good(
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Reads and verifies a checkpoint's `meta`.
 
-    Raises `DamagedCheckpointError`; `ValueError` for a format of another version.
+    Raises `DamagedCheckpointError`; `ValueError` for another format version.
     """
     meta = _read_item(directory / "meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
     body = {name: value for name, value in meta.items() if name != "checksum"}
@@ -178,7 +178,7 @@ def read_state(directory: Path, template: PyTree) -> tuple[PyTree, dict[str, Any
 
 
 def read_variables(directory: Path) -> dict[str, dict[str, Any]]:
-    """The `params` and `batch_stats` of a checkpoint, averaged ones where it has them.
+    """The `params` and `batch_stats` of a checkpoint; the averaged ones if present.
 
     Raises `ValueError`.
     """
@@ -209,7 +209,7 @@ def _check_signatures(directory: Path, stored: Mapping[str, Any], template: PyTr
 
 
 def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -> PyTree:
-    """Reads the leaves of `template`, which may be a part of what is stored, and verifies them."""
+    """Reads and verifies the leaves of `template`, which may be a part of the stored tree."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     arrays = _read_item(
         directory / "state",
@@ -230,7 +230,7 @@ def _read_arrays(directory: Path, template: PyTree, hashes: Mapping[str, str]) -
 
 
 def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.CheckpointArgs) -> Any:
-    """Reads one item of a checkpoint in this process alone."""
+    """Reads one item of a checkpoint in this process only."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -244,7 +244,7 @@ def _read_item(directory: Path, handler: Callable[..., Any], args: ocp.args.Chec
             return reader.restore(plain(directory), args=args)
     except MemoryError:
         raise
-    except Exception as error:  # damage surfaces as errors of every kind, and all mean the same
+    except Exception as error:  # damage raises any kind of error
         reason = " ".join(str(error).split())
         reason = reason.replace(str(plain(directory)), str(directory))[:200]
         raise DamagedCheckpointError(

@@ -1,8 +1,8 @@
-"""A prepared dataset's descriptions, as tfds writes and reads them: which, where, of what type.
+"""A prepared dataset's descriptions, as tfds writes and reads them.
 
     DATA/<name>/<version>/dataset_info.json, features.json, metadata.json
 
-Neither TensorFlow nor any code that a dataset's files name is imported.
+Imports neither TensorFlow nor any code named in a dataset's files.
 """
 
 import contextlib
@@ -19,18 +19,19 @@ import tensorflow_datasets as tfds
 from kafjax.errors import UserError
 from kafjax.paths import expand, plain
 
-# Of the classes that may read features. tfds would import whatever module features.json names.
+# Prefix of the classes that may read features. tfds would import any module that features.json
+# names.
 _FEATURES = "tensorflow_datasets.core.features."
 
 
 class RecordError(UserError):
-    """A shard is missing, truncated or damaged; the text names the file and the record."""
+    """A shard is missing, truncated or damaged; the message names the file and the record."""
 
 
 def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
-    """The directory of the newest prepared version of DATA_DIR/NAME; `~` is a home folder.
+    """The directory of the newest prepared version of DATA_DIR/NAME; `~` is the home folder.
 
-    Raises `ValueError` with the command that prepares the dataset where there is none.
+    If there is none, raises `ValueError` with the command that prepares the dataset.
     """
     data_dir = expand(data_dir)
     prepared = [
@@ -39,7 +40,7 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
         if tfds.core.Version.is_valid(path.parent.name)
     ]
     if not prepared:
-        raw = [] if name == "phantom" else ["--raw_dir", "RAW"]  # phantoms are made, not found
+        raw = [] if name == "phantom" else ["--raw_dir", "RAW"]  # phantoms are generated
         known = name in ("chd", "acdc", "phantom")
         dataset = ["--dataset", *([name] if known else ["nnunet", "--name", name])]
         command = ["kafjax", "prepare", *dataset, *raw, "--data_dir", str(data_dir)]
@@ -58,14 +59,14 @@ def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilde
         _check_features(Path(dataset_dir) / "features.json")
         builder = tfds.builder_from_directory(os.fspath(plain(dataset_dir)))
         if builder.info.metadata is not None:
-            builder.info.metadata.keys()  # tfds reads them when they are first asked for
+            builder.info.metadata.keys()  # tfds reads them on first use
         return builder
 
 
 def load_decoder(
     dataset_dir: str | os.PathLike[str], *, without: Container[str] = ()
 ) -> Callable[[bytes], dict[str, Any]]:
-    """A function from a record's data to its features, but for those in `without`, as numpy arrays.
+    """A function from a record's data to its features as NumPy arrays, except those in `without`.
 
     TensorFlow is neither needed nor imported.
     """
@@ -76,7 +77,7 @@ def load_decoder(
 
 @contextlib.contextmanager
 def naming_dataset(directory: Path) -> Iterator[None]:
-    """Names the dataset in errors of tfds, which raises whatever a bad description makes it."""
+    """Names the dataset in tfds' errors, which can be of any kind for a bad description."""
     try:
         yield
     except Exception as error:
@@ -88,14 +89,14 @@ def naming_dataset(directory: Path) -> Iterator[None]:
 
 
 def _check_features(path: Path) -> None:
-    """Raises `ValueError` for features that are not tfds' own."""
+    """Raises `ValueError` for features from outside tfds."""
     names = set(_class_names(json.loads(path.read_bytes())))
     if foreign := sorted(name for name in names if not name.startswith(_FEATURES)):
         raise UserError(f"features.json names {', '.join(foreign)}")
 
 
 def _class_names(value: Any) -> Iterator[str]:
-    """What stands under `pythonClassName`, at any depth."""
+    """All values of `pythonClassName`, at any depth."""
     if isinstance(value, dict):
         if "pythonClassName" in value:
             yield str(value["pythonClassName"])

@@ -1,13 +1,13 @@
-"""Host batches of numpy arrays from a prepared dataset, in an order that one integer resumes.
+"""Host batches of NumPy arrays from a prepared dataset, resumable from one integer.
 
-Layout is NHWC; keypoints are (row, col) in pixels of the patch, and their mask says which are real.
-Masked keypoints are (0, 0). Images leave normalised, (x - mean) / std of their volume, zero outside
-the slice; augmentation follows on the device.
+Layout is NHWC; keypoints are (row, col) in pixels of the patch, and their mask marks the real ones.
+Masked keypoints are (0, 0). Images are normalised, (x - mean) / std of their volume, and zero
+outside the slice; augmentation runs on the device.
 
-Training samples are numbered through an endless stream: sample `step * batch_size + place` is that
-place of that step's global batch, and everything random about it is a function of the seed and that
-number. So the batches depend neither on threads nor on the number of processes, each of which makes
-its contiguous part of every global batch, and a run resumes from its step number.
+Training samples are numbered through an endless stream: sample `step * batch_size + place` is at
+that place of that step's global batch, and everything random about it depends only on the seed and
+that number. So batches depend neither on threads nor on the number of processes, each of which
+makes its contiguous part of every global batch, and a run resumes from its step number.
 
 Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules are the release's.
 """
@@ -43,13 +43,13 @@ _ENDLESS = 2**40  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How batches are made: `batch_size` counts the global batch, `patch_size` pixels (h, w).
+    """Options of batches: `batch_size` is that of the global batch, `patch_size` in pixels (h, w).
 
-    `patch_keypoints` is p, the places for a patch's keypoints; None keeps the slice's own, p = k. A
+    `patch_keypoints` is p, the slots for a patch's keypoints; None keeps the slice's, p = k. A
     process makes the part `process_index` of `process_count` of each global batch, with
-    `num_threads` reading threads. Of labelled batches at least the share `foreground_share`, and
-    one sample if it is not 0, show a pixel of another class than the background. Raises
-    `ValueError` where the processes do not divide the batch.
+    `num_threads` reading threads. In labelled batches at least the fraction `foreground_share` of
+    the samples, and at least one if it is not 0, show a pixel of a class other than the background.
+    Raises `ValueError` if the processes do not divide the batch.
     """
 
     batch_size: int
@@ -62,7 +62,7 @@ class BatchOptions:
     foreground_share: float = 0.0
 
     def needs_foreground(self, sample: int) -> bool:
-        """Whether a sample's place is one of the last of its global batch, kept for foreground."""
+        """Whether a sample is at one of its batch's last places, reserved for foreground."""
         kept = max(round(self.foreground_share * self.batch_size), self.foreground_share > 0)
         return sample % self.batch_size >= self.batch_size - kept
 
@@ -79,8 +79,8 @@ class Slice:
     """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
 
     `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
-    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w] or None
-    where it was not asked for.
+    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w], or None
+    if not requested.
     """
 
     image: np.ndarray
@@ -106,19 +106,19 @@ class SliceDataset:
         self.volumes: Mapping[str, range] = self.reader.splits
         self.classes = tuple(self.metadata["classes"])
         self._contents: dict[str, str] | None = None
-        # Inflating a label costs a third of a record, and pretraining needs none.
+        # Inflating the label takes a third of a record's time, and pretraining does not need it.
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
         self._foreground: dict[int, tuple[int, ...]] = {}
 
     def contents(self) -> dict[str, str]:
-        """A digest of what each volume's records hold, by name; computed once."""
+        """A digest of each volume's records, by name; computed once."""
         if self._contents is None:
             self._contents = self.reader.digests()
         return self._contents
 
     def identity(self) -> dict[str, str]:
-        """The dataset's name, kind and version, as they are told to people."""
+        """The dataset's name, kind and version, for messages."""
         return {
             "name": self.directory.parent.name,
             "kind": str(self.metadata.get("kind", "")),
@@ -126,7 +126,7 @@ class SliceDataset:
         }
 
     def volume_of(self, record: int) -> str:
-        """The name of the volume that a record is of."""
+        """The name of a record's volume."""
         return next(name for name, records in self.volumes.items() if record in records)
 
     def describe_record(self, record: int) -> str:
@@ -135,7 +135,7 @@ class SliceDataset:
         return f"{name} slice {record - self.volumes[name].start}"
 
     def foreground(self, record: int) -> tuple[int, ...]:
-        """The classes in a slice's label, the background left out; each label is read once."""
+        """The foreground classes in a slice's label; each label is read once."""
         if record not in self._foreground:
             label = self.read(record, with_label=True).label
             assert label is not None
@@ -168,13 +168,13 @@ class SliceDataset:
 def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
     """Opens the newest prepared version of DATA_DIR/NAME.
 
-    Raises `ValueError` with the command that prepares the dataset where there is none.
+    If there is none, raises `ValueError` with the command that prepares the dataset.
     """
     return SliceDataset(find_dataset(data_dir, name))
 
 
 def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
-    """Raises `ValueError` listing every fact that the dataset's metadata contradicts or lacks.
+    """Raises `ValueError` listing every fact that the metadata contradicts or lacks.
 
     `expected` maps metadata names, such as `max_keypoints` and `radius`, to the config's values.
     """
@@ -191,9 +191,9 @@ def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
 
 
 def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The named volumes (all by default) in order of name, whatever the order they come in.
+    """The named volumes (all by default), sorted by name.
 
-    Raises `ValueError` for names that the dataset lacks or that come twice.
+    Raises `ValueError` for unknown or repeated names.
     """
     names = sorted(dataset.volumes if volumes is None else volumes)
     unknown = [name for name in names if name not in dataset.volumes]
@@ -214,6 +214,12 @@ def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
     return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
 
 
+def volumes_for_test(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes of the test set, in order of name, with labels or without."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name].get("test"))
+
+
 def steps_per_epoch(
     dataset: SliceDataset, batch_size: int, volumes: Sequence[str] | None = None
 ) -> int:
@@ -227,13 +233,13 @@ def steps_per_epoch(
 
 
 def neighbour_reach(dataset: SliceDataset, record: int) -> int:
-    """Largest distance, in slices, of a slice's neighbour: a fact of its volume's preparation."""
+    """The largest distance, in slices, to a slice's neighbour, from its volume's preparation."""
     reach: int = dataset.metadata["volumes"][dataset.volume_of(record)]["reach"]
     return reach
 
 
 def draw_neighbour(rng: np.random.Generator, index: int, num_slices: int, reach: int) -> int:
-    """Index of a slice at a uniformly random offset in -reach..reach but 0, clamped.
+    """Index of a slice at a uniformly random non-zero offset in -reach..reach, clamped.
 
     At a volume's border the clamp can return `index` itself.
     """
@@ -256,7 +262,7 @@ def make_pair(
     Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, p, 2], `keypoint_mask` bool [2, p],
     `correspondence` int32 [p] (view 1's keypoint to view 2's index, or -1), `position` int32 [2]
     (the anchor's number, from 1, and the number of slices), `record` int32 [2], `sample` and `seed`
-    uint32. A slice that is its own neighbour corresponds with itself keypoint by keypoint. p is
+    uint32. In a slice that is its own neighbour every keypoint corresponds to itself. p is
     `patch_keypoints`, or k.
     """
     rng = np.random.default_rng((seed, sample))
@@ -290,7 +296,7 @@ def make_labelled(
     seed: int | None,
     patch_keypoints: int | None = None,
 ) -> Batch:
-    """One labelled slice, cropped at random for (seed, sample), or centrally where seed is None.
+    """One labelled slice, cropped at random for (seed, sample), or centrally if seed is None.
 
     Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [p, 2],
     `keypoint_mask` bool [p], `record` int32, `sample`, `seed` uint32. p is `patch_keypoints`, or k.
@@ -315,9 +321,9 @@ def make_foreground(
 ) -> Batch:
     """One labelled slice, cropped at random around a pixel of its foreground, for (seed, sample).
 
-    A slice without foreground makes way for another of `records`, drawn at random; if none has any,
-    it stays. The pixel is drawn among those of one class, and the class among those of the slice,
-    as in nnU-Net (Isensee et al., Nature Methods 2021), so that small classes are seen as often.
+    A slice without foreground is replaced by another of `records`, drawn at random, unless none has
+    any. A class is drawn among the slice's, then one of its pixels, as in nnU-Net (Isensee et al.,
+    Nature Methods 2021), so that small classes are seen equally often.
 
     Returns the fields of `make_labelled`.
     """
@@ -363,10 +369,10 @@ def pretraining_batches(
     volumes: Sequence[str] | None = None,
     start_step: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of pairs, each slice of the volumes the anchor of one pair per epoch.
+    """Endless batches of pairs; each slice of the volumes is the anchor of one pair per epoch.
 
     The fields are those of `make_pair` with a leading b = batch_size / process_count. An epoch's
-    last incomplete batch is dropped. Raises `ValueError` where the slices do not fill one batch.
+    last incomplete batch is dropped. Raises `ValueError` if the slices do not fill one batch.
     """
     make = partial(make_pair, dataset, **_patch(options), seed=options.seed)
     return _training_batches(dataset, options, make, volumes, start_step)
@@ -382,8 +388,8 @@ def segmentation_batches(
     """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
 
     With a `foreground_share` the last places of a batch hold `make_foreground`'s slices. The fields
-    are those of `make_labelled` with a leading b. Raises `ValueError` where the slices
-    do not fill one batch or a volume has no labels.
+    are those of `make_labelled` with a leading b. Raises `ValueError` if the slices do not fill one
+    batch or a volume has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
     common: dict[str, Any] = {**_patch(options), "seed": options.seed}
@@ -403,8 +409,8 @@ def evaluation_batches(
     """All slices of the volumes once, in order of volume and slice, centrally cropped.
 
     The fields are those of `make_labelled` with a leading b, and `valid` bool [b]: the last batch
-    is filled up with zero slices, whose `valid` is false and whose `record` is -1. Raises
-    `ValueError` where a volume has no labels.
+    is padded with zero slices, with `valid` false and `record` -1. Raises `ValueError` if a volume
+    has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
     records = _records(dataset, volumes)
@@ -428,7 +434,7 @@ def _training_batches(
     start_step: int,
 ) -> grain.DatasetIterator:
     samples_per_epoch = steps_per_epoch(dataset, options.batch_size, volumes) * options.batch_size
-    # Grain seeds epoch e with seed + e: runs with neighbouring seeds would share their orders.
+    # Grain seeds epoch e with seed + e, so runs with neighbouring seeds would share orders.
     seed = int(np.random.SeedSequence(options.seed).generate_state(1)[0])
     order = grain.MapDataset.source(_records(dataset, volumes)).shuffle(seed)
     stream = order[:samples_per_epoch].repeat().map_with_index(make)
@@ -440,7 +446,7 @@ def _own_batches(
 ) -> grain.DatasetIterator:
     """Batches of this process's contiguous part of each global batch; `make` takes sample numbers.
 
-    Threads work on single samples, so that the first batch is there soon and memory stays small.
+    Threads work on single samples, so the first batch is ready soon and memory stays small.
     """
     share = options.batch_size // options.process_count
     first = options.process_index * share
@@ -488,7 +494,7 @@ def _crop(
     places: int | None,
     rng: np.random.Generator | None,
 ) -> tuple[Batch, np.ndarray]:
-    """A slice's patch, and which of the slice's keypoints are at its places: int [p], or -1."""
+    """A slice's patch, and the index of the slice's keypoint in each slot: int [p], or -1."""
     inside = keypoints_inside(whole.keypoints, whole.mask, origin, patch_size)
     strongest = dataset.metadata.get("keypoint_order") == "strength"
     chosen = choose_keypoints(inside, places, rng, strongest=strongest)

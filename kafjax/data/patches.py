@@ -1,4 +1,4 @@
-"""Patches of one size from slices of any: centred in zeros where smaller, cropped where larger.
+"""Patches of one size from slices of any size: smaller ones are zero-padded, larger ones cropped.
 
 Sizes and origins are (row, col) in pixels. A point of the slice is at `point - origin` in its
 patch.
@@ -17,7 +17,7 @@ PatchSize = tuple[int, int]
 def patch_origin(
     size: PatchSize, patch_size: PatchSize, rng: np.random.Generator | None
 ) -> np.ndarray:
-    """Pixel (row, col) of a slice at which its patch begins, int64 [2]; negative where it pads.
+    """The pixel (row, col) of a slice at which its patch begins, int64 [2]; negative for padding.
 
     A slice smaller than the patch is centred in it; a larger one is cropped at random, or centrally
     if `rng` is None.
@@ -32,7 +32,7 @@ def patch_origin(
 def patch_origin_around(
     pixel: np.ndarray, size: PatchSize, patch_size: PatchSize, rng: np.random.Generator
 ) -> np.ndarray:
-    """As `patch_origin` at random, among the patches that show a pixel (row, col) of the slice."""
+    """A random `patch_origin` among the patches that show a pixel (row, col) of the slice."""
     spare = np.subtract(size, patch_size)
     first = np.maximum(pixel - np.array(patch_size) + 1, 0)
     last = np.minimum(pixel, np.maximum(spare, 0))
@@ -69,8 +69,8 @@ def cut_view(
       mask: bool [k].
       origin: int [2].
       patch_size: (h, w).
-      chosen: int [p], which keypoint takes each of p places, or -1 (`choose_keypoints`). By default
-        each keypoint keeps its own place, and p = k.
+      chosen: int [p], the keypoint in each of p slots, or -1 (`choose_keypoints`). By default each
+        keypoint keeps its slot, and p = k.
 
     Returns:
       `image` [h, w, 1], `keypoints` int32 [p, 2] in the patch's pixels and `keypoint_mask` bool
@@ -90,17 +90,17 @@ def cut_view(
 def keypoints_inside(
     keypoints: np.ndarray, mask: np.ndarray, origin: np.ndarray, patch_size: PatchSize
 ) -> np.ndarray:
-    """Says which real keypoints lie inside the patch from `origin`: bool [k]."""
+    """Marks the real keypoints inside the patch from `origin`: bool [k]."""
     moved = keypoints - origin
     return mask & np.all((moved >= 0) & (moved < patch_size), axis=-1)
 
 
 def count_places(metadata: Mapping[str, Any], patch_size: PatchSize) -> int:
-    """Places p that suit the keypoints of a patch (h, w) of a prepared dataset.
+    """The number of slots p for the keypoints of a patch (h, w) of a prepared dataset.
 
-    Half as many again as a patch holds on average of k keypoints spread evenly over each slice, a
-    multiple of 16; k where the patch holds every slice whole. Random patches of 128 and 192 pixels
-    of ACDC's slices (280 across, k = 512) then lose 2.7 and 0.2 % of their keypoints.
+    1.5 times the average number in a patch if k keypoints are spread evenly over each slice,
+    rounded to a multiple of 16; k if the patch holds every slice whole. Random patches of 128 and
+    192 pixels of ACDC's slices (280 across, k = 512) then lose 2.7 and 0.2 % of their keypoints.
     """
     k: int = metadata["max_keypoints"]
     volumes = metadata["volumes"].values()
@@ -117,16 +117,16 @@ def choose_keypoints(
     *,
     strongest: bool = False,
 ) -> np.ndarray:
-    """Chooses the keypoints of a patch that take its places, in the slice's order.
+    """Chooses the keypoints for a patch's slots, in the slice's order.
 
     Args:
       inside: bool [k], the real keypoints in the patch.
-      places: p, how many may stay, at most k; None: all stay, each at its own place.
-      rng: draws among too many; None draws the same ones each time.
+      places: p, the maximum number, at most k; None: all are kept, each in its own slot.
+      rng: selects if there are too many; None always selects the same ones.
       strongest: keep the strongest instead. The slice's order must be from weak to strong.
 
     Returns:
-      int64 [p], indices into the slice's keypoints, and -1 at places that stay empty.
+      int64 [p], indices into the slice's keypoints, and -1 in empty slots.
     """
     if places is None:
         return np.where(inside, np.arange(len(inside)), -1)
@@ -142,7 +142,7 @@ def choose_keypoints(
 def follow_correspondence(
     correspondence: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-    """Carries the correspondences of two slices over to the keypoints chosen of each.
+    """Maps the correspondences of two slices to the keypoints chosen from each.
 
     Args:
       correspondence: int [k], the first slice's keypoint to the second's index, or -1.
@@ -150,9 +150,9 @@ def follow_correspondence(
       second: int [p], likewise of the second slice.
 
     Returns:
-      int32 [p], the first's places to the second's, or -1 where an end was not chosen.
+      int32 [p], the first's slots to the second's, or -1 if an end was not chosen.
     """
-    place = np.full(len(correspondence) + 1, -1, np.int32)  # the last one is that of index -1
+    place = np.full(len(correspondence) + 1, -1, np.int32)  # the last one is for index -1
     place[second[second >= 0]] = np.flatnonzero(second >= 0)
     ends = np.where(first >= 0, correspondence[first], -1)
     return place[ends]
@@ -161,8 +161,8 @@ def follow_correspondence(
 def tile_origins(size: PatchSize, patch_size: PatchSize) -> np.ndarray:
     """Origins int64 [n, 2] of patches that together cover a slice, row by row.
 
-    One patch, centred, along an axis that fits; else as few as overlap by half a patch or more, at
-    even distances, the first and the last at the slice's edges.
+    Along an axis that fits: one centred patch. Otherwise the fewest evenly spaced patches that
+    overlap by at least half, the first and the last at the slice's edges.
     """
     centred = patch_origin(size, patch_size, None)
     axes = []
@@ -174,10 +174,10 @@ def tile_origins(size: PatchSize, patch_size: PatchSize) -> np.ndarray:
 
 
 def blend_tiles(tiles: np.ndarray, origins: np.ndarray, size: PatchSize) -> np.ndarray:
-    """Puts the tiles of a slice together, each pixel the weighted mean of those that show it.
+    """Blends the tiles of a slice; each pixel is the weighted mean over the tiles that show it.
 
-    The weights fall from a tile's centre by a Gaussian of an eighth of the patch, as in nnU-Net
-    (Isensee et al., Nature Methods 2021): predictions are worst at edges.
+    The weights are a Gaussian around the tile's centre with sigma an eighth of the patch, as in
+    nnU-Net (Isensee et al., Nature Methods 2021), because predictions are worst at edges.
 
     Args:
       tiles: float [n, h, w, c].

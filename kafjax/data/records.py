@@ -8,13 +8,13 @@ one record per slice in slice order. A TFRecord is a sequence of
     data        `length` bytes
     data CRC    uint32, masked CRC32C of the data
 
-(https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The index beside
-the shards stores each record's length, from which its offset follows, so that any record is one
-`pread` away, and its data CRC, so that another dataset's record in its place is noticed. Records
-are numbered from 0 through the whole dataset, splits in order of name.
+(https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The index next
+to the shards stores each record's length, which gives its offset, so any record is one `pread`
+away, and its data CRC, which detects another dataset's record in its place. Records are numbered
+from 0 through the whole dataset, splits in order of name.
 
-Offsets and lengths are in bytes; a record's offset is that of its length field, and its length that
-of its data.
+Offsets and lengths are in bytes; a record's offset is its length field's, and its length is its
+data's.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 INDEX_NAME = "record_index.json"
-# Which the index vouches for: what they say of the records would be believed.
+# Files whose hashes the index stores, because they describe the records.
 _DESCRIPTIONS = ("features.json", "metadata.json")
 _FORMAT = "kafjax record index 2"
 _HEADER = struct.Struct("<QI")
@@ -82,10 +82,10 @@ class Shard:
 
 
 def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
-    """Scans all shards of a dataset and writes the index beside them, atomically.
+    """Scans all shards of a dataset and writes the index next to them, atomically.
 
     The same shards give the same bytes. Returns the index's path. Raises `RecordError` for a shard
-    that is missing, truncated, or does not hold the records that the dataset's metadata describe.
+    that is missing, truncated, or lacks the records that the dataset's metadata describes.
     """
     directory = Path(dataset_dir)
     shards = _scan_dataset(directory)
@@ -96,9 +96,9 @@ def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
 def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
     """The shards in order of split, from the index or, if that is missing or stale, from a scan.
 
-    Stale: written for other shards or shard sizes, or its own checksum is wrong. A rebuilt index is
-    written back where the directory allows it. Raises `RecordError` as `write_index` does, and for
-    a description of the records, such as `metadata.json`, that is not the one of the index.
+    An index is stale if it was written for other shards or shard sizes, or its checksum is wrong. A
+    rebuilt index is written back if the directory allows it. Raises `RecordError` as `write_index`
+    does, and if a description of the records, such as `metadata.json`, does not match the index.
     """
     directory = Path(dataset_dir)
     shards = _read_index(directory)
@@ -115,7 +115,7 @@ def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
 class RecordReader:
     """Reads checked records by global number; safe to share between threads and to pickle.
 
-    Each read opens its shard: no file descriptor outlives a call, however many volumes there are.
+    Each read opens its shard: no file descriptor outlives a call, for any number of volumes.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str]):
@@ -137,11 +137,11 @@ class RecordReader:
         return int(self._starts[-1])
 
     def digests(self) -> dict[str, str]:
-        """The `records_digest` of each split: what its records hold."""
+        """The `records_digest` of each split."""
         return _digests(self._shards)
 
     def record_number(self, split: str, i: int) -> int:
-        """Global number of record `i` of a split; `KeyError` or `IndexError` if there is none."""
+        """Global number of record `i` of a split; `KeyError` or `IndexError` if out of range."""
         return self.splits[split][i]
 
     def __getitem__(self, number: int) -> bytes:
@@ -156,7 +156,7 @@ class RecordReader:
 
 
 def records_digest(lengths: Iterable[int], crcs: Iterable[int]) -> str:
-    """A hash of a split's records by their data's lengths and masked CRCs, in hexadecimal."""
+    """A hash of a split's records from their lengths and masked data CRCs, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for length, crc in zip(lengths, crcs, strict=True):
         digest.update(_HEADER.pack(length, crc))
@@ -204,7 +204,7 @@ def _scan_dataset(directory: Path) -> list[Shard]:
 def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[int, int]]:
     """Walks from record to record, checking the length CRCs; data is checked when it is read.
 
-    Yields each record's length and the masked CRC that is stated for its data.
+    Yields each record's length and stored masked data CRC.
     """
     offset, number = 0, 0
     while offset < num_bytes:
@@ -220,13 +220,13 @@ def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[
 
 
 def _check_prepared(directory: Path, shards: list[Shard]) -> None:
-    """Raises `RecordError` naming the shards whose records are not those that were prepared."""
+    """Raises `RecordError` naming the shards whose records differ from the prepared ones."""
     volumes = dict(open_builder(directory).info.metadata or {}).get("volumes", {})
     found = _digests(shards)
     foreign = [
         f"  {directory / shard.file}"
         for shard in shards
-        # Those of an earlier version do not say.
+        # Metadata of earlier versions has no digests.
         if "records" in volumes.get(shard.split, {})
         and volumes[shard.split]["records"] != found[shard.split]
     ]
@@ -263,7 +263,7 @@ def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
     found = _check_header(frame, where)
     if found != length:
         raise RecordError(
-            f"{where}: has {found} bytes, its index says {length}; delete {INDEX_NAME} beside it"
+            f"{where}: has {found} bytes, its index says {length}; delete {INDEX_NAME} next to it"
         )
     if len(frame) < length + _FRAME:
         raise _truncated(where)
@@ -276,7 +276,7 @@ def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
     if stated != crc:
         raise RecordError(
             f"{where}: is not the record of its index, perhaps another dataset's; prepare the "
-            f"dataset again, or delete {INDEX_NAME} beside it if it was replaced on purpose"
+            f"dataset again, or delete {INDEX_NAME} next to it if you replaced it on purpose"
         )
     return data
 
@@ -315,7 +315,7 @@ def _store_index(directory: Path, shards: list[Shard]) -> Path:
 
 
 def _read_index(directory: Path) -> list[Shard] | None:
-    """The stored index, or None where it is missing, damaged or not of these shards."""
+    """The stored index, or None if it is missing, damaged or for other shards."""
     try:
         document = json.loads((directory / INDEX_NAME).read_bytes())
         body = {name: document[name] for name in ("shards", "descriptions")}
@@ -333,14 +333,14 @@ def _read_index(directory: Path) -> list[Shard] | None:
     found = [(shard.split, shard.file, len(shard.lengths)) for shard in shards]
     if found != _expected_shards(directory):
         return None
-    with contextlib.suppress(FileNotFoundError):  # the scan names what is missing
+    with contextlib.suppress(FileNotFoundError):  # the scan names the missing file
         if all((directory / s.file).stat().st_size == s.num_bytes for s in shards):
             return shards
     return None
 
 
 def _describe(directory: Path) -> dict[str, str]:
-    """SHA-256 of the files that say what the records are, by name."""
+    """SHA-256 of the files that describe the records, by name."""
     return {
         name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
         for name in _DESCRIPTIONS

@@ -1,10 +1,10 @@
-"""Which volumes of a dataset a run trains on and validates on: the paper's folds.
+"""Splits of a dataset into training and validation volumes: the paper's folds.
 
 A subject is one volume in CHD (`ct_1001`) and one patient in ACDC, with several volumes
-(`patient001_frame01`, `patient001_frame12`), all of which go to the same side of a split. Subjects
-are ordered by number, and folds and choices depend on nothing but that order (docs/method.md
-section 1). In data of one's own equal images are one subject too; the paper's folds of CHD and ACDC
-stay as they are, and `equal_images_across` says which pairs lie on both sides.
+(`patient001_frame01`, `patient001_frame12`), all on the same side of a split. Subjects are ordered
+by number, and folds and choices depend only on that order (docs/method.md section 1). In your own
+data equal images also count as one subject; the paper's folds of CHD and ACDC do not change, and
+`equal_images_across` lists pairs on both sides.
 """
 
 import json
@@ -20,7 +20,7 @@ from kafjax.errors import UserError
 from kafjax.paths import expand
 
 NUM_FOLDS = 5
-PAPER_KINDS = ("chd", "acdc")  # of datasets, whose folds are the paper's
+PAPER_KINDS = ("chd", "acdc")  # dataset kinds that use the paper's folds
 _FOLD_SEED = 12345
 _CHOICE_SEED = 1234
 
@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
 
 def subject_of(volume: str) -> str:
-    """The subject that a volume shows: its name before `_frame` and a number, or all of it."""
+    """The subject of a volume: its name before `_frame` and a number, or the whole name."""
     return re.split(r"(?<=.)_frame(?=\d)", volume, maxsplit=1)[0]
 
 
@@ -44,16 +44,16 @@ def group_subjects(
     equal_images: Iterable[Iterable[str]] = (),
     table: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The subject of each volume, where equal images are of one subject.
+    """The subject of each volume; equal images belong to one subject.
 
-    Subjects that share an image are one, under the name that comes first in order of number, and so
-    are those that are joined by way of others.
+    Subjects that share an image, directly or through others, are merged under the name that comes
+    first in order of number.
 
     Args:
       volumes: names.
-      equal_images: groups of volumes with equal images, as in a dataset's metadata; names that are
-        not among `volumes` join subjects all the same.
-      table: subjects by volume, as the user gave them; the others are told by their names.
+      equal_images: groups of volumes with equal images, as in a dataset's metadata; names outside
+        `volumes` also merge subjects.
+      table: subjects by volume, given by the user; other volumes get theirs from their names.
     """
     named = dict(table or {})
 
@@ -90,7 +90,7 @@ def folds(subjects: Sequence[T], *, num_folds: int = NUM_FOLDS) -> list[tuple[li
 
     Args:
       subjects: in the order of their numbers.
-      num_folds: the paper has 5.
+      num_folds: 5 in the paper.
 
     Raises:
       ValueError: fewer subjects than folds, or fewer than 2 folds.
@@ -117,7 +117,7 @@ def choose_labeled(subjects: Sequence[T], num_labeled: int) -> list[T]:
     """The paper's choice of M of a fold's training subjects, `random.sample` of seed 1234.
 
     Raises:
-      ValueError: there are not as many subjects, or none is asked for.
+      ValueError: fewer subjects than requested, or 0 requested.
     """
     if not 1 <= num_labeled <= len(subjects):
         raise UserError(
@@ -137,18 +137,18 @@ def split_volumes(
     """Splits labelled volumes by subject.
 
     Args:
-      volumes: names in any order. Subjects are sorted by the last number in theirs, and by name
-        where there is none or it is the same.
+      volumes: names in any order. Subjects are sorted by the last number in their names, then by
+        name.
       fold: number of the fold, from 0.
-      num_labeled: M, how many of the fold's training subjects; all of them if None.
-      num_folds: the paper has 5.
-      subject: of each volume, see `group_subjects`; by default told by their names.
+      num_labeled: M, the number of the fold's training subjects to use; all if None.
+      num_folds: 5 in the paper.
+      subject: of each volume, see `group_subjects`; by default from their names.
 
     Returns:
       The split. Training volumes come subject by subject in the order of the choice.
 
     Raises:
-      ValueError: there is no such fold, or there are not as many subjects.
+      ValueError: no such fold, or too few subjects.
     """
     if not 0 <= fold < num_folds:
         raise UserError(f"fold is {fold}; expected 0 to {num_folds - 1}")
@@ -172,14 +172,14 @@ def split_by_names(
     num_labeled: int | None = None,
     subject: Mapping[str, str] | None = None,
 ) -> Split:
-    """A split whose sides the user names, by volume or by subject.
+    """A split by names, of volumes or subjects, that the user gives.
 
     Args:
       volumes: names of the labelled volumes.
-      train: names to train on; by default all that are not validated on.
+      train: names to train on; by default all others.
       validation: names to validate on; may be empty.
-      num_labeled: M, how many of the training subjects, chosen as in `split_volumes`; all if None.
-      subject: of each volume, see `group_subjects`; by default told by their names.
+      num_labeled: M, the number of training subjects, chosen as in `split_volumes`; all if None.
+      subject: of each volume, see `group_subjects`; by default from their names.
 
     Raises:
       ValueError: a name is unknown or on both sides, directly or by its subject, or no volume or
@@ -213,7 +213,7 @@ def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[li
       fold: its number, from 0.
 
     Raises:
-      ValueError: the file is not there or not such a list, or has no such fold.
+      ValueError: the file is missing or not such a list, or has no such fold.
     """
     place = expand(path)
     try:
@@ -234,7 +234,7 @@ def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[li
 
 
 def _find(subject: Mapping[str, str], names: Sequence[str], side: str) -> list[str]:
-    """The volumes that names stand for, themselves or as their subjects, each once."""
+    """The volumes that names refer to, directly or as subjects, each once."""
     found = {name: [v for v in subject if name in (v, subject[v])] for name in names}
     if unknown := sorted(name for name, of_name in found.items() if not of_name):
         raise UserError(

@@ -1,7 +1,7 @@
 """The colours of classes, keypoints and curves.
 
-They are Okabe and Ito's, which readers with any colour vision tell apart; curves have a second
-palette for dark pages, each colour with a contrast of at least 3 to 1 to its background.
+They are Okabe and Ito's, which are safe for all kinds of colour vision; curves have a second
+palette for dark pages, with a contrast of at least 3 to 1 to the background.
 """
 
 ORANGE = "#E69F00"
@@ -11,9 +11,9 @@ YELLOW = "#F0E442"
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 PURPLE = "#CC79A7"
-WHITE = "#FFFFFF"  # for their black, over grey slices
+WHITE = "#FFFFFF"  # instead of their black, over grey slices
 
-# Class 1 has the first.
+# Class 1 has the first colour.
 CLASSES = (ORANGE, SKY_BLUE, GREEN, YELLOW, BLUE, VERMILION, PURPLE, WHITE)
 
 MATCHED = SKY_BLUE

@@ -270,7 +270,7 @@ def check_output(path: Path) -> None:
 
 
 def svg_text(figure: Figure) -> str:
-    """A figure as SVG, without the head of an XML file; its texts in the reader's own font."""
+    """A figure as SVG, without the XML header, with text in the reader's font."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "kafjax", "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", metadata=_METADATA[".svg"], transparent=True)

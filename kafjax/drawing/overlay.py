@@ -8,7 +8,7 @@ import numpy as np
 
 from kafjax.drawing.colours import CLASSES
 
-# After the last the colours begin again, darker, and once more.
+# Further classes repeat the palette, darker each time.
 _BRIGHT = np.array([list(bytes.fromhex(colour[1:])) for colour in CLASSES], np.uint8)
 CLASS_COLOURS = np.concatenate([_BRIGHT, _BRIGHT // 2, _BRIGHT // 4])
 

@@ -1,4 +1,4 @@
-"""Slices with their reference, what runs predict, and the Dice of each prediction.
+"""Slices with their reference, the predictions of runs, and the Dice of each prediction.
 
 Validation, figures and reports draw them with this module.
 """
@@ -26,15 +26,15 @@ _OPACITY = 0.65  # of classes over a slice
 
 
 class SegmentedSlice(NamedTuple):
-    """A slice, its reference and what runs predict; class numbers have 0 for the background.
+    """A slice, its reference and the predictions of runs; class 0 is the background.
 
     Attributes:
       title: volume and slice.
       image: [h, w].
       reference: int [h, w].
       predictions: int [h, w] each.
-      dice: of each prediction; NaN where neither it nor the reference has a class.
-      marks: what stands after each Dice; nothing by default.
+      dice: of each prediction; NaN if neither it nor the reference has a class.
+      marks: text after each Dice; none by default.
       pixel_aspect: height of a pixel over its width.
     """
 
@@ -63,13 +63,13 @@ def draw_segmentations(
     *,
     footnote: str = "",
 ) -> Figure:
-    """A grid of slices, each in grey and with reference and predictions in colour, and a legend.
+    """Draws a grid of slices, in grey and with reference and predictions in colour, and a legend.
 
     Args:
       rows: one for each slice.
-      columns: titles of the predictions, as many as each row has.
-      classes: names of all classes, the background first; the legend has those that are shown.
-      footnote: stands beside the legend.
+      columns: titles of the predictions, one for each prediction of a row.
+      classes: names of all classes, the background first; the legend has the visible ones.
+      footnote: text next to the legend.
     """
     labels = [label for row in rows for label in (row.reference, *row.predictions)]
     shown = np.unique(np.concatenate([np.unique(label) for label in labels]))

@@ -140,7 +140,7 @@ def _add_workdirs(parser: argparse.ArgumentParser) -> None:
     add(
         "--data_dir",
         type=path_argument,
-        help="where their dataset is; default: where the first run had it",
+        help="folder of their dataset; default: the first run's",
     )
 
 

@@ -3,10 +3,11 @@
     kafjax evaluate --workdir runs/chd_fold0_M2 [--split validation]
 
 prints a table and writes `evaluation.json` and `evaluation.csv` in the workdir: the paper's Dice,
-pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). The JSON also has
-the seconds that each volume took, and what they were measured on. Every pixel of every slice counts
-once. Where slices are larger than the patch, which the paper crops, they are predicted in tiles
-(`kafjax.inference.predictor`); where they are smaller, the padding does not count.
+pooled over all pixels of all slices, and Dice, HD95 and ASSD of each volume (mm). `volumes.csv` has
+the classes' volumes in mm^3. The JSON also has the seconds per volume and the machine that they
+were measured on. Every pixel of every slice counts once. Slices larger than the patch, which the
+paper crops, are predicted in tiles (`kafjax.inference.predictor`); for smaller ones, padding does
+not count.
 """
 
 import csv
@@ -14,22 +15,40 @@ import io
 import math
 import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from kafjax.data.input_pipeline import SliceDataset, check_facts, open_dataset
+from kafjax.data.input_pipeline import (
+    Slice,
+    SliceDataset,
+    check_facts,
+    labelled_volumes,
+    open_dataset,
+    volumes_for_test,
+)
 from kafjax.data.splits import equal_images_across
 from kafjax.errors import UserError
 from kafjax.files import write_checked, write_text
+from kafjax.inference.postprocessing import (
+    LARGEST,
+    Example,
+    Rules,
+    choose_rules,
+    clear_up,
+    read_rules,
+    write_rules,
+)
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
 from kafjax.training.preflight import split_run
 from kafjax.workdir.environment import describe_environment
 from kafjax.workdir.scores import SPLITS, describe_run
 from kafjax.workdir.split import (
+    RunSplit,
     describe_later,
     describe_split,
     open_split,
@@ -44,47 +63,148 @@ Results = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` finds.
+    """The results of `evaluate`.
 
     Attributes:
       counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
       metrics: for each volume and foreground class, by name, its `ClassMetrics`.
-      seconds: for each volume, of reading, prediction and comparison; the first compiles as well.
+      mm3: for each volume and foreground class, by name, what `count_mm3` gives.
+      seconds: for each volume, of reading, prediction and comparison; the first includes
+        compilation.
     """
 
     counts: np.ndarray
     metrics: dict[str, dict[str, Any]]
+    mm3: dict[str, dict[str, Any]]
     seconds: dict[str, float]
 
 
-def evaluate(predictor: Predictor, dataset: SliceDataset, volumes: tuple[str, ...]) -> Evaluation:
+def evaluate(
+    predictor: Predictor,
+    dataset: SliceDataset,
+    volumes: tuple[str, ...],
+    *,
+    rules: Mapping[str, str | float] | None = None,
+) -> Evaluation:
     """Predicts volumes and compares them with their labels.
 
     Args:
       predictor: of the run.
-      dataset: where the volumes are.
-      volumes: names of labelled volumes, in the order in which they are predicted.
+      dataset: contains the volumes.
+      volumes: names of labelled volumes, in the order of prediction.
+      rules: of post-processing.
     """
     classes = dataset.classes
     counts = np.zeros((len(classes), 3), np.int64)
-    metrics, seconds = {}, {}
+    metrics: dict[str, dict[str, Any]] = {}
+    mm3, seconds = {}, {}
     for name in tqdm.tqdm(volumes, unit="volume", disable=None):
         begin = time.perf_counter()
-        slices = dataset.read_volume(name)
-        views = [(s.image, s.keypoints, s.mask) for s in slices]
-        found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
-        labels = [s.label.astype(np.uint8) for s in slices if s.label is not None]
-        for prediction, label in zip(found, labels, strict=True):
-            counts += np.asarray(count_pixels(prediction, label, len(classes)))
-        of_volume = volume_metrics(
-            np.stack(found, axis=-1),
-            np.stack(labels, axis=-1),
-            num_classes=len(classes),
-            spacing=[float(mm) for mm in slices[0].spacing],
-        )
+        prediction, label, spacing = _predict_labelled(predictor, dataset, name)
+        if rules:
+            voxel = float(np.prod(spacing))
+            prediction = clear_up(prediction, rules, classes[1:], voxel)
+        for i in range(label.shape[2]):
+            found = count_pixels(prediction[:, :, i], label[:, :, i], len(classes))
+            counts += np.asarray(found)
+        of_volume = volume_metrics(prediction, label, num_classes=len(classes), spacing=spacing)
         metrics[name] = dict(zip(classes[1:], of_volume, strict=True))
+        mm3[name] = count_mm3(prediction, label, classes[1:], spacing)
         seconds[name] = time.perf_counter() - begin
-    return Evaluation(counts, metrics, seconds)
+    return Evaluation(counts, metrics, mm3, seconds)
+
+
+def _predict_labelled(
+    predictor: Predictor, dataset: SliceDataset, name: str
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """A volume's predicted classes and labels, uint8 [row, col, slice], and its spacing in mm."""
+    slices = dataset.read_volume(name)
+    views = [(s.image, s.keypoints, s.mask) for s in slices]
+    found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
+    spacing = [float(mm) for mm in slices[0].spacing]
+    return np.stack(found, axis=-1), _label(slices), spacing
+
+
+def rules_of_run(
+    workdir: Workdir, predictor: Predictor, *, data_dir: str | os.PathLike[str] | None = None
+) -> Rules:
+    """The post-processing of a run, none unless its config says so.
+
+    What is not recorded yet is chosen on the run's training volumes, and recorded.
+
+    Args:
+      workdir: of the run.
+      predictor: of the checkpoint.
+      data_dir: where the dataset is, if not where the run had it.
+
+    Raises:
+      ValueError: nothing is recorded, and the run's dataset is not there.
+    """
+    config = predictor.config
+    if not config.get("postprocess"):
+        return {}
+    rules = read_rules(workdir, predictor.step)
+    if rules is not None:
+        return rules
+    try:
+        dataset = open_dataset(Path(data_dir or config.data.dir), config.data.name)
+        names = open_split(workdir, dataset).names.train
+    except UserError as error:
+        raise UserError(
+            f"{workdir}: post-processing has not been chosen for step {predictor.step}; run "
+            f"kafjax evaluate where the run's dataset is ({error})"
+        ) from None
+
+    def labels() -> Iterator[tuple[np.ndarray, float]]:
+        for name in names:
+            slices = dataset.read_volume(name)
+            yield _label(slices), float(np.prod(slices[0].spacing))
+
+    def examples() -> Iterator[Example]:
+        for name in tqdm.tqdm(names, desc="post-processing", unit="volume", disable=None):
+            prediction, label, spacing = _predict_labelled(predictor, dataset, name)
+            yield Example(prediction, label, float(np.prod(spacing)))
+
+    rules = choose_rules(labels(), examples(), dataset.classes[1:])
+    write_rules(workdir, predictor.step, rules)
+    return rules
+
+
+def count_mm3(
+    prediction: np.ndarray,
+    label: np.ndarray | None,
+    classes: Sequence[str],
+    spacing: Sequence[float],
+) -> dict[str, tuple[float, float | None]]:
+    """Volumes in mm^3 of each foreground class: of the prediction, and of the label if any.
+
+    Args:
+      prediction: class numbers.
+      label: of the same shape, or None.
+      classes: names of the classes 1, 2, ...
+      spacing: mm between elements along each axis.
+    """
+    voxel = float(np.prod(spacing))
+    found, there = (
+        None if a is None else np.bincount(a.ravel(), minlength=len(classes) + 1) * voxel
+        for a in (prediction, label)
+    )
+    assert found is not None
+    return {
+        name: (float(found[i]), None if there is None else float(there[i]))
+        for i, name in enumerate(classes, start=1)
+    }
+
+
+def write_volumes(mm3: Mapping[str, Mapping[str, tuple[float, float | None]]], path: Path) -> None:
+    """Writes what `count_mm3` gave of each volume as CSV, a row for each volume and class."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["volume", "class", "prediction_mm3", "reference_mm3"])
+    for volume, of_volume in mm3.items():
+        for name, values in of_volume.items():
+            writer.writerow([volume, name, *(v if v is None else round(v, 3) for v in values)])
+    write_text(path, stream.getvalue(), errors="backslashreplace")
 
 
 def evaluate_run(
@@ -100,22 +220,23 @@ def evaluate_run(
 
     Args:
       workdir: of a segmentation run.
-      split: 'validation' or 'train', the volumes that the run has recorded.
-      step: the checkpoint, a number, 'best' by validation or 'last'; by default what the run's
-        config says. Scores of another one than that have files of their own.
-      data_dir: where the dataset is, if not where the run had it.
+      split: 'validation' or 'train', the volumes that the run has recorded, or 'test', the labelled
+        volumes of the dataset's test set.
+      step: the checkpoint, a number, 'best' by validation or 'last'; by default the run's config's
+        choice. Scores of another step get separate files.
+      data_dir: folder of the dataset, if it has moved since the run.
       batch_size: of prediction; changes the results only by rounding.
       record_split: for runs of kafjax 0.1, which recorded no split: record the one that the config
-        gives for the dataset as it is now.
+        gives for the current dataset.
 
     Returns:
-      What `evaluation.json` holds.
+      The content of `evaluation.json`.
 
     Raises:
-      ValueError: workdir, dataset, split or checkpoint are not there or do not fit each other.
+      ValueError: workdir, dataset, split or checkpoint are missing or do not match.
     """
     if split not in SPLITS:
-        raise UserError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     folder = Workdir(workdir)
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
@@ -124,10 +245,12 @@ def evaluate_run(
     if record_split and read_split(folder) is None:
         write_split(folder, describe_split(split_run(config, dataset), dataset))
     recorded = open_split(folder, dataset)
-    volumes = getattr(recorded.names, split)
+    volumes = _volumes(recorded, dataset, split)
     if not volumes:
-        raise UserError(f"{workdir}: the run has no {split} volume; expected --split train")
-    counts, metrics, seconds = evaluate(predictor, dataset, volumes)
+        expected = "labels in labelsTs" if split == "test" else "--split train"
+        raise UserError(f"{workdir}: the run has no labelled {split} volume; expected {expected}")
+    rules = rules_of_run(folder, predictor, data_dir=data_dir)
+    counts, metrics, mm3, seconds = evaluate(predictor, dataset, volumes, rules=rules)
     found, how = folder.select_step(step)
     selected, usual = folder.select_step()
     if is_selected := step is None or found == selected:
@@ -137,24 +260,41 @@ def evaluate_run(
         "checkpoint": how,
         "split": split,
         "run": describe_run(folder, config),
-        # Training and validation volumes that are one scan: the paper's folds of ACDC have such.
+        # Training and validation volumes that are the same scan, as in the paper's folds of ACDC.
         "equal_images": equal_images_across(
             recorded.names, dataset.metadata.get("equal_images", ())
         ),
         **summarize(counts, metrics, dataset.classes[1:]),
+        **({"postprocessing": rules} if config.get("postprocess") else {}),
         "seconds": seconds,
         "environment": describe_environment(),
     }
     path = folder.scores_file(split, None if is_selected else predictor.step)
     write_results(results, path.with_suffix(""))
+    write_volumes(
+        mm3, path.with_name(path.name.replace("evaluation", "volumes")).with_suffix(".csv")
+    )
     print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes")
     print(f"checkpoint: {how}, step {predictor.step}\n")
     print(format_table(results))
+    for name, rule in rules.items():
+        size = (
+            "its largest component" if rule == LARGEST else f"components of {rule:.4g} mm^3 or more"
+        )
+        print(f"post-processing: of {name}, {size} only")
     for trained, validated in results["equal_images"]:
-        print(f"\n{validated}, validated on, has the image of {trained}, trained on.")
+        print(f"\nValidation volume {validated} has the same image as training volume {trained}.")
     if later := describe_later(recorded, dataset):
         print(f"\n{later}")
     return results
+
+
+def _volumes(recorded: RunSplit, dataset: SliceDataset, split: str) -> tuple[str, ...]:
+    """Names of the volumes of a run's split; of the test set, those with labels."""
+    if split != "test":
+        return getattr(recorded.names, split)
+    apart = set(volumes_for_test(dataset)) - {*recorded.train, *recorded.validation}
+    return tuple(name for name in labelled_volumes(dataset) if name in apart)
 
 
 def summarize(
@@ -162,12 +302,12 @@ def summarize(
 ) -> Results:
     """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
 
-    `chance` is the mean Dice to expect of drawing each pixel's class with the labels' frequencies,
-    which is, for a class, its frequency.
+    `chance` is the expected mean Dice of drawing each pixel's class with the labels' frequencies;
+    for one class it is its frequency.
 
     Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
-    those where neither labels nor prediction have the class, `missed` those where one has it.
-    Numbers that there are not are None.
+    those where neither labels nor prediction have the class, `missed` those where only one does.
+    Missing numbers are None.
     """
     dice = pooled_dice(counts)
     by_class = {}
@@ -203,7 +343,7 @@ def _chance(counts: np.ndarray) -> float:
 
 
 def write_results(results: Results, stem: Path) -> None:
-    """Writes STEM.json and STEM.csv, whole or not at all."""
+    """Writes STEM.json and STEM.csv, each atomically."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["volume", "class", *_METRICS, "empty", "missed"])
@@ -238,6 +378,10 @@ def format_table(results: Results) -> str:
     lines.append(f"{'mean':<{width}}  {_text(pooled['mean'], 4):>11}")
     lines.append(f"{'chance':<{width}}  {_text(results['chance'], 4):>11}")
     return "\n".join(lines)
+
+
+def _label(slices: Sequence[Slice]) -> np.ndarray:
+    return np.stack([s.label for s in slices if s.label is not None], axis=-1).astype(np.uint8)
 
 
 def _mean_and_std(values: list[float]) -> dict[str, float | None]:

@@ -1,13 +1,13 @@
-"""Segments raw volumes by trained runs: NIfTI in, NIfTI of labels out, on the source's grid.
+"""Segments raw volumes with trained runs: NIfTI in, NIfTI labels out, on the source's grid.
 
     kafjax predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
 
-A volume is treated as its dataset's preparation treats those of training: the same intensities,
-grid and keypoints. Of several runs, such as folds, and of mirrored slices the class probabilities
-are averaged. Labels and probabilities go back to the source's grid and axis order, and the file has
-its header but for type and scaling, so that both lie on each other in any viewer.
+A volume is prepared like the training volumes of its dataset: the same intensities, grid and
+keypoints. Class probabilities are averaged over several runs, such as folds, and mirrored slices.
+Labels and probabilities are mapped back to the source's grid and axis order, with its header except
+type and scaling, so that they overlay the source in any viewer.
 
-Volumes are [row, col, slice] as `data_prep.nifti` turns them, spacing in mm in that order;
+Volumes are [row, col, slice], reoriented by `data_prep.nifti`, spacing in mm in that order;
 keypoints are (row, col). `d` is the number of classes. Needs the extra `data`.
 """
 
@@ -30,10 +30,13 @@ from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import printable
+from kafjax.inference.evaluation import rules_of_run
+from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
+from kafjax.workdir.workdir import Workdir
 
 # Axes of a slice that test-time mirroring flips.
 _MIRRORS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
@@ -41,17 +44,25 @@ _MIRRORS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VolumePredictor:
-    """Trained networks and how volumes are prepared for them.
+    """Trained networks, and the preparation of volumes for them.
 
     Attributes:
-      predictors: of one run or more, whose probabilities are averaged.
+      predictors: of one or more runs; their probabilities are averaged.
       preparation: of the runs' dataset, see `kafjax.workdir.preparation`.
       mirror: also average over each slice's three mirror images; four times the work.
+      rules: of post-processing, those that all runs have.
     """
 
     predictors: tuple[Predictor, ...]
     preparation: Preparation
     mirror: bool = False
+    rules: Rules = dataclasses.field(default_factory=dict)
+
+    def clear_up(self, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+        """Classes [row, col, slice] after post-processing; `spacing` is mm along each axis."""
+        if not self.rules:
+            return labels
+        return clear_up(labels, self.rules, self.reader.classes[1:], float(np.prod(spacing)))
 
     @property
     def reader(self) -> Reader:
@@ -67,22 +78,28 @@ def load_volume_predictor(
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
 ) -> VolumePredictor:
-    """The networks of one or several segmentation runs, ready for raw volumes.
+    """Loads the networks of one or several segmentation runs for raw volumes.
 
     Args:
       workdirs: of the runs.
       step: of the checkpoints; by default each run's best by validation.
       mirror: see `VolumePredictor`.
-      data_dir: where the runs' dataset is, if neither in its place nor described in the workdirs.
+      data_dir: folder of the runs' dataset, if it has moved and the workdirs do not describe it.
       batch_size: see `kafjax.inference.predictor.Predictor`.
 
     Raises:
-      ValueError: no workdir, not one of a segmentation run, or runs whose datasets were prepared
-        differently.
+      ValueError: no workdir, one that is not a segmentation run's, or runs with differently
+        prepared datasets.
     """
     preparation = _read_preparations(workdirs, data_dir)
     predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    return VolumePredictor(predictors, preparation, mirror)
+    rules = common_rules(
+        [
+            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
+            for workdir, predictor in zip(workdirs, predictors, strict=True)
+        ]
+    )
+    return VolumePredictor(predictors, preparation, mirror, rules)
 
 
 def predict_volume(
@@ -95,26 +112,27 @@ def predict_volume(
     """Segments a raw volume.
 
     Args:
-      array: [row, col, slice] of integers or floats as the scanner gives them, not normalised; for
+      array: [row, col, slice] of raw integers or floats, not normalised; for
         axial slices rows run to the back, columns to the left and slices to the head.
       spacing: mm between rows, columns and slices.
       predictor: of `load_volume_predictor`.
-      volume_id: with the dataset's seed it decides which keypoints stay where there are too many.
+      volume_id: selects keypoints, with the dataset's seed, if there are too many.
 
     Returns:
       Classes uint8 [row, col, slice].
 
     Raises:
-      ValueError: the array is not three-dimensional, not of finite numbers, or constant.
+      ValueError: the array is not three-dimensional, not finite, or constant.
     """
     volume = _as_volume(array, spacing, volume_id)
-    return np.stack([_classes(p) for p in slice_probabilities(volume, predictor)], axis=-1)
+    found = [_classes(p) for p in slice_probabilities(volume, predictor)]
+    return predictor.clear_up(np.stack(found, axis=-1), spacing)
 
 
 def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
     """Class probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
 
-    Raises `DatasetError`, at once, for a volume that cannot be prepared.
+    Raises `DatasetError` immediately for a volume that cannot be prepared.
     """
     prepared = predictor.reader.prepare(volume)
     views = prepare_views(prepared, predictor.preparation)
@@ -123,7 +141,7 @@ def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[
 
 
 def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
-    """What a network sees of each slice: the same numbers as the dataset's records give."""
+    """The network's input for each slice, identical to that from the dataset's records."""
     volume, places = prepared.volume, preparation["max_keypoints"]
 
     def view(i: int) -> View:
@@ -144,10 +162,10 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
 
 
 def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "") -> None:
-    """Segments a NIfTI file and writes labels, and probabilities if the request has a place for it.
+    """Segments a NIfTI file; writes labels and, if requested, probabilities.
 
-    Shows progress by slice under `title`. Raises `DatasetError` for a file that cannot be used and
-    `OSError` where results cannot be written.
+    Shows progress by slice under `title`. Raises `DatasetError` for an unusable file and `OSError`
+    if results cannot be written.
     """
     reader = predictor.reader
     volume = reader.read(request.source)
@@ -168,21 +186,22 @@ def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
+    labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
     like = open_header(request.source.image)
     plane = reader.plane(like.affine)
-    # Labels last: where they are, all is there.
+    # Labels last: their presence means that everything is written.
     if request.probabilities is not None and kept is not None:
         write_like(request.probabilities, from_slices(kept, like.affine, plane), like)
     write_like(request.labels, from_slices(labels, like.affine, plane), like)
 
 
 def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
-    """Reports a scan whose slices lie otherwise than all that the runs have seen."""
+    """Reports a scan whose slice plane differs from all training volumes'."""
     seen = predictor.preparation.get("planes")
     if predictor.reader.one_plane and seen and volume.plane not in seen:
         print(
             f"note: {printable(path)}: is cut in {volume.plane} slices; the runs were trained on "
-            f"{' and '.join(seen)} ones and may not know what it shows",
+            f"{' and '.join(seen)} ones and may fail on it",
             file=sys.stderr,
             flush=True,
         )
@@ -200,26 +219,27 @@ def predict_files(
     batch_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Segments a NIfTI file, or all of a folder, and says what was written.
+    """Segments a NIfTI file, or all in a folder, and prints the written files.
 
     Args:
-      workdirs: of the runs, see `load_volume_predictor`, as `step`, `data_dir` and `batch_size`.
-      source: a file or a folder; `~` is a home folder.
-      target: the labels' file, or a folder for files of the sources' names.
+      workdirs: of the runs; see `load_volume_predictor`, also for `step`, `data_dir` and
+        `batch_size`.
+      source: a file or a folder; `~` is the home folder.
+      target: the labels' file, or a folder for files named like the sources.
       probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
       mirror: see `VolumePredictor`.
-      overwrite: replace results that are there, which otherwise are left as they are.
+      overwrite: replace existing results instead of skipping them.
 
     Raises:
-      ValueError: a mistake in the arguments; or entries that are no scans or cannot be used, which
-        are all listed when the others have been written.
+      ValueError: a mistake in the arguments; or entries that are not usable scans, all listed after
+        the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
     source, target = map(expand, (source, target))
     requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
     todo = [request for request in requests if overwrite or not request.done]
     if len(todo) < len(requests):
-        print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results are there.")
+        print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results exist.")
     faults = [f"  {fault}" for fault in left_out]
     if todo:
         predictor = load_volume_predictor(
@@ -233,7 +253,7 @@ def predict_files(
             except DatasetError as error:
                 faults += [f"  {fault}" for fault in str(error).splitlines()]
                 faulty = printable(request.source.image)
-                print(f"{faulty}: could not be predicted, going on", flush=True)
+                print(f"{faulty}: could not be predicted, continuing", flush=True)
             else:
                 print(f"Wrote {printable(request.labels)}", flush=True)
     if faults:
@@ -259,13 +279,13 @@ def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id
     if len(spacing) != 3 or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
         raise UserError(f"spacing is {spacing}; expected mm between rows, columns and slices")
     if array.dtype.kind == "f":
-        array = array.astype(np.float32)  # as files of floats are read
+        array = array.astype(np.float32)  # as for files of floats
         if not np.isfinite(array).all():
             raise UserError("the volume has values that are NaN or infinite")
     elif array.dtype.itemsize == 8:
         narrow = np.abs(array).max() <= np.iinfo(np.int32).max
         array = array.astype(np.int32 if narrow else np.float32)
-    # A fault of preparation names the volume as it names a file.
+    # A preparation fault names the volume as it would name a file.
     return Volume(volume_id, array, None, spacing, np.diag([*spacing, 1.0]), {volume_id: ""})
 
 

@@ -1,14 +1,14 @@
-"""The files of prediction: which are scans, where results go, and writing these.
+"""The files of prediction: finding scans, naming results, and writing them.
 
-A result has the source's name, or the case's where that is nnU-Net's `case_0000`. Its header is the
-source's but for type and scaling: orientation, affine, units and description stay.
+A result has the source's name, or the case's for nnU-Net's `case_0000`. Its header is the source's
+except type and scaling: orientation, affine, units and description are kept.
 """
 
 import gzip
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from data_prep.entries import (
     unused_folder,
 )
 from data_prep.faults import DatasetError, Fault
+from data_prep.folder import split_name
 from data_prep.nifti import open_header, read_nifti
-from data_prep.nnunet import split_name
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.files import replacing
@@ -34,7 +34,7 @@ from kafjax.workdir.preparation import Preparation
 # Level 1 takes a third of the time of the default and hardly more space.
 _DEFLATE_LEVEL = 1
 _SUFFIX = re.compile(r"\.nii(\.gz)?$")
-# What no one calls a folder.
+# Endings that no folder has.
 _FILE_ENDINGS = (
     *(*SCAN_ENDINGS, *OTHER_IMAGES, ".gz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".png", ".jpg"),
     *(".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".vtk"),
@@ -44,12 +44,12 @@ _CHD = re.compile(r"ct_(\d+)_(image|label)")
 _ACDC_OTHERS = re.compile(r"patient\d+_(4d|frame\d+_gt)")
 _CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 _DESCRIPTIONS = {"acdc": ("Info.cfg",), "nnunet": ("dataset.json",), "chd": ("phantom.json",)}
-_LONGEST_NAME = 230  # in bytes, of the system's 255: a file that is being written has a longer one
+_LONGEST_NAME = 230  # in bytes, of the system's 255: a file being written has a longer name
 
 
 @dataclass(frozen=True)
 class Request:
-    """A scan, and where its labels and, if wanted, its class probabilities go."""
+    """A scan, and the paths of its labels and, if requested, class probabilities."""
 
     source: Source
     labels: Path
@@ -57,17 +57,17 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether all its results are there."""
+        """Whether all its results exist."""
         return all(place.exists() for place in self.places)
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """Where its results go."""
+        """The paths of its results."""
         return (self.labels,) if self.probabilities is None else (self.labels, self.probabilities)
 
 
 class Listing(NamedTuple):
-    """The requests of a prediction, and what is left out of it, with the reason."""
+    """The requests of a prediction, and the skipped entries with the reason."""
 
     requests: list[Request]
     left_out: list[Fault]
@@ -81,13 +81,13 @@ class _Name(NamedTuple):
 def list_requests(
     source: Path, target: Path, preparation: Preparation, *, probabilities: bool = False
 ) -> Listing:
-    """The scan, or those of a folder in order of name, each with its results' places.
+    """The scan, or those of a folder sorted by name, with the paths of their results.
 
-    Each entry of a folder is a scan, or belongs to one (labels, other channels and cines by their
-    names; results of an earlier prediction into the same folder), or is left out.
+    Each entry of a folder is a scan, belongs to one (labels, other channels and cines by their
+    names; results of an earlier prediction into the same folder), or is skipped with a reason.
 
     Raises:
-      ValueError: there is nothing to predict, or the output cannot be one.
+      ValueError: nothing to predict, or an impossible output.
     """
     _check_target(target, folder_given=source.is_dir())
     faults: list[Fault] = []
@@ -96,32 +96,32 @@ def list_requests(
         if not os.path.lexists(source):
             raise UserError(f"{source}: no such file or folder")
         if not is_scan_name(source.name):
-            raise UserError(f"{source}: is no .nii.gz or .nii file")
+            raise UserError(f"{source}: not a .nii.gz or .nii file")
         if problem := scan_problem(source):
             raise DatasetError([problem])
     else:
         paths, faults = _list_folder(source, target, preparation)
         if not paths and not faults:
-            raise UserError(f"{source}: holds no scan; expected files .nii.gz or .nii")
+            raise UserError(f"{source}: holds no scan; expected .nii.gz or .nii files")
     requests = []
     for path in paths:
         if name := _name(path, preparation):
             requests.append(_request(path, name, target, probabilities=probabilities))
         elif not _belongs_to_one_of(path, paths, preparation):
             faults.append(_no_scan(path, preparation))
-    requests = _without_results(requests, len(preparation.get("classes", ())))
+    requests = _without_results(requests, preparation)
     wrong = _wrong_places(requests)
     faults += wrong.values()
     return Listing([request for request in requests if request not in wrong], faults)
 
 
 def write_like(path: Path, array: np.ndarray, like: Any) -> None:
-    """Writes a NIfTI file with another's header; the file appears only when it is whole.
+    """Writes a NIfTI file atomically, with another file's header.
 
     Args:
-      path: `.nii` or `.nii.gz`; its folder is made.
+      path: `.nii` or `.nii.gz`; its folder is created.
       array: [x, y, z] or [x, y, z, d] in the axis order of `like`.
-      like: nibabel image, whose type of file, affine and header are taken.
+      like: nibabel image that provides file type, affine and header.
     """
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
@@ -129,7 +129,7 @@ def write_like(path: Path, array: np.ndarray, like: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
         if path.suffix == ".gz":
-            # Without name and time, so that the same labels give the same bytes.
+            # No name and time, so that the same labels give the same bytes.
             with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
                 image.to_stream(stream)
         else:
@@ -155,7 +155,7 @@ def _check_target(target: Path, *, folder_given: bool) -> None:
 def _list_folder(
     source: Path, target: Path, preparation: Preparation
 ) -> tuple[list[Path], list[Fault]]:
-    """What is named as a scan and can be read, and what is said of all else."""
+    """Readable entries named as scans, and the faults of all others."""
     described = _DESCRIPTIONS.get(preparation["kind"], ())
     entries = list_entries(source, used=[n for n in described if (source / n).is_file()])
     faults = list(entries.faults)
@@ -167,7 +167,7 @@ def _list_folder(
 
 
 def _name(path: Path, preparation: Preparation) -> _Name | None:
-    """A scan's names; None where its name says that it is none, by the dataset's layout."""
+    """A scan's names; None if it is not a scan by the dataset's naming rules."""
     stem = _SUFFIX.sub("", path.name)
     kind = preparation["kind"]
     if kind == "chd" and (match := _CHD.fullmatch(stem)):
@@ -184,7 +184,7 @@ def _name(path: Path, preparation: Preparation) -> _Name | None:
 
 
 def _belongs_to_one_of(path: Path, paths: Iterable[Path], preparation: Preparation) -> bool:
-    """Whether what is no scan by its name is labels, cine or channel of one that is there."""
+    """Whether a non-scan is the labels, cine or another channel of an existing scan."""
     stem, kind = _SUFFIX.sub("", path.name), preparation["kind"]
     if kind == "chd":
         scan = stem.replace("label", "image")
@@ -200,9 +200,9 @@ def _no_scan(path: Path, preparation: Preparation) -> Fault:
     if preparation["kind"] == "nnunet":
         channel = preparation["channel"]
         right = f"{stem}_{channel:04d}{path.name.removeprefix(stem)}"
-        found = f"is by its name of channel {int(stem[-4:])}, the runs are of channel {channel}"
+        found = f"belongs to channel {int(stem[-4:])} by its name, the runs use channel {channel}"
         return Fault(path, found, f"rename it to {right} if the number is the scan's own")
-    found = f"its name is not that of a scan in the {preparation['kind']} layout"
+    found = f"its name is not a scan's in the {preparation['kind']} layout"
     return Fault(path, found, "rename it if it is one")
 
 
@@ -220,8 +220,9 @@ def _probabilities(labels: Path) -> Path:
     return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
 
 
-def _without_results(requests: list[Request], num_classes: int) -> list[Request]:
-    """The requests but those whose scan is an earlier result of another: it lies on that scan."""
+def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
+    """The requests, except those whose scan is an earlier result on another scan's grid."""
+    values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
     maker = {
         place.resolve(): request
         for request in requests
@@ -232,11 +233,11 @@ def _without_results(requests: list[Request], num_classes: int) -> list[Request]
         request
         for request in requests
         if (made := maker.get(request.source.image.resolve())) is None
-        or not _is_result(request.source.image, made.source.image, num_classes)
+        or not _is_result(request.source.image, made.source.image, values)
     ]
 
 
-def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
+def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
     """Whether a file holds labels or probabilities on a scan's grid."""
     try:
         found, header = open_header(path), open_header(scan)
@@ -244,14 +245,14 @@ def _is_result(path: Path, scan: Path, num_classes: int) -> bool:
             return False
         kind = found.get_data_dtype().newbyteorder("=")
         if kind == np.float32:
-            return found.shape[3:] == (num_classes,)
-        return kind == np.uint8 and read_nifti(path).array.max() < num_classes
+            return found.shape[3:] == (len(values),)
+        return kind.kind == "u" and bool(np.isin(read_nifti(path).array, values).all())
     except DatasetError:
         return False
 
 
 def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
-    """The requests whose results would lie on scans or on each other, or have no place."""
+    """The requests whose results would overwrite scans or each other, or cannot be written."""
     scans = {request.source.image.resolve() for request in requests}
     counts = Counter(place.resolve() for request in requests for place in request.places)
     wrong = {}
@@ -259,11 +260,11 @@ def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
         for place in request.places:
             found = None
             if place.resolve() in scans:
-                found = f"its result, {place}, would lie on a scan"
+                found = f"its result, {place}, would overwrite a scan"
             elif counts[place.resolve()] > 1:
-                found = f"its result, {place}, would be that of another scan too"
+                found = f"its result, {place}, is also another scan's"
             elif place.is_dir():
-                found = f"its result, {place}, would lie on a folder"
+                found = f"its result, {place}, is a folder"
             elif len(os.fsencode(place.name)) > _LONGEST_NAME:
                 found = f"its result's name, {place.name}, is too long"
             if found:

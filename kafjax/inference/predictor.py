@@ -1,9 +1,9 @@
-"""Class probabilities of whole slices, of any size, by a trained run.
+"""Class probabilities of whole slices of any size, from a trained run.
 
 A slice smaller than the run's patch is centred in zeros; a larger one is cut into tiles that
 overlap by half, each with its own keypoints, whose probabilities are blended
-(`kafjax.data.patches`). Keypoints are (row, col) in the slice; their number of places k must be the
-same for all slices.
+(`kafjax.data.patches`). Keypoints are (row, col) in the slice; their number of slots k must be
+equal for all slices.
 """
 
 import itertools
@@ -42,11 +42,11 @@ class Predictor:
     Args:
       config: of a segmentation run.
       variables: {'params', 'batch_stats'} of its network.
-      batch_size: tiles at a time; by default the run's, made a multiple of the devices.
-      step: at which the variables were saved, if they were.
+      batch_size: tiles at a time; by default the run's, rounded to a multiple of the devices.
+      step: of the checkpoint that holds the variables, if any.
 
     Raises:
-      ValueError: `batch_size` is no positive multiple of the devices.
+      ValueError: `batch_size` is not a positive multiple of the devices.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Predictor:
             yield blend_tiles(np.stack([next(results) for _ in origins]), origins, size)
 
     def _count_places(self, tiles: Sequence[tuple[View, np.ndarray]]) -> int:
-        """Places enough for the keypoints of every tile; a multiple of 64, so that few compile."""
+        """Slots for the keypoints of every tile, a multiple of 64 to limit compilations."""
         most = max(self._inside(*tile).sum() for tile in tiles)
         _, keypoints, _ = tiles[0][0]
         return min(len(keypoints), _PLACES_STEP * max(1, math.ceil(most / _PLACES_STEP)))
@@ -95,13 +95,13 @@ class Predictor:
         return keypoints_inside(view[1], view[2], origin, self._patch_size)
 
     def _cut(self, view: View, origin: np.ndarray, places: int | None) -> dict[str, np.ndarray]:
-        """A tile; with `places`, only the keypoints inside it have one."""
+        """A tile; with `places`, only keypoints inside it get a slot."""
         chosen = choose_keypoints(self._inside(view, origin), places, None)
         return cut_view(*view, origin, self._patch_size, chosen=chosen)
 
     def _run(self, tiles: Iterator[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
         while batch := list(itertools.islice(tiles, self._batch_size)):
-            # The last batch is filled up with a tile whose result nobody takes.
+            # The last batch is padded with a tile whose result is discarded.
             full = batch + batch[:1] * (self._batch_size - len(batch))
             stacked = {field: np.stack([tile[field] for tile in full]) for field in batch[0]}
             yield from self._predict(stacked)[: len(batch)]
@@ -113,16 +113,16 @@ def load_predictor(
     step: int | str | None = None,
     batch_size: int | None = None,
 ) -> Predictor:
-    """The network of a segmentation run, or of an import, as it was at `step`.
+    """Loads the network of a segmentation run, or of an import, at `step`.
 
     Args:
       workdir: of the run.
-      step: a step, 'best' by validation or 'last'; by default what the run's config says. Where
-        nothing was validated, the newest good one.
+      step: a step, 'best' by validation or 'last'; by default the config's choice. Without
+        validation, the newest good one.
       batch_size: see `Predictor`.
 
     Raises:
-      ValueError: the folder holds no segmentation run, no such checkpoint, or a damaged one.
+      ValueError: the folder holds no segmentation run, or the checkpoint is missing or damaged.
     """
     config = ml_collections.ConfigDict(Workdir(workdir).read_config(task="segment"))
     selected, _ = Workdir(workdir).select_step(step)

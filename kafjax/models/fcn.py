@@ -6,8 +6,8 @@ Images are [b, h, w, 1] with h and w divisible by 16.
 Our choices where the appendix is silent: batch norm and leaky ReLU after each convolution, as in
 the UNet, so that the two differ only in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers
 after the first four blocks, before pooling, as in KAF-UNet; no fully connected layers between the
-fifth block and its scores; score layers with biases; and fixed bilinear upsampling, part of which
-Long et al. learn from a bilinear start.
+fifth block and its scores; score layers with biases; and fixed bilinear upsampling, which Long et
+al. partly learn from a bilinear start.
 """
 
 from typing import Any

@@ -237,7 +237,7 @@ def _value(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def _environment(runs: Sequence[Run]) -> list[Element]:
-    """Of training, evaluation and preparation; those that are the same share a column."""
+    """The environments of training, evaluation and preparation; equal ones share a column."""
     noted: list[tuple[str, Mapping[str, Any] | None]] = [("this page", describe_environment())]
     for run in runs:
         noted.append((f"training of {run.name}", run.environment))

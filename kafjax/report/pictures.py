@@ -164,8 +164,8 @@ def _class_legend(classes: Sequence[str]) -> Element:
 
 
 def _evaluation(run: Run) -> Fields:
-    """Of the first split that is evaluated, which is validation if that is."""
-    return next(run.evaluations[split] for split in reversed(SPLITS) if split in run.evaluations)
+    """The evaluation of the first evaluated split: validation if available."""
+    return next(run.evaluations[split] for split in SPLITS if split in run.evaluations)
 
 
 def _read_events(path: Path) -> Iterator[Any]:

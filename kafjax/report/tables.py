@@ -10,7 +10,11 @@ from kafjax.report.html import Element, details, element, note, number, table
 from kafjax.report.runs import Fields, Run, mean_dice
 
 _METRICS = {"dice": ("Dice", 3), "hd95": ("HD95, mm", 1), "assd": ("ASSD, mm", 2)}
-_SPLITS = {"validation": "Validation volumes", "train": "Training volumes"}
+_SPLITS = {
+    "validation": "Validation volumes",
+    "test": "Test volumes",
+    "train": "Training volumes",
+}
 _MOST_LISTED = 10
 
 

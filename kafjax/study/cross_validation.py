@@ -121,7 +121,7 @@ def _stopping_at_signals() -> Iterator[None]:
 
 
 def _check_splits(study: Study) -> None:
-    """Raises `ValueError` with all that is wrong with the M and folds in this dataset."""
+    """Raises `ValueError` listing everything wrong with the M and folds in this dataset."""
     config = study.base
     dataset = open_dataset(config.data.dir, config.data.name)
     faults: dict[str, None] = {}  # each once, in order

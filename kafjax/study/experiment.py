@@ -329,7 +329,7 @@ def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Of '2/8' the first job, from 0, and the step; `ValueError` for other text."""
+    """The first job, from 0, and the step of a shard '2/8'; `ValueError` for other text."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard: found {text!r}, expected 1/N to N/N")

@@ -34,7 +34,7 @@ _LOOK_SECONDS = 5.0
 # it finds are about to be removed.
 _GRACE_SECONDS = 30.0
 _QUERY = "import jax; print(jax.default_backend(), jax.local_device_count())"
-# What makes the one device of a slot all that its process sees.
+# Variables that make a slot's device the only one its process sees.
 _VISIBLE = {"gpu": ("CUDA_VISIBLE_DEVICES",), "tpu": ("TPU_VISIBLE_CHIPS",)}
 _ALONE = {"tpu": {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}}
 
@@ -182,7 +182,7 @@ class _Scheduler:
             signal.signal(number, handler)
 
     def run(self) -> Outcome:
-        """Runs all that is ours to its end."""
+        """Runs all of our jobs to completion."""
         done = len(self._states) - self._total
         _say(f"{len(self._states)} jobs, {done} done before, {len(self._free)} slots")
         while True:

@@ -1,4 +1,4 @@
-"""What a run learns: pretraining, local contrast, segmentation."""
+"""The tasks of runs: pretraining, local contrast, segmentation."""
 
 from kafjax._lazy import public
 

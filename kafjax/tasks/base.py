@@ -1,7 +1,7 @@
-"""The base class of tasks, and what they share: random keys, transforms, the network in training.
+"""The base class of tasks, and shared parts: random keys, transforms, the network in training.
 
 A batch's fields have its samples as their first axis, [b, ...]. Methods that read data import the
-reader when called: losses need no more than JAX and Flax.
+reader when called: losses need only JAX and Flax.
 """
 
 import abc
@@ -37,18 +37,18 @@ HEADS_OF_TASKS = {
 
 
 def sample_keys(batch: Batch) -> jax.Array:
-    """A random key for each sample, [b], which the run's seed and the sample's number decide.
+    """A random key for each sample, [b], from the run's seed and the sample's number.
 
-    The seed comes with the batch, so that runs of other seeds share one compiled step.
+    The seed is part of the batch, so runs with different seeds share one compiled step.
     """
     root = jax.vmap(jax.random.key)(batch["seed"])
     return jax.vmap(jax.random.fold_in)(root, batch["sample"])
 
 
 def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    """`augment_view` or `augment_pair` as `config.augment` says."""
+    """`augment_view` or `augment_pair` with the options of `config.augment`."""
     transform = augment.AugmentConfig(**config.augment.transform)
-    fields = config.augment.get("intensity")  # which runs of older versions do not have
+    fields = config.augment.get("intensity")  # absent in runs of older versions
     changes = fields is not None and fields.probability > 0
     intensity = IntensityConfig(**fields) if changes else None
     mode = config.augment.keypoints
@@ -58,8 +58,8 @@ def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., A
 def make_model(config: Any, axis_name: str | None) -> nn.Module:
     """The run's network.
 
-    Batch statistics go over the mapped axis if the config says so; of the pretraining heads there
-    are those whose loss has a weight.
+    Batch statistics cover the mapped axis if the config requests it; only pretraining heads with a
+    weighted loss exist.
     """
     axis_name = axis_name if config.sync_batch_norm else None
     head = HEADS_OF_TASKS[config.task]
@@ -84,10 +84,10 @@ def apply_training(
 ) -> tuple[Any, Any]:
     """The network's outputs in training, and its new running statistics.
 
-    With several microbatches only one's activations are in memory at a time: each is computed again
-    in the backward pass. Outputs, and thereby losses over the whole batch and their gradients, are
-    those of the whole batch, except that batch norm sees a microbatch at a time; the running
-    statistics become the mean of what each microbatch would have made of them.
+    With several microbatches only one's activations are in memory at a time: each is recomputed in
+    the backward pass. Outputs, and therefore losses and gradients, are those of the whole batch,
+    except that batch norm covers one microbatch at a time; the new running statistics are the mean
+    over the microbatches' updates.
 
     Args:
       model: called with `inputs` and `train=True`.
@@ -120,22 +120,22 @@ def apply_training(
 
 
 class Task(abc.ABC):
-    """What a run learns: its batches, its network and loss, and how it is scored and shown.
+    """The task of a run: its batches, network, loss, scores and pictures.
 
-    A subclass is chosen by its name in `kafjax.tasks.TASKS`. All state is in arguments, so that
-    `loss`, `predict` and `count` can be traced on any device.
+    `kafjax.tasks.TASKS` maps names to subclasses. All state is in arguments, so `loss`, `predict`
+    and `count` can be traced on any device.
 
     Args:
       config: the run's config.
       axis_name: the mapped axis over which a batch is spread, if any.
 
     Attributes:
-      frozen: modules of the network that are not trained.
-      best_metric: the metric whose best checkpoint is kept, and
+      frozen: modules of the network that stay fixed.
+      best_metric: the metric that selects the best checkpoint, and
       best_mode: whether its largest or smallest value is best.
 
     Raises:
-      ValueError: a field of the config has no such value.
+      ValueError: a config field has an invalid value.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +150,7 @@ class Task(abc.ABC):
 
     @property
     def patch(self) -> dict[str, Any]:
-        """The size of a patch, and its places for keypoints, as `make_pair` takes them."""
+        """The size of a patch and its keypoint slots, as arguments of `make_pair`."""
         data = self._config.data
         size = tuple(data.patch_size)
         return {"patch_size": size, "patch_keypoints": data.get("patch_keypoints")}
@@ -175,7 +175,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def augment(self, batch: Batch) -> Batch:
-        """Transforms every sample, by keys that only seed and sample decide."""
+        """Transforms every sample with keys that depend only on seed and sample."""
 
     @abc.abstractmethod
     def loss(
@@ -188,11 +188,11 @@ class Task(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} predicts no classes")
 
     def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Integers [b, ...] that add up over slices, and predicted classes [b, h, w]."""
+        """Integer counts [b, ...] to sum over slices, and predicted classes [b, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} is not validated")
 
     def scores(self, counts: np.ndarray) -> dict[str, float]:
-        """Metrics of the sum of `count`'s integers over all slices."""
+        """Metrics from the sum of `count`'s integers over all slices."""
         raise NotImplementedError(f"{type(self).__name__} is not validated")
 
     def init(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Local contrast: the first blocks of a decoder learn to tell the places of a slice apart.
+"""Local contrast: the first blocks of a decoder learn to distinguish the places of a slice.
 
 The second stage of GLCL (Chaitanya et al., NeurIPS 2020): the encoder comes from a run with the
-global loss of partitions (`gcl`) and stays as it is. Batches are those of
-`kafjax.tasks.pretraining`, but only the anchors are used: the neighbours show other places.
+global loss of partitions (`gcl`) and is frozen. Batches are those of `kafjax.tasks.pretraining`,
+but only the anchors are used, because the neighbours show other places.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class LocalContrast(Pretraining):
       axis_name: the mapped axis over which a batch is spread, if any.
 
     Raises:
-      ValueError: a field of the config has no such value.
+      ValueError: a config field has an invalid value.
     """
 
     frozen = ("encoder",)
@@ -35,7 +35,7 @@ class LocalContrast(Pretraining):
         self._transform = make_transform(augment.augment_view, config)
 
     def augment(self, batch: Batch) -> Batch:
-        """Two views of every anchor: one spatial transform for both, intensities of their own.
+        """Two views of every anchor: the same spatial transform, independent intensities.
 
         Pixels of the two show the same places, and keypoints correspond to themselves.
         """

@@ -1,8 +1,8 @@
 """The pretraining task: pairs of slices, augmentation, two global losses and a local one.
 
-docs/method.md sections 3, 5 and 6. A batch is what `kafjax.data.input_pipeline.pretraining_batches`
-gives; `b` is a device's share of it. Imports no reader: the training step can be used on any batch
-of that form.
+docs/method.md sections 3, 5 and 6. Batches are those of
+`kafjax.data.input_pipeline.pretraining_batches`; `b` is a device's part. Imports no reader: the
+training step works with any batch of that form.
 """
 
 import functools
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Array) -> Metrics:
-    """Which shares of a batch the losses pass over, or learn less of.
+    """Fractions of a batch that the losses skip, or learn less from.
 
     Args:
       mask: bool [b, 2, k], real keypoints.
@@ -33,7 +33,7 @@ def skipped_shares(mask: jax.Array, correspondence: jax.Array, positives: jax.Ar
       positives: bool [B, B], over the global batch.
 
     Returns:
-      The shares of slices without a keypoint, of pairs without a correspondence, and of samples
+      The fractions of slices without keypoints, of pairs without correspondences, and of samples
       whose only positives are their own views.
     """
     return {
@@ -51,7 +51,7 @@ class Pretraining(Task):
       axis_name: the mapped axis over which a batch is spread, if any.
 
     Raises:
-      ValueError: a field of the config has no such value.
+      ValueError: a config field has an invalid value.
     """
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
@@ -78,7 +78,7 @@ class Pretraining(Task):
         return make_pair(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
-        """Transforms both views of every sample, by keys that only seed and sample decide."""
+        """Transforms both views of every sample with keys that depend only on seed and sample."""
         fields = ("image", "keypoints", "keypoint_mask")
         image, keypoints, mask = (batch[field] for field in fields)
         view_1, view_2 = ((image[:, i], keypoints[:, i], mask[:, i]) for i in range(2))
@@ -111,7 +111,7 @@ class Pretraining(Task):
 
     def picture(self, batch: Batch) -> dict[str, np.ndarray]:
         """The batch's first pair of views as training sees it: 'pair' -> uint8 [h, w, 3]."""
-        from kafjax.drawing.figures import draw_pair  # matplotlib is needed for nothing else here
+        from kafjax.drawing.figures import draw_pair  # only this needs matplotlib
 
         view = self.first_seen(batch)
         image, keypoints, mask = view["image"][..., 0], view["keypoints"], view["keypoint_mask"]
@@ -121,7 +121,7 @@ class Pretraining(Task):
         return {"pair": drawn}
 
     def _positives(self, position: jax.Array) -> jax.Array:
-        """Which samples of the global batch are positives of each other: bool [B, B]."""
+        """The positive pairs of the global batch: bool [B, B]."""
         if self._axis_name is not None:
             position = jax.lax.all_gather(position, self._axis_name, tiled=True)
         config = self._config.loss
@@ -130,7 +130,7 @@ class Pretraining(Task):
         )
 
     def _terms(self, output: PretrainingOutput, batch: Batch, positives: jax.Array) -> Metrics:
-        """The unweighted losses of the heads that there are: those whose weight is not 0."""
+        """The unweighted losses of the existing heads, those with a non-zero weight."""
         config = self._config.loss
         contrastive = functools.partial(
             losses.supervised_contrastive_loss,

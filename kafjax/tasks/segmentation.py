@@ -1,8 +1,8 @@
 """The segmentation task: labelled slices, their losses, and Dice over all pixels.
 
-docs/method.md sections 6 to 8. A batch is what `kafjax.data.input_pipeline.segmentation_batches` or
-`evaluation_batches` gives; `b` is a device's share of it. Imports no reader, as
-`kafjax.tasks.pretraining`.
+docs/method.md sections 6 to 8. Batches are those of
+`kafjax.data.input_pipeline.segmentation_batches` or `evaluation_batches`; `b` is a device's part.
+Imports no reader, like `kafjax.tasks.pretraining`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def changes_anything(config: Any) -> bool:
-    """Whether `config.augment` leaves any slice other than it comes."""
+    """Whether `config.augment` changes any slice."""
     if config is None:
         return False
     transform, intensity = config.transform, config.get("intensity")
@@ -39,12 +39,11 @@ class Segmentation(Task):
     """Supervised segmentation, from scratch or from a pretrained encoder.
 
     Args:
-      config: the run's config. Where `config.augment` changes nothing, slices are taken as they
-        come.
+      config: the run's config. If `config.augment` changes nothing, augmentation is skipped.
       axis_name: the mapped axis over which a batch is spread, if any.
 
     Raises:
-      ValueError: a field of the config has no such value.
+      ValueError: a config field has an invalid value.
     """
 
     best_metric = "validation_dice"
@@ -77,7 +76,7 @@ class Segmentation(Task):
         return make_labelled(dataset, 0, record, seed=self._config.seed, **self.patch)
 
     def augment(self, batch: Batch) -> Batch:
-        """Transforms every slice with its label, by keys that only seed and sample decide."""
+        """Transforms every slice with its label, with keys that depend only on seed and sample."""
         if self._transform is None:
             return batch
 
@@ -97,8 +96,8 @@ class Segmentation(Task):
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """The total loss of a training step, its metrics, and the new running statistics.
 
-        The metrics' `dice` is that of the whole batch pooled, the mean over the classes that it or
-        its predictions have, and 1 where there are none.
+        The metric `dice` is pooled over the whole batch, the mean over the classes in the labels or
+        predictions, and 1 if there are none.
         """
         batch = self.augment(batch)
         logits, batch_stats = self.apply(params, batch_stats, batch)
@@ -118,7 +117,7 @@ class Segmentation(Task):
         return total, (metrics, batch_stats)
 
     def _terms(self, logits: jax.Array, label: jax.Array) -> Metrics:
-        """The unweighted losses, those whose weight is not 0."""
+        """The unweighted losses with a non-zero weight."""
         config = self._config.loss
         options = {"class_weights": config.class_weights, "axis_name": self._axis_name}
         named = {"cross_entropy": losses.cross_entropy, "dice": losses.dice_loss}
@@ -129,18 +128,18 @@ class Segmentation(Task):
         }
 
     def predict(self, variables: Any, batch: Batch) -> jax.Array:
-        """Logits [b, h, w, d] of slices as they are, by the running statistics."""
+        """Logits [b, h, w, d] of unaugmented slices, with the running statistics."""
         fields = ("image", "keypoints", "keypoint_mask")
         inputs = (batch[field] for field in fields)
         logits: Any = self._model.apply(variables, *inputs, train=False)
         return logits
 
     def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Validates slices, each by itself.
+        """Validates slices, each separately.
 
         Returns:
-          Pixel counts int32 [b, d, 3], which add up over slices and are 0 for those that are not
-          valid, and the predicted classes uint8 [b, h, w].
+          Pixel counts int32 [b, d, 3] to sum over slices, 0 for invalid ones, and the predicted
+          classes uint8 [b, h, w].
         """
         prediction = jnp.argmax(self.predict(variables, batch), axis=-1)
 
@@ -152,7 +151,7 @@ class Segmentation(Task):
         return counts, prediction.astype(jnp.uint8)
 
     def scores(self, counts: np.ndarray) -> dict[str, float]:
-        """Pooled Dice of added up counts: the mean over classes, and each class that occurs."""
+        """Pooled Dice from summed counts: the mean over classes, and each class that occurs."""
         dice = pooled_dice(counts)
         each = {f"validation_dice_{i + 1}": float(x) for i, x in enumerate(dice) if not np.isnan(x)}
         return {"validation_dice": mean_pooled_dice(counts), **each}

@@ -1,4 +1,4 @@
-"""At which steps a run logs, draws, validates and saves. Steps are counted from 1."""
+"""When a run logs, draws, validates and saves. Steps are counted from 1."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cadence:
-    """What follows each step of a run.
+    """The actions after each step of a run.
 
     Attributes:
       every: `config.every`.
@@ -25,7 +25,7 @@ class Cadence:
         return step % self.every.log == 0 or step == self.num_steps
 
     def draws(self, step: int) -> bool:
-        """Whether the batch is drawn: the first, and every `every.picture`; never if that is 0."""
+        """Whether the batch is drawn: the first, then each `every.picture`; never if that is 0."""
         every = self.every.picture
         return bool(every) and (step == 1 or step % every == 0)
 
@@ -37,7 +37,7 @@ class Cadence:
         return step == self.num_steps or (interval > 0 and step % interval == 0)
 
     def draws_validation(self, step: int) -> bool:
-        """Whether a validation draws slices: first, last, and once in `every.picture` steps."""
+        """Whether a validation draws slices: first, last, and once per `every.picture` steps."""
         every, interval = self.every.picture, self._validation_interval
         is_end = step <= interval or step == self.num_steps
         return bool(every) and (is_end or step // every > (step - interval) // every)
@@ -49,6 +49,6 @@ class Cadence:
 
     @property
     def _validation_interval(self) -> int:
-        """Steps between two validations; 0 for none but the last."""
+        """Steps between two validations; 0 for only the last."""
         interval: int = self.every.validation_epochs * self.steps_per_epoch
         return interval

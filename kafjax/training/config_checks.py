@@ -1,8 +1,8 @@
-"""Every field of a run's config: its type, its range, and what goes together.
+"""The type and range of every config field, and rules that combine fields.
 
-A mistake is found before anything is opened or compiled, and all of them at once. A field that a
-task has no use for is a mistake too: no knob may be ignored. Paths are dotted, as on the command
-line without `--config.`; who adds a field to `configs/` adds its rule here.
+All mistakes are reported at once, before anything is opened or compiled. Unused fields are errors.
+Paths are dotted, as on the command line without `--config.`. A new field in `configs/` needs its
+rule here.
 """
 
 import difflib
@@ -22,11 +22,11 @@ from kafjax.tasks.registry import TASKS
 OPTIMIZERS = ("sgd", "adam")
 _MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
 _MAX_CLASSES = 256
-_DIVISOR = 16  # of the patch, which networks halve four times
+_DIVISOR = 16  # networks halve the patch four times
 
 
 class Rule(NamedTuple):
-    """What a value must be: in words, and as a test."""
+    """The requirement on a value, in words and as a test."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -153,7 +153,7 @@ _AUGMENT = {
         for name in kind.__dataclass_fields__
     },
 }
-# Rules of fields that need not be there: what a run of the task does without them.
+# Rules of optional fields, by task.
 _OF_DATASET = {  # filled in from the dataset
     "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
@@ -165,14 +165,15 @@ _ANYWHERE = {
     "checkpoint.select": _choice(("best", "last")),
 }
 _OPTIONAL = {
-    "pretrain": _ANYWHERE,
-    "local_contrast": _ANYWHERE,
+    "pretrain": {**_ANYWHERE, "data.include_test": _FLAG},
+    "local_contrast": {**_ANYWHERE, "data.include_test": _FLAG},
     "segment": {
         **_ANYWHERE,
         "model.num_classes": _or_none(_integer(2, _MAX_CLASSES)),
         "init_from": _or_none(_TEXT),
         "data.validation": _or_none(_NAMES),
         "data.splits_file": _or_none(_TEXT),
+        "postprocess": _FLAG,
     },
 }
 
@@ -181,8 +182,8 @@ def check_fields(config: Any) -> None:
     """Checks all fields of a run's config, a ConfigDict or nested dicts.
 
     Raises:
-      ValueError: a line for each field that is missing, unknown, or not what it must be: its name,
-        what was found and what was expected.
+      ValueError: a line for each missing, unknown or invalid field: its name, what was found and
+        what was expected.
     """
     fields = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
     task: Any = fields.get("task")
@@ -203,7 +204,7 @@ def check_fields(config: Any) -> None:
         for path, value in fields.items()
         if path not in known or not known[path].holds(value)
     ]
-    # What goes together can be asked only of values that are right by themselves.
+    # Rules that combine fields need valid values.
     faults = faults or _disagreements(fields)
     if faults:
         raise UserError("\n".join(faults))
@@ -238,13 +239,13 @@ def _disagreements(fields: Mapping[str, Any]) -> list[str]:
 
 def _weighs_keypoints(loss: str) -> Rule:
     return Rule(
-        "0 for a network without KAF layers, as --config chd_pretrain:pcl has it",
+        "0 for a network without KAF layers, as in --config chd_pretrain:pcl",
         lambda f: "kaf" in f["model.name"] or f[f"loss.weights.{loss}"] == 0,
     )
 
 
 def _fits_regions(fields: Mapping[str, Any]) -> bool:
-    """Whether the maps of local contrast have room for its regions."""
+    """Whether the maps of local contrast are large enough for its regions."""
     if fields["task"] != "local_contrast":
         return True
     halvings = 4 - fields["model.num_decoder_blocks"]

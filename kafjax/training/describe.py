@@ -7,8 +7,8 @@ import numpy as np
 
 from kafjax.tasks.base import HEADS_OF_TASKS, network_shapes
 
-# In each KAF layer the release instantiates, and never uses, a matching projection 256 -> 256 and a
-# dustbin score; the appendix's table 1 counts them (docs/method.md section 5).
+# Each KAF layer of the release has an unused matching projection 256 -> 256 and an unused dustbin
+# score; the appendix's table 1 counts them (docs/method.md section 5).
 _RELEASE_UNUSED_PER_KAF = 256 * 256 + 256 + 1
 
 
@@ -23,7 +23,7 @@ def count_parameters(config: Any) -> dict[str, int]:
 
 
 def describe(config: Any) -> str:
-    """A printable table of the config's network, and how the paper's numbers arise from it."""
+    """A printable table of the config's network, and how the paper's numbers follow from it."""
     counts = count_parameters(config)
     total = sum(counts.values())
     width = max(map(len, counts))

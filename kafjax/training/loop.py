@@ -1,7 +1,7 @@
 """The training loop: steps, logs, validation, pictures and checkpoints of one run.
 
-What a step computes depends only on the state, the seed and the step's number, so a run resumes
-from its step. The loop never learns what a keypoint is, nor what validation counts.
+A step depends only on the state, the seed and the step number, so a run resumes from its step. The
+loop is independent of keypoints and of what validation counts.
 """
 
 import collections
@@ -52,6 +52,7 @@ from kafjax.workdir.environment import write_environment
 from kafjax.workdir.metrics import (
     MetricMeans,
     MetricWriter,
+    OnStep,
     read_metrics,
 )
 from kafjax.workdir.preparation import write_preparation
@@ -62,18 +63,21 @@ from kafjax.workdir.workdir import Workdir
 _OF_HOST = ("data.dir", "data.num_threads")
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
-    """Trains as `config` says, from the workdir's last checkpoint or from the start.
+def train(
+    config: Any, workdir: str | os.PathLike[str], *, on_step: OnStep | None = None
+) -> int | None:
+    """Trains by `config`, from the workdir's last checkpoint or from scratch.
 
     Args:
       config: see `configs/`.
-      workdir: holds or will hold the run's checkpoints, metrics and pictures.
+      workdir: folder of the run's checkpoints, metrics and pictures.
+      on_step: called after each step with its number and the last one's.
 
     Returns:
-      None when the run is complete; the signal's number when one stopped it, after a checkpoint.
+      None if the run is complete; the signal's number if one stopped it, after a checkpoint.
 
     Raises:
-      ValueError: the config, the dataset and the workdir do not fit each other.
+      ValueError: the config, the dataset and the workdir do not match.
       FloatingPointError: the loss is not finite; the message names the step and the slices.
     """
     with together():
@@ -84,8 +88,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
         folder, fields = Workdir(workdir), config.to_dict()
         folder.check_config(fields)
         split = open_run_split(config, folder, dataset)
-        # Before the workdir is made: a mistake in the config leaves none.
-        run = _make_run(config, folder, dataset, split.names)
+        # Before the workdir is created, so a mistake in the config leaves none behind.
+        run = _make_run(config, folder, dataset, split.names, on_step)
     check_same("the config", checksum({**flatten(fields), **dict.fromkeys(_OF_HOST)}))
     check_same("the dataset", checksum({**dataset.identity(), **dataset.contents()}))
     check_same("the split", split.digest)
@@ -117,7 +121,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> int | None:
 
 
 class _InFlight(NamedTuple):
-    """A step that the devices work on: its number, results to come, and records."""
+    """A step in progress on the devices: its number, pending results, and records."""
 
     step: int
     metrics: dict[str, jax.Array]
@@ -125,7 +129,7 @@ class _InFlight(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """The parts of a run that are there before its workdir."""
+    """The parts of a run that exist before its workdir."""
 
     config: Any
     workdir: Workdir
@@ -135,9 +139,12 @@ class _Run(NamedTuple):
     cadence: Cadence
     optimizer: optax.GradientTransformation
     rates: np.ndarray
+    on_step: OnStep | None
 
 
-def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split) -> _Run:
+def _make_run(
+    config: Any, workdir: Workdir, dataset: SliceDataset, split: Split, on_step: OnStep | None
+) -> _Run:
     if "init_from" in config and not workdir.checkpoints.exists():
         check_architecture(config.init_from, config)
     task = TASKS[config.task](config, axis_name=AXIS_NAME)
@@ -153,11 +160,12 @@ def _make_run(config: Any, workdir: Workdir, dataset: SliceDataset, split: Split
         cadence=Cadence(config.every, num_steps, epoch, has_validation=bool(split.validation)),
         optimizer=make_optimizer(config.optimizer, frozen=task.frozen),
         rates=learning_rates(config.optimizer, schedule_steps),
+        on_step=on_step,
     )
 
 
 def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
-    """The run's loop: None at its end, or the number of the signal that stopped it before."""
+    """The run's loop; returns None at its end, or the number of the signal that stopped it."""
     config, task, cadence = run.config, run.task, run.cadence
     state, saved = _first_state(run, checkpointer)
     start = int(state.step)
@@ -183,7 +191,7 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
             state, metrics = update(state, *step_inputs(batch, rate, signals.received))
             in_flight.append(_InFlight(step, metrics, batch["record"]))
 
-            # One step stays in flight, so that the device never waits for the host, unless this
+            # Keep one step in flight so that the device never waits for the host, unless this
             # step's state is saved.
             saves_now, stop = cadence.saves(step), 0
             while len(in_flight) > (0 if saves_now or stop else 1):
@@ -216,7 +224,7 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
             if stop:
                 checkpointer.wait()
                 return stop
-    # A signal that came with the last step stops whoever runs several runs.
+    # A signal during the last step stops a caller with several runs.
     return signals.received or None
 
 
@@ -251,8 +259,13 @@ def _batch_options(config: Any) -> BatchOptions:
 
 
 def _open_writer(run: _Run, start: int) -> MetricWriter:
-    is_first, num_steps = jax.process_index() == 0, run.cadence.num_steps
-    return MetricWriter(run.workdir, start_step=start, num_steps=num_steps, enabled=is_first)
+    return MetricWriter(
+        run.workdir,
+        start_step=start,
+        num_steps=run.cadence.num_steps,
+        enabled=jax.process_index() == 0,
+        on_step=run.on_step,
+    )
 
 
 def _draw(writer: MetricWriter, step: int, pictures: Mapping[str, np.ndarray]) -> None:
@@ -261,7 +274,7 @@ def _draw(writer: MetricWriter, step: int, pictures: Mapping[str, np.ndarray]) -
 
 
 def _fetch(done: _InFlight, dataset: SliceDataset) -> dict[str, float]:
-    """Waits for a step's metrics; `FloatingPointError` where its loss is not finite."""
+    """Waits for a step's metrics; raises `FloatingPointError` if the loss is not finite."""
     metrics = {name: float(value) for name, value in to_host(done.metrics).items()}
     if not np.isfinite(metrics["loss"]):
         names = ", ".join(map(dataset.describe_record, np.ravel(done.records)))
@@ -272,7 +285,7 @@ def _fetch(done: _InFlight, dataset: SliceDataset) -> dict[str, float]:
 
 
 class _Signals:
-    """Notes SIGTERM and Ctrl-C instead of dying of the first; a second one acts as usual.
+    """Records the first SIGTERM or Ctrl-C instead of exiting; a second one acts as usual.
 
     Attributes:
       received: the signal's number, 0 before any.
@@ -298,13 +311,13 @@ class _Saves:
     def __init__(self, checkpointer: Checkpointer, start: int, *, every: int):
         self._checkpointer = checkpointer
         self._every = every
-        # The newest steps whose checkpoints are known to be whole, and were begun.
+        # The newest steps with a complete checkpoint, and with one in progress.
         self._whole = self._begun = start
 
     def secure(self, step: int) -> None:
-        """Waits for the save in progress if a kill after this step would lose over an interval.
+        """Waits for the save in progress if a kill now would lose more than an interval.
 
-        The device computes meanwhile: a save that takes no longer than the steps in flight is free.
+        The device computes meanwhile, so a save no longer than the steps in flight is free.
         """
         if step - self._whole > self._every:
             self._checkpointer.wait()
@@ -315,11 +328,11 @@ class _Saves:
     ) -> None:
         """Starts to save a state of host arrays."""
         self._checkpointer.save(step, state, metrics=metrics, data=data)
-        self._whole, self._begun = self._begun, step  # as a save waits for the one before
+        self._whole, self._begun = self._begun, step  # because a save waits for the previous one
 
 
 class _Clock:
-    """Rates between two logs, and the share of the time spent waiting for input."""
+    """Rates between two logs, and the fraction of the time spent waiting for input."""
 
     def __init__(self, step: int):
         self._begin(step)
@@ -329,14 +342,14 @@ class _Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what is inside as waiting for input."""
+        """Counts the enclosed time as waiting for input."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[Callable[[], float]]:
-        """Leaves the time that is spent inside out of the rates; gives the seconds so far."""
+        """Excludes the enclosed time from the rates; yields a function for the seconds so far."""
         begin = time.perf_counter()
         yield lambda: time.perf_counter() - begin
         self._time += time.perf_counter() - begin
@@ -354,7 +367,7 @@ class _Clock:
 
 
 def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) -> None:
-    """Prints how the losses fell, whether they ended on the plateau, and where everything is."""
+    """Prints the change of the losses, a plateau warning if any, and the output paths."""
     rows = read_metrics(workdir)
     if not rows:
         return
@@ -367,7 +380,7 @@ def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) ->
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
     if plateau := describe_plateau(rows, config):
         print(plateau)
-    print(f"checkpoints:    {workdir.checkpoints} (the newest is of step {rows[-1]['step']})")
+    print(f"checkpoints:    {workdir.checkpoints} (newest: step {rows[-1]['step']})")
     print(f"metrics:        {workdir.metrics_file}")
     logdir = shlex.quote(str(workdir.tensorboard))
     print(f"TensorBoard:    tensorboard --logdir {logdir}", flush=True)

@@ -1,8 +1,7 @@
-"""Whether a pretraining run sits where all its embeddings are alike, and what helps.
+"""Detects pretraining runs whose embeddings are all equal, and suggests remedies.
 
-Near that point the contrastive loss hardly has a gradient, and where slices' positions cannot be
-told from what the network sees, it is the best there is: a run can stay for its whole length while
-its other losses fall.
+Near that point the contrastive loss has almost no gradient, and if the patch does not reveal a
+slice's position, it is the optimum: a run can stay there throughout while its other losses fall.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,23 +9,23 @@ from typing import Any
 
 from kafjax.losses import collapsed_loss
 
-PLATEAU_STEPS = 200  # before anything is said; runs that learn have left it by then
-_TOLERANCE = 0.01  # of the loss
+PLATEAU_STEPS = 200  # before a warning; runs that learn have left it by then
+_TOLERANCE = 0.01  # fraction of the loss
 _HEADS = ("cnn", "kaf")
 
 
 def steps_on_plateau(
     rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Counts, for each global head, the last logged steps through which its embeddings were alike.
+    """Counts, for each global head, the last logged steps with equal embeddings.
 
     Args:
-      rows: a run's logged metrics in order of steps, as `metrics.jsonl` has them.
+      rows: a run's logged metrics in order of steps, as in `metrics.jsonl`.
       config: fields of the run's config.
 
     Returns:
-      Steps by head, for those whose mean loss has been within 1 % of `collapsed_loss` in every row
-      of at least `PLATEAU_STEPS`; empty for other tasks than pretraining.
+      Steps by head, for heads whose mean loss was within 1 % of `collapsed_loss` in every row for
+      at least `PLATEAU_STEPS`; empty for tasks other than pretraining.
     """
     if config.get("task") != "pretrain" or not rows:
         return {}
@@ -52,18 +51,18 @@ def describe_plateau(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any
     level = collapsed_loss(config["batch_size"], config["loss"]["temperature"])
     heads = ", ".join(f"loss_{head} ({steps} steps)" for head, steps in found.items())
     return (
-        f"within 1 % of {level:.3f}, where all embeddings are alike: {heads}. Likely remedies: "
-        "a config.data.patch_size that shows where in its volume a slice is, best of the whole "
+        f"within 1 % of {level:.3f}, where all embeddings are equal: {heads}. Likely remedies: "
+        "a config.data.patch_size that reveals a slice's position in its volume, best the whole "
         "slice; for a short run Adam, at 1e-4 rather than 1e-3; more steps"
     )
 
 
 class Plateau:
-    """Follows a run's log, to speak once when the run has come to sit on the plateau.
+    """Follows a run's log, and warns once when the run reaches the plateau.
 
     Args:
       config: fields of the run's config.
-      rows: what the run logged before it was resumed.
+      rows: the run's log before it was resumed.
     """
 
     def __init__(self, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()):
@@ -72,7 +71,7 @@ class Plateau:
         self._there = describe_plateau(self._rows, config) is not None
 
     def see(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Takes a logged row; a line where the run has not been on the plateau until it."""
+        """Adds a logged row; returns a line if the run has just reached the plateau."""
         self._rows.append({"step": step, **metrics})
         told = describe_plateau(self._rows, self._config)
         came, self._there = told is not None and not self._there, told is not None

@@ -1,8 +1,8 @@
-"""What a run needs, looked at in seconds and before anything is compiled.
+"""Checks everything that a run needs, in seconds, before anything is compiled.
 
-`kafjax train --config ... --check` prints it: the config, the dataset with its volumes and
-shards, the devices and their memory by estimate, the workdir and its disk, the run to begin with.
-`kafjax.training.loop` makes the same demands one after the other.
+`kafjax train --config ... --check` prints the results: the config, the dataset with its volumes and
+shards, the devices and their estimated memory, the workdir and its disk, and the run to start from.
+`kafjax.training.loop` makes the same checks one after the other.
 """
 
 import math
@@ -22,6 +22,7 @@ from kafjax.data.input_pipeline import (
     labelled_volumes,
     open_dataset,
     steps_per_epoch,
+    volumes_for_test,
 )
 from kafjax.data.patches import count_places
 from kafjax.data.splits import (
@@ -43,7 +44,7 @@ from kafjax.workdir.workdir import Workdir
 
 
 class Finding(NamedTuple):
-    """What was looked at, what was found there, and whether it is wrong."""
+    """A checked item, the result, and whether it is wrong."""
 
     name: str
     text: str
@@ -58,9 +59,9 @@ class Finding(NamedTuple):
 
 
 def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
-    """Looks at everything that a run of `config` in `workdir` needs; writes and compiles nothing.
+    """Checks everything that a run of `config` in `workdir` needs; writes and compiles nothing.
 
-    A config that is wrong hides the rest; otherwise everything that is wrong is found at once.
+    A wrong config hides the rest; otherwise all faults are reported at once.
     """
     findings: list[Finding] = []
 
@@ -91,7 +92,7 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
     find("devices", lambda: check_devices(config))
     find("workdir", lambda: _see_workdir(config, Path(workdir)))
     if config.task == "segment" and completed.model.get("num_classes") is None:
-        return findings  # without the dataset the network is not known
+        return findings  # without the dataset the network is unknown
     find("disk", lambda: _see_disk(completed, Path(workdir)))
     if "init_from" in config and not saved_steps(workdir):
         find("init_from", lambda: _see_start(completed))
@@ -99,10 +100,10 @@ def look(config: Any, workdir: str | os.PathLike[str]) -> list[Finding]:
 
 
 def open_run_dataset(config: Any) -> SliceDataset:
-    """Opens the config's dataset; `ValueError` where it is not as the config says."""
+    """Opens the config's dataset; raises `ValueError` if it contradicts the config."""
     try:
         dataset = open_dataset(config.data.dir, config.data.name)
-    except OSError as error:  # a name that is too long, a folder without permission
+    except OSError as error:  # a name too long, a folder without permission
         raise UserError(
             f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
             f"{config.data.name!r} that can be read: {error}"
@@ -119,10 +120,11 @@ def open_run_dataset(config: Any) -> SliceDataset:
 
 
 def complete_config(config: Any, dataset: SliceDataset) -> Any:
-    """A copy of the config with what only the dataset knows, where the config leaves it out.
+    """A copy of the config with missing fields filled in from the dataset.
 
-    K, the radius of correspondences, the places for a patch's keypoints (`count_places`) and, for
-    segmentation, the number of classes; and the network's head, which the task has: `FROM_DATASET`.
+    These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`)
+    and, for segmentation, the number of classes; and the network's head, from the task:
+    `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -135,15 +137,15 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
-    check_fields(complete)  # what goes together with the values that have been filled in
+    check_fields(complete)  # again, with the values filled in
     return complete
 
 
 def with_classes(config: Any) -> Any:
-    """The config as `complete_config` makes it, where its network has to know the classes.
+    """The completed config (`complete_config`) if its network needs the number of classes.
 
     Raises:
-      ValueError: neither the config has their number, nor is the dataset there.
+      ValueError: the config lacks the number, and the dataset is missing.
     """
     if config.task != "segment" or config.model.get("num_classes") is not None:
         return config
@@ -156,11 +158,11 @@ def with_classes(config: Any) -> Any:
 
 
 def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunSplit:
-    """The split that the workdir has recorded, or else the one that the config asks for.
+    """The split recorded in the workdir, else the one that the config defines.
 
     Raises:
-      ValueError: the dataset is not the one of the recorded split, or cannot be split so; or the
-        workdir holds checkpoints of a run that has recorded none.
+      ValueError: the dataset differs from the recorded split's, or cannot be split this way; or the
+        workdir holds checkpoints of a run without a recorded split.
     """
     if workdir.split_file.exists() or saved_steps(workdir):
         return open_split(workdir, dataset)
@@ -168,17 +170,25 @@ def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunS
 
 
 def split_run(config: Any, dataset: SliceDataset) -> Split:
-    """The volumes to train on and to validate on, by the config's fields of `data`.
+    """The training and validation volumes, by the config's `data` fields.
 
-    All and none in pretraining. Of the labelled volumes: those that `validation` names or a fold of
-    `splits_file` (nnU-Net's splits_final.json) has, those of a fold of the paper's kind, or none to
-    validate on where `fold` is None. `num_labeled` subjects are chosen of the others. Equal images
-    count as one subject, except in the paper's protocol, whose folds are fixed.
+    Volumes of the test set are on neither side. Pretraining trains on all others, and on the test
+    set too if `include_test` is true. Otherwise the validation volumes are the labelled ones that
+    `validation` names, those of a fold of `splits_file` (nnU-Net's splits_final.json) or of the
+    paper's folds, or none if `fold` is None. `num_labeled` subjects are chosen from the others.
+    Equal images count as one subject, except in the paper's protocol, whose folds are fixed.
     """
     data, metadata = config.data, dataset.metadata
+    apart = () if data.get("include_test") else volumes_for_test(dataset)
     if "fold" not in data:
-        return Split(tuple(dataset.volumes), ())
-    volumes = labelled_volumes(dataset)
+        volumes = tuple(name for name in dataset.volumes if name not in apart)
+        if not volumes:
+            raise ValueError(
+                f"{dataset.directory} has no volume but those of its test set; expected others, or "
+                "config.data.include_test=True to pretrain on them"
+            )
+        return Split(volumes, ())
+    volumes = tuple(name for name in labelled_volumes(dataset) if name not in apart)
     equal_images = () if metadata.get("kind") in PAPER_KINDS else metadata.get("equal_images", ())
     common = {
         "num_labeled": data.num_labeled,
@@ -195,7 +205,7 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
 
 
 def check_devices(config: Any) -> str:
-    """The devices in words; `ValueError` where they, and microbatches, do not divide the batch."""
+    """The devices in words; `ValueError` if they, and microbatches, do not divide the batch."""
     devices, parts = jax.device_count(), config.num_microbatches
     if config.batch_size % (devices * parts):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
@@ -204,16 +214,16 @@ def check_devices(config: Any) -> str:
             f"expected a multiple of the {devices} devices{times}"
         )
     kind = jax.local_devices()[0].device_kind
-    return f"{devices} x {kind}, {config.batch_size // devices} samples of a batch on each"
+    return f"{devices} x {kind}, {config.batch_size // devices} samples per device"
 
 
 def estimate_memory(config: Any, dataset: SliceDataset) -> int:
-    """Bytes that a training step takes on one device, by estimate.
+    """The estimated bytes of a training step on one device.
 
-    What the backward pass keeps of the forward one, found by tracing and not by compiling;
-    parameters, gradients, updates and the optimiser's state; the batch. Fusion makes the first
-    less, temporary arrays make it more. Beside what XLA says of the compiled step on CPU: 5 % and
-    8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
+    The sum of the activations stored for the backward pass, found by tracing, not compiling;
+    parameters, gradients, updates and the optimiser's state; and the batch. Fusion reduces the
+    first, temporary arrays add to it. Compared with XLA's numbers for the compiled step on CPU: 5 %
+    and 8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
     """
     share = max(1, config.batch_size // jax.device_count())
     part = max(1, share // config.num_microbatches)
@@ -237,7 +247,7 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
 def _see_config(config: Any) -> str:
     check_fields(config)
     make_model(config, None)
-    return f"{config.task}, {config.model.name}, every field is of its type and range"
+    return f"{config.task}, {config.model.name}, every field has a valid type and range"
 
 
 def _see_dataset(dataset: SliceDataset) -> str:
@@ -246,7 +256,7 @@ def _see_dataset(dataset: SliceDataset) -> str:
 
 
 def _see_volumes(config: Any, workdir: Workdir, dataset: SliceDataset) -> str:
-    """Counts steps, and reads a record of each volume that the run takes."""
+    """Counts steps, and reads a record of each of the run's volumes."""
     split = open_run_split(config, workdir, dataset).names
     steps = steps_per_epoch(dataset, config.batch_size, split.train)
     for name in (*split.train, *split.validation):
@@ -260,7 +270,7 @@ def _see_volumes(config: Any, workdir: Workdir, dataset: SliceDataset) -> str:
 
 def _see_memory(config: Any, dataset: SliceDataset) -> str:
     needed, there = estimate_memory(config, dataset), device_memory()
-    text = f"about {_gib(needed)} on each device by estimate, which has {_gib(there)}"
+    text = f"about {_gib(needed)} on each device (estimate), which has {_gib(there)}"
     if needed > there:
         raise UserError(
             f"{text}; expected less: a smaller config.batch_size or more config.num_microbatches"
@@ -280,7 +290,7 @@ def device_memory() -> int:
 def _see_workdir(config: Any, workdir: Path) -> str:
     Workdir(workdir).check_config(config.to_dict())
     steps = saved_steps(workdir)
-    return f"{workdir}: " + (f"goes on from step {steps[-1]}" if steps else "begins anew")
+    return f"{workdir}: " + (f"resumes from step {steps[-1]}" if steps else "starts from scratch")
 
 
 def _see_disk(config: Any, workdir: Path) -> str:
@@ -288,10 +298,10 @@ def _see_disk(config: Any, workdir: Path) -> str:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there}: cannot be written to; expected a folder for the run")
     keep = config.checkpoint
-    # One more is being written before another is removed.
+    # One more is written before another is removed.
     copies = max(1, keep.keep_newest + keep.keep_best + 1 - len(saved_steps(workdir)))
     needed, free = copies * _state_bytes(config), shutil.disk_usage(there).free
-    text = f"{copies} checkpoints to come of {_gib(_state_bytes(config))}, and {_gib(free)} free"
+    text = f"{copies} checkpoints of {_gib(_state_bytes(config))} to be written, {_gib(free)} free"
     if needed > free:
         raise UserError(f"{there}: {text}; expected room for all of them")
     return text
@@ -308,7 +318,7 @@ def _shapes(config: Any) -> dict[str, Any]:
 
 
 def _state_bytes(config: Any) -> int:
-    """Bytes of what a checkpoint holds."""
+    """Bytes of a checkpoint's state."""
     variables = _shapes(config)
     moments = jax.eval_shape(make_optimizer(config.optimizer).init, variables["params"])
     copies = 2 if config.optimizer.average_decay else 1

@@ -1,7 +1,7 @@
-"""One training step, mapped over devices, and the state that it changes.
+"""One training step, mapped over devices, and its state.
 
-A task (`kafjax.tasks`) gives variables and a loss. The state is replicated and has no axis of
-devices; a global batch is spread over processes and their devices, and gradients and running
+A task (`kafjax.tasks`) provides variables and a loss. The state is replicated and has no device
+axis; a global batch is spread over processes and their devices, and gradients and running
 statistics are averaged over all. `map_devices` is the only caller of `jax.pmap`.
 
 All transfers are explicit: `replicate` and `shard` put host arrays on the devices, `to_host` and
@@ -30,20 +30,20 @@ AXIS_NAME = "batch"
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes, and what a checkpoint holds."""
+    """The state that a step changes and a checkpoint stores."""
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
-    # {'params', 'batch_stats'} averaged over steps, or empty where the run averages none.
+    # {'params', 'batch_stats'} averaged over steps, or empty without averaging.
     average: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
         """The network's variables in validation and prediction: {'params', 'batch_stats'}.
 
-        The averaged ones where the run averages.
+        The averaged ones if the run averages.
         """
         return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
@@ -51,9 +51,9 @@ class TrainState:
 def learning_rates(config: Any, num_steps: int) -> np.ndarray:
     """The rate of each step, float32 [num_steps] (docs/method.md 7).
 
-    A cosine from `learning_rate` towards `final_learning_rate`, after a rise in equal parts over
-    the share `warmup` of the steps. On the host and all at once: on the device, each rate would
-    wait for the step before, and each length of run compile anew.
+    A cosine from `learning_rate` to `final_learning_rate`, after a linear rise over the fraction
+    `warmup` of the steps. Computed on the host and all at once: on the device, each rate would wait
+    for the previous step, and each run length would need its own compilation.
     """
     rise = round(config.warmup * num_steps)
     steps = np.arange(num_steps - rise)
@@ -64,14 +64,14 @@ def learning_rates(config: Any, num_steps: int) -> np.ndarray:
 
 
 def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
-    """SGD or Adam with L2 regularisation in the gradient, as docs/method.md section 7.
+    """SGD or Adam with L2 regularisation in the gradient, as in docs/method.md section 7.
 
-    Its updates are those of a learning rate of 1: the step multiplies them by the schedule's, which
-    is an argument, so that runs of other lengths share one compiled step.
+    Its updates have a learning rate of 1: the step multiplies them by the schedule's rate, which is
+    an argument, so runs of different lengths share one compiled step.
 
     Args:
       config: `config.optimizer`.
-      frozen: modules whose parameters stay as they are, weight decay included.
+      frozen: modules whose parameters do not change, not even by weight decay.
 
     Raises:
       ValueError: `config.name` is neither 'sgd' nor 'adam'.
@@ -92,9 +92,10 @@ def make_optimizer(config: Any, *, frozen: tuple[str, ...] = ()) -> optax.Gradie
 def init_state(
     task: Task, optimizer: optax.GradientTransformation, *, averages: bool = False
 ) -> TrainState:
-    """The state before the first step, of host arrays; with a place for averages if asked for."""
+    """The state before the first step, of host arrays; with averages if requested."""
     variables = task.init()
-    # `make_optimizer`'s moments start at 0; hundreds of zeros are a second of compilation.
+    # `make_optimizer`'s moments start at 0; making hundreds of zeros in JAX costs a second of
+    # compilation.
     shapes = jax.eval_shape(optimizer.init, variables["params"])
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     state = TrainState(
@@ -104,7 +105,7 @@ def init_state(
 
 
 def start_averages(state: TrainState) -> TrainState:
-    """The state with its own variables as their averages, of no step so far."""
+    """The state with averages set to its variables, before the first step."""
     return dataclasses.replace(
         state, average={"params": state.params, "batch_stats": state.batch_stats}
     )
@@ -113,8 +114,8 @@ def start_averages(state: TrainState) -> TrainState:
 def update_average(average: Any, variables: Any, step: jax.Array, *, decay: float) -> Any:
     """Exponential averages after one more step.
 
-    A step keeps the share `decay` of the average, or (1 + t) / (10 + t) after t steps where that is
-    less: the average then is of about the last ninth of a run, short or long, and forgets the
+    A step keeps the fraction `decay` of the average, or (1 + t) / (10 + t) after t steps if that is
+    less: the average then covers about the last ninth of a run of any length, and forgets the
     initial values.
     """
     kept = jnp.minimum(decay, (1 + step) / (10 + step))
@@ -133,9 +134,9 @@ def map_devices(
     Args:
       function: called on every device with its part of the arguments.
       in_axes: 0 for arguments with a leading axis of local devices, None for replicated ones.
-      out_axes: likewise for results. Nothing checks that a result with None is the same on all
-        devices: `function` must make it so.
-      donate_argnums: arguments whose memory the results may take.
+      out_axes: likewise for results. `function` must ensure that a result with None is equal on all
+        devices; nothing checks it.
+      donate_argnums: arguments whose memory the results may reuse.
     """
     return jax.pmap(
         function,
@@ -147,9 +148,9 @@ def map_devices(
 
 
 class MappedStep:
-    """A mapped function; the memory that its compilation leaves is returned before its first run.
+    """A mapped function; memory left by its compilation is returned before the first run.
 
-    For KAF-UNet that is a gigabyte, which would add to all that the step itself needs.
+    For KAF-UNet that is a gigabyte, in addition to what the step needs.
     """
 
     def __init__(self, mapped: Any):
@@ -163,7 +164,7 @@ class MappedStep:
     def __call__(self, *arguments: Any) -> Any:
         """Calls the function; the first call compiles it."""
         if not self._compiled:
-            self.lower(*arguments).compile()  # the call finds it
+            self.lower(*arguments).compile()  # the call below reuses it
             return_freed_memory()
             self._compiled = True
         return self._mapped(*arguments)
@@ -174,8 +175,8 @@ def make_update(
 ) -> MappedStep:
     """The mapped training step: (state, *step_inputs(...)) -> (state, metrics).
 
-    The state is donated. The metrics' `stop` is the largest of all processes', so that all stop at
-    the same step.
+    The state is donated. The metric `stop` is the maximum over all processes, so all stop at the
+    same step.
     """
 
     def update(
@@ -183,7 +184,7 @@ def make_update(
     ) -> tuple[TrainState, Any]:
         gradient = jax.value_and_grad(task.loss, has_aux=True)
         (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
-        if jax.lax.axis_size(AXIS_NAME) > 1:  # XLA would copy all gradients for a mean of one
+        if jax.lax.axis_size(AXIS_NAME) > 1:  # else XLA copies all gradients
             grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = optax.tree.scale(learning_rate, updates)
@@ -209,21 +210,21 @@ def make_update(
 
 
 def step_inputs(batch: Batch, learning_rate: float, stop: int = 0) -> tuple[Any, Any, Any]:
-    """A training step's inputs but for the state, on the devices.
+    """A training step's inputs, except the state, on the devices.
 
     Args:
       batch: this process's part of the global batch.
       learning_rate: of this step.
-      stop: how many signals, or which, this process has received; 0 for none.
+      stop: number of signals, or the signal, that this process has received; 0 for none.
     """
     stops = np.full(jax.local_device_count(), stop, np.int32)
     return shard(batch), replicate(np.float32(learning_rate)), _put(stops, AXIS_NAME)
 
 
 def return_freed_memory() -> None:
-    """Gives what this process has freed back to the system, where the C library is glibc.
+    """Returns this process's freed memory to the system, if the C library is glibc.
 
-    It keeps what its many threads have freed, such as those that compile, for their later use.
+    glibc keeps memory freed by threads, such as those that compile, for later use.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -233,8 +234,8 @@ def return_freed_memory() -> None:
 def make_count(task: Task) -> Callable[[TrainState, Any], tuple[jax.Array, ...]]:
     """The mapped validation step: (state, sharded batch) -> (records, counts, classes).
 
-    Records and the task's counts are those of the global batch, [B] and [B, ...], replicated; the
-    predicted classes stay on the devices of their slices (`own_part`).
+    Records and counts are those of the global batch, [B] and [B, ...], replicated; the predicted
+    classes stay on their slices' devices (`own_part`).
     """
 
     def count(state: TrainState, batch: Any) -> tuple[jax.Array, ...]:
@@ -257,9 +258,9 @@ def make_predict(task: Task, variables: Any) -> Callable[[Batch], np.ndarray]:
 
 
 def replicate(tree: Any) -> Any:
-    """Host arrays on all local devices, placed as a mapped step places what it returns.
+    """Host arrays on all local devices, with the placement of a mapped step's results.
 
-    A step would be compiled again for arrays that are placed otherwise.
+    A step would be compiled again for arrays with another placement.
     """
     return _put(tree)
 
@@ -272,7 +273,7 @@ def shard(batch: Batch) -> Any:
 
 def to_host(tree: Any) -> Any:
     """Host copies of replicated arrays."""
-    # A CPU's device buffer is shared with the array that it gives, and donated to the next step.
+    # On CPU the returned array shares the device buffer, which the next step donates.
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
@@ -283,6 +284,6 @@ def own_part(sharded: jax.Array) -> np.ndarray:
 
 
 def _put(tree: Any, *axes: str) -> Any:
-    """Host arrays on the local devices, their first axes mapped to those of the devices."""
+    """Host arrays on the local devices, with their first axes mapped to the device axes."""
     mesh = Mesh(np.array(jax.local_devices()), (AXIS_NAME,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))

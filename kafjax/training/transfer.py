@@ -1,11 +1,11 @@
-"""Beginning a run with the encoder of another: what few labels get from pretraining.
+"""Starts a run from another run's encoder: transfer from pretraining to fine-tuning.
 
-Of a run of local contrast the decoder's blocks come too: they are what it trained.
+From a run of local contrast the trained decoder blocks are transferred too.
 
 Variables are {'params', 'batch_stats'}, nested dicts of NumPy arrays as
-`kafjax.checkpoint.checkpointer` gives them. Every network has its encoder under that name, whatever
-its head, so the encoder of any run fits any other of the same architecture, running statistics
-included.
+`kafjax.checkpoint.checkpointer` returns them. Every network stores its encoder under that name,
+whatever its head, so the encoder of any run fits any other of the same architecture, including
+running statistics.
 """
 
 import json
@@ -23,20 +23,20 @@ from kafjax.workdir.workdir import Workdir
 
 Variables = dict[str, Any]
 
-# Fields of a config: those that decide the encoder's architecture, and those worth knowing.
+# Config fields that define the encoder's architecture, and those worth reporting.
 _ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm")}
-_OLDER = {"model.norm": "batch"}  # what runs of older versions do not name
+_OLDER = {"model.norm": "batch"}  # absent in runs of older versions
 _DATA = {"data": ("name", "max_keypoints", "radius", "patch_size")}
 
 
 class TransferReport(NamedTuple):
-    """Numbers by module, as 'encoder' or 'decoder'.
+    """Parameter counts by module, such as 'encoder' or 'decoder'.
 
     Attributes:
       loaded: taken from the other run.
-      fresh: the new network's own, which begin as they were.
-      unused: the other run's, which the new network has no place for.
-      other_data: lines about how the other run's data differ, which is legal.
+      fresh: parameters of the new network that keep their initial values.
+      unused: parameters of the other run that the new network does not have.
+      other_data: lines about differences of the other run's data, which are allowed.
     """
 
     loaded: dict[str, int]
@@ -66,14 +66,14 @@ def transfer_encoder(
     Args:
       variables: of the new network.
       pretrained: of any network with the same encoder.
-      with_decoder: take what there is of a decoder too; the rest of the new one starts fresh.
+      with_decoder: also take the other run's decoder blocks; the rest starts fresh.
 
     Returns:
-      Variables with the structure, shapes and types of `variables`, and what came from where.
+      Variables with the structure, shapes and types of `variables`, and a report of their origin.
 
     Raises:
-      ValueError: the networks differ; everything that is missing, unknown or of another shape is
-        listed.
+      ValueError: the networks differ; the message lists everything missing, unknown or of another
+        shape.
     """
     ours, theirs = (flax.traverse_util.flatten_dict(v, sep="/") for v in (variables, pretrained))
     taken = ("encoder", "decoder") if with_decoder else ("encoder",)
@@ -105,7 +105,7 @@ def transfer_encoder(
 
 
 def check_architecture(workdir: str | os.PathLike[str] | None, config: Any) -> None:
-    """Raises `ValueError` listing how the network of another run differs from `config`'s."""
+    """Raises `ValueError` listing the differences between another run's network and `config`'s."""
     if workdir is None:
         raise UserError(
             "config.init_from is not given; expected the workdir of a pretraining run "
@@ -141,7 +141,7 @@ def start_from(
 ) -> tuple[Variables, TransferReport]:
     """Puts the encoder of the newest checkpoint in `workdir` into a new network's variables.
 
-    With it the decoder's blocks, where `workdir` is of local contrast.
+    Also transfers the decoder's blocks from a run of local contrast.
 
     Args:
       workdir: of a run, or of an import of the authors' weights.

@@ -1,7 +1,7 @@
-"""Scores of a state in training on whole volumes that it does not learn from.
+"""Scores of a training state on whole held-out volumes.
 
-Every slice counts once, whatever the batch size and the number of devices and processes: batches
-are filled up with slices that are not valid, and a task's counts are integers that add up.
+Every slice counts once, for any batch size and number of devices and processes: batches are padded
+with invalid slices, and a task's counts are integers that add up.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ class Validation:
     """Counts over all slices of the volumes, centrally cropped or padded to the patch.
 
     Args:
-      task: what to count.
-      dataset: where the volumes are.
-      options: how batches are made.
+      task: defines the counts.
+      dataset: contains the volumes.
+      options: of the batches.
       volumes: names of labelled volumes.
 
     Raises:
-      ValueError: on first use, where a volume has no labels.
+      ValueError: on first use, if a volume has no labels.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Validation:
         return self._task.scores(np.asarray(list(self._counts.values()), np.int64).sum(axis=0))
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
-        """The worst and the best slices of the last `scores`, predicted again by the same program.
+        """The worst and best slices of the last `scores`, predicted again with the same program.
 
-        Slices are ordered by their mean Dice over the classes that they or their predictions have;
-        those whose label is empty are left out. All processes must call it.
+        Slices are ranked by their mean Dice over the classes in the label or prediction; slices
+        without labels are skipped. All processes must call it.
 
         Returns:
-          Name -> uint8 [h, w, 3]; nothing where no slice has labels, or in other processes than the
+          Name -> uint8 [h, w, 3]; empty if no slice has labels, and in all processes except the
           first.
         """
         labelled = [r for r, counts in self._counts.items() if counts[1:, 2].any()]
@@ -87,7 +87,7 @@ class Validation:
         for i in range(0, len(records), share):
             part = records[i : i + share]
             samples = [self._read(record) for record in part]
-            # A batch of the size that is compiled already, filled up with what nobody looks at.
+            # A padded batch of the size that is already compiled.
             full = samples + samples[:1] * (share - len(samples))
             batch = {field: np.stack([sample[field] for sample in full]) for field in full[0]}
             *_, classes = self._count(state, shard(batch))

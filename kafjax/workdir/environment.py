@@ -1,9 +1,9 @@
-"""What a process runs on: versions of the libraries that its numbers depend on, and its devices.
+"""The environment of a process: versions of libraries that affect its numbers, and its devices.
 
     WORKDIR/environment.json    of the run's last start
     kafjax --version            the same for a bug report, without the devices
 
-It names neither the machine nor its user, so that it can be published with the numbers.
+It names neither the machine nor the user, so it can be published with the numbers.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _LIBRARIES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
     *("ml-collections", "numpy", "scipy", "matplotlib"),
 )
-# Reported where they are installed: for accelerators, raw volumes and the release's weights.
+# Reported if installed: for accelerators, raw volumes and the release's weights.
 _EXTRAS = (
     *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "opencv-python-headless"),
     *("opencv-python", "nibabel", "tensorflow", "tensorflow-cpu", "torch"),
@@ -32,7 +32,7 @@ Environment = dict[str, str]
 
 
 def describe_environment(*, devices: bool = True) -> Environment:
-    """What this process runs on, by name; `devices` imports JAX and starts its devices."""
+    """This process's environment, by name; `devices` imports JAX and starts its devices."""
     versions = {name: _version(name) for name in (*_LIBRARIES, *_EXTRAS)}
     environment = {
         "kafjax": kafjax.__version__,
@@ -52,15 +52,15 @@ def describe_environment(*, devices: bool = True) -> Environment:
 
 
 def write_environment(workdir: str | os.PathLike[str]) -> None:
-    """Notes in a run's workdir what this process runs on."""
-    from kafjax.workdir.workdir import Workdir  # imports JAX, for which --version does not wait
+    """Records this process's environment in a run's workdir."""
+    from kafjax.workdir.workdir import Workdir  # imports JAX, which --version avoids
 
     text = json.dumps(describe_environment(), indent=2) + "\n"
     write_text(Workdir(workdir).environment_file, text)
 
 
 def _version(library: str) -> str:
-    """The installed version; empty where there is none."""
+    """The installed version; empty if not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

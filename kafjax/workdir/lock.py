@@ -1,7 +1,7 @@
-"""One process at a time in a folder, by an advisory lock of the system (flock).
+"""Allows one process at a time in a folder, with an advisory system lock (flock).
 
-The system frees the lock when its owner ends, however it ends, so that no lock outlives its run.
-The file holds the owner's host and process for the message to a second one.
+The system releases the lock whenever its owner exits, so no lock outlives its run. The file holds
+the owner's host and process, for the message to a second process.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from kafjax.errors import UserError
 
 
 class LockedError(UserError):
-    """Another process holds a folder; the text names it."""
+    """Another process holds a folder; the message names it."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of a file, which is made if it is not there and stays.
+    """Holds the lock of a file, which is created if missing and kept.
 
     Args:
       path: of the file.
-      wait: wait for another owner to end, rather than refuse.
+      wait: wait for another owner instead of raising.
 
     Raises:
       LockedError: another process holds it; the message names its host, process and start.

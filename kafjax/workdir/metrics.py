@@ -1,13 +1,13 @@
-"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard and the terminal.
+"""Output of a run's numbers and pictures: metrics.jsonl, TensorBoard and the terminal.
 
-`metrics.jsonl` in the workdir holds one JSON object a line: `step`, the metrics, and under `time`
-what differs from run to run. A resumed run first drops the lines that its checkpoint has not
-reached, so that the file reads as that of an undisturbed run.
+`metrics.jsonl` in the workdir holds one JSON object per line: `step`, the metrics, and under `time`
+the values that differ from run to run. A resumed run first drops the lines after its checkpoint, so
+the file equals that of an uninterrupted run.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +17,8 @@ import tqdm
 from kafjax.errors import UserError
 from kafjax.files import read_text, write_text
 from kafjax.workdir.workdir import Workdir
+
+OnStep = Callable[[int, int], None]
 
 
 class MetricMeans:
@@ -40,12 +42,12 @@ class MetricMeans:
         return means
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; JSON keeps every digit."""
+        """The state for a checkpoint; JSON keeps every digit."""
         return {"count": self._count, "sums": dict(self._sums)}
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, without a last line that a killed run left unfinished.
+    """The lines of a run's metrics file, without an incomplete last line of a killed run.
 
     Raises:
       ValueError: a line is damaged; the message names it.
@@ -73,13 +75,14 @@ def _row(line: str) -> dict[str, Any]:
 
 
 class MetricWriter:
-    """Writes metrics and pictures; with `enabled=False` (all processes but the first) nothing.
+    """Writes metrics and pictures; nothing with `enabled=False` (all processes except the first).
 
     Args:
       workdir: the run's directory.
       start_step: the step that the run resumes from; later lines of an earlier start are dropped.
       num_steps: the last step, for the progress bar.
       enabled: whether this process writes at all.
+      on_step: called after each step with its number and the last one's.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ class MetricWriter:
         start_step: int,
         num_steps: int,
         enabled: bool = True,
+        on_step: OnStep | None = None,
     ):
         self._enabled = enabled
+        self._on_step = on_step
         if not enabled:
             return
         path = Workdir(workdir).metrics_file
@@ -99,13 +104,17 @@ class MetricWriter:
         self._file = path.open("a")
         board = Workdir(workdir).tensorboard
         self._board = tensorboardX.SummaryWriter(str(board), purge_step=start_step + 1)
-        # None: no bar where the output is not a terminal; each log step then prints a line.
+        # None: no bar if the output is not a terminal; each log step then prints a line.
+        self._step = start_step
         self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit="step", disable=None)
 
     def advance(self) -> None:
         """Counts one step done."""
         if self._enabled:
             self._bar.update()
+            self._step += 1
+            if self._on_step is not None:
+                self._on_step(self._step, self._bar.total)
 
     def write(self, step: int, metrics: Mapping[str, float], time: Mapping[str, float]) -> None:
         """Writes one line and its scalars."""
@@ -113,7 +122,7 @@ class MetricWriter:
             return
         self._file.write(json.dumps({"step": step, **metrics, "time": dict(time)}) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # before a checkpoint that follows
+        os.fsync(self._file.fileno())  # before the next checkpoint
         for name, value in {**metrics, **{f"time/{n}": v for n, v in time.items()}}.items():
             self._board.add_scalar(name, value, step)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,9 +1,9 @@
-"""How the dataset of a run was prepared: what prediction must do alike with raw volumes.
+"""How a run's dataset was prepared, so that prediction prepares raw volumes alike.
 
-    WORKDIR/preparation.json    the dataset's metadata but for its volumes, with a checksum
+    WORKDIR/preparation.json    the dataset's metadata, except its volumes, with a checksum
 
-makes a workdir sufficient for prediction, wherever the dataset is. Without that file the dataset
-itself is asked.
+makes a workdir sufficient for prediction without the dataset. If the file is missing, the dataset's
+own metadata is used.
 """
 
 import os
@@ -18,14 +18,14 @@ from kafjax.workdir.workdir import Workdir
 
 Preparation = dict[str, Any]
 
-# Of all kinds of datasets; `data_prep.readers.reader_of` knows what else a kind has.
+# Common to all kinds of datasets; `data_prep.readers.reader_of` knows the rest.
 _NEEDED = ("kind", "classes", "max_keypoints", "keypoint_selection", "seed")
-# What may differ between datasets whose volumes are prepared alike.
-_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images")
+# Fields that may differ between datasets with equal preparation.
+_FREE = ("dataset", "libraries", "reach", "image_dtype", "planes", "equal_images", "subjects")
 
 
 def write_preparation(workdir: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-    """Notes in a run's workdir how its dataset was prepared, by the dataset's metadata."""
+    """Records in a run's workdir how its dataset was prepared, from the dataset's metadata."""
     facts = {name: value for name, value in metadata.items() if name != "volumes"}
     write_checked(Workdir(workdir).preparation_file, facts)
 
@@ -37,10 +37,10 @@ def read_preparation(
 
     Args:
       workdir: of the run.
-      data_dir: where the run's dataset is; if given, the dataset itself is asked.
+      data_dir: folder of the run's dataset; if given, the dataset's metadata is used.
 
     Raises:
-      ValueError: neither workdir nor dataset tells, or the run's config contradicts it.
+      ValueError: neither workdir nor dataset has it, or the run's config contradicts it.
     """
     config = Workdir(workdir).read_config(task="segment")
     noted = Workdir(workdir).preparation_file
@@ -56,7 +56,7 @@ def read_preparation(
 
 
 def check_alike(preparations: Mapping[str, Preparation]) -> None:
-    """Raises `ValueError` listing how runs' datasets, by workdir, were prepared differently."""
+    """Raises `ValueError` listing the differences in preparation of runs' datasets, by workdir."""
     (first, wanted), *others = preparations.items()
     differing = [
         f"  {name}: {wanted.get(name)!r} in {first}, {found.get(name)!r} in {workdir}"
@@ -94,7 +94,7 @@ def _read_file(path: Path) -> Preparation:
 def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
     missing = [name for name in _NEEDED if name not in found]
     if missing:
-        raise UserError(f"{place}: does not tell {', '.join(missing)}; prepare the dataset again")
+        raise UserError(f"{place}: lacks {', '.join(missing)}; prepare the dataset again")
     pairs = {
         "max_keypoints": (found["max_keypoints"], config["data"]["max_keypoints"]),
         "number of classes": (len(found["classes"]), config["model"]["num_classes"]),
@@ -105,4 +105,4 @@ def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
         if there != here
     ]
     if wrong:
-        raise UserError(f"{place} is not how the run's dataset was prepared:\n" + "\n".join(wrong))
+        raise UserError(f"{place} differs from the run's preparation:\n" + "\n".join(wrong))

@@ -1,10 +1,11 @@
-"""The scores of a run, and whether they are what they are taken for.
+"""The scores of a run, with a check of their origin.
 
     WORKDIR/evaluation.json             of the selected checkpoint on the validation volumes
     WORKDIR/evaluation_train.json       of the same checkpoint on the training volumes
-    WORKDIR/evaluation[_train]_stepN.json    of another checkpoint
+    WORKDIR/evaluation_test.json        of the same checkpoint on the dataset's test set
+    WORKDIR/evaluation[_train|_test]_stepN.json    of another checkpoint
 
-Scores say which checkpoint, split and run they are of, and nobody takes them for another's.
+Scores record their checkpoint, split and run, so they cannot be mistaken for another's.
 """
 
 from collections.abc import Mapping
@@ -15,14 +16,14 @@ from kafjax.files import differences, read_checked
 from kafjax.workdir.split import read_split
 from kafjax.workdir.workdir import Workdir
 
-SPLITS = ("validation", "train")
+SPLITS = ("validation", "train", "test")
 _NEEDED = ("step", "checkpoint", "split", "run", "pooled_dice", "by_class", "by_volume")
 
 Scores = dict[str, Any]
 
 
 def describe_run(workdir: Workdir, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies the run that scores are of: dataset, fold, M, seed and recorded split."""
+    """Identifies the run of scores: dataset, fold, M, seed and recorded split."""
     split = read_split(workdir)
     data = config["data"]
     return {
@@ -39,11 +40,11 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
 
     Args:
       workdir: of the run.
-      split: 'validation' or 'train'.
+      split: 'validation', 'train' or 'test'.
 
     Returns:
-      What evaluation wrote; None where that checkpoint has not been evaluated, or only by kafjax
-      0.1, whose scores do not say whose they are.
+      The evaluation's results; None if that checkpoint has not been evaluated, or only by kafjax
+      0.1, whose scores do not record their origin.
 
     Raises:
       ValueError: the file is damaged, or holds another run's scores; every difference is listed.
@@ -57,7 +58,7 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); remove it and {again}") from None
     if "run" not in found and "fold" in found:
-        return None  # of kafjax 0.1, whose scores do not say whose they are
+        return None  # of kafjax 0.1, whose scores do not record their origin
     if missing := [name for name in _NEEDED if name not in found]:
         raise UserError(f"{path}: damaged (no {', '.join(missing)}); remove it and {again}")
     there = {**found["run"], "side": found["split"]}
@@ -68,5 +69,5 @@ def read_scores(workdir: Workdir, split: str = "validation") -> Scores | None:
         )
     selected, _ = workdir.select_step()
     current = workdir.newest_step() if selected is None else selected
-    # A folder that was copied without its checkpoints keeps its scores.
+    # A folder copied without its checkpoints keeps its scores.
     return found if current in (None, found["step"]) else None

@@ -1,9 +1,9 @@
-"""The volumes of a run: which it trains on and which it validates on, and what they hold.
+"""The training and validation volumes of a run, with digests of their content.
 
     WORKDIR/split.json    with a checksum; written at the run's start and never again
 
-The split belongs to the run: whoever evaluates, resumes or draws it reads this file, and never
-splits a dataset that may have changed since. A volume's content is the digest of its records.
+The split belongs to the run: evaluation, resuming and figures read this file and never split a
+dataset that may have changed since. A volume's content is the digest of its records.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from kafjax.workdir.workdir import Workdir
 
 
 class RunSplit(NamedTuple):
-    """What `split.json` holds.
+    """The content of `split.json`.
 
     Attributes:
       dataset: its name, kind and version.
-      classes: names in the order of their numbers, the background first.
-      train: for each volume to train on, in order, the digest of its content.
-      validation: the same of the volumes to validate on.
+      classes: names in numerical order, the background first.
+      train: for each training volume, in order, the digest of its content.
+      validation: the same for the validation volumes.
       others: names of the dataset's other volumes at that time.
     """
 
@@ -40,7 +40,7 @@ class RunSplit(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Differs between runs with other volumes, contents, classes or sides."""
+        """Differs between runs with different volumes, contents, classes or sides."""
         return checksum({name: getattr(self, name) for name in ("classes", "train", "validation")})
 
 
@@ -57,13 +57,13 @@ def describe_split(split: Split, dataset: SliceDataset) -> RunSplit:
 
 
 def write_split(workdir: Workdir, split: RunSplit) -> None:
-    """Stores a run's split; makes the folder."""
+    """Stores a run's split; creates the folder."""
     workdir.path.mkdir(parents=True, exist_ok=True)
     write_checked(workdir.split_file, split._asdict())
 
 
 def read_split(workdir: Workdir) -> RunSplit | None:
-    """The split of a run, None where there is no file; `ValueError` where it was changed."""
+    """The split of a run, None without the file; `ValueError` if it was changed."""
     try:
         found: dict[str, Any] = read_checked(workdir.split_file)
         return RunSplit(
@@ -80,11 +80,11 @@ def read_split(workdir: Workdir) -> RunSplit | None:
 
 
 def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
-    """The recorded split of a run, found in a dataset as the run was trained on it.
+    """The recorded split of a run, after checking that the dataset still matches it.
 
     Raises:
-      ValueError: no split is recorded, or the dataset lacks volumes of it, holds other content in
-        them, or has other classes; every difference is listed.
+      ValueError: no split is recorded, or the dataset lacks its volumes, or their content or
+        classes differ; every difference is listed.
     """
     split = read_split(workdir)
     if split is None:
@@ -98,7 +98,7 @@ def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
 
 
 def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> None:
-    """Raises `ValueError` listing how a dataset differs from the one of a run's split."""
+    """Raises `ValueError` listing the differences between a dataset and a run's split."""
     contents = dataset.contents()
     faults = []
     if split.classes != dataset.classes:
@@ -123,12 +123,12 @@ def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> Non
 
 
 def describe_later(split: RunSplit, dataset: SliceDataset) -> str:
-    """A line about the volumes that the dataset did not have when the run began; empty if none."""
+    """A line about volumes added to the dataset since the run started; empty if none."""
     known = {*split.train, *split.validation, *split.others}
     later = [name for name in dataset.volumes if name not in known]
     if not later:
         return ""
     return (
-        f"{dataset.directory} has volumes that came after the run began and are no part of it: "
+        f"{dataset.directory} has volumes added after the run started, which are not part of it: "
         + ", ".join(later)
     )

@@ -1,15 +1,16 @@
-"""The folder of a run: every file in it, and who may write there.
+"""The folder of a run: every file in it, and its lock.
 
     config.json                 the run's config, with a checksum
     split.json                  the volumes it trains and validates on (`kafjax.workdir.split`)
     preparation.json            how its dataset was prepared (`kafjax.workdir.preparation`)
-    environment.json            what its last start ran on (`kafjax.workdir.environment`)
+    environment.json            the environment of its last start (`kafjax.workdir.environment`)
     metrics.jsonl, tensorboard/ its numbers and pictures (`kafjax.workdir.metrics`)
-    checkpoints/<step>/         its states (`kafjax.checkpoint`); damaged/ has those moved aside
-    evaluation*.json, .csv      its scores (`kafjax.inference.evaluation`)
+    checkpoints/<step>/         its states (`kafjax.checkpoint`); damaged/ holds those moved aside
+    evaluation*.json, .csv      its scores, and volumes*.csv in mm^3 (`kafjax.inference.evaluation`)
+    postprocessing.json         how predictions are cleaned (`kafjax.inference.postprocessing`)
     lock                        the process that trains in the folder (`kafjax.workdir.lock`)
 
-No other module spells these names.
+These file names appear in no other module.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from kafjax.files import differences, flatten, read_checked, write_checked
 from kafjax.paths import expand
 from kafjax.workdir.lock import locked
 
-# How long, how often and where: a run may be resumed with other values of these.
+# Fields that may change when a run is resumed: length, intervals, paths and what follows.
 MAY_CHANGE = (
     "num_steps",
     "every.log",
@@ -37,8 +38,9 @@ MAY_CHANGE = (
     "checkpoint.select",
     "data.dir",
     "data.num_threads",
+    "postprocess",
 )
-# Filled in from the dataset and the task where a config leaves them out.
+# Filled in from the dataset and the task if the config omits them.
 FROM_DATASET = (
     "data.max_keypoints",
     "data.patch_keypoints",
@@ -52,10 +54,10 @@ CHOICES = ("best", "last")
 
 
 class Workdir:
-    """The folder of one run; making one reads and writes nothing.
+    """The folder of one run; the constructor reads and writes nothing.
 
     Args:
-      path: of the folder, which need not exist; `~` stands for the home folder.
+      path: of the folder, which need not exist; `~` is the home folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -74,42 +76,47 @@ class Workdir:
 
     @property
     def split_file(self) -> Path:
-        """The volumes it trains and validates on."""
+        """The run's training and validation volumes."""
         return self.path / "split.json"
 
     @property
     def preparation_file(self) -> Path:
-        """How its dataset was prepared."""
+        """The preparation of the run's dataset."""
         return self.path / "preparation.json"
 
     @property
     def environment_file(self) -> Path:
-        """What its last start ran on."""
+        """The environment of the run's last start."""
         return self.path / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
-        """Its numbers, a JSON object a line."""
+        """The run's metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
+    def postprocessing_file(self) -> Path:
+        """See the module."""
+        return self.path / "postprocessing.json"
+
+    @property
     def tensorboard(self) -> Path:
-        """The folder of its scalars and pictures."""
+        """The folder of the run's scalars and pictures."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of its states."""
+        """The folder of the run's checkpoints."""
         return self.path / "checkpoints"
 
     def read_config(self, *, task: str | None = None) -> dict[str, Any]:
         """The fields of the run's config.
 
         Args:
-          task: what `config.task` must be, if it matters.
+          task: the required `config.task`, if any.
 
         Raises:
-          ValueError: the folder holds no run, one of another task, or a config that was changed.
+          ValueError: the folder holds no run, a run of another task, or a changed config.
         """
         try:
             config = read_checked(self.config_file)
@@ -126,8 +133,8 @@ class Workdir:
     ) -> None:
         """Raises `ValueError` listing each field that differs from the stored config, if any.
 
-        Fields are named by dotted paths. Those in `may_change` may differ, and those that the
-        dataset fills in may be missing from `config`.
+        Fields have dotted paths. Those in `may_change` may differ, and those that the dataset fills
+        in may be missing from `config`.
         """
         try:
             there = flatten(read_checked(self.config_file))
@@ -136,7 +143,7 @@ class Workdir:
         except ValueError as error:
             raise UserError(
                 f"{self.config_file}: not a run's config ({error}); without the file the config "
-                "that is given holds"
+                "that is given is used"
             ) from None
         here = flatten(json.loads(json.dumps(config)))
         filled = {name for name in FROM_DATASET if here.get(name) is None}
@@ -148,12 +155,12 @@ class Workdir:
             )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Stores the run's config; makes the folder."""
+        """Stores the run's config; creates the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_checked(self.config_file, config)
 
     def best_step(self) -> int | None:
-        """The saved step with the best mean Dice of validation, the later of equals, if any."""
+        """The saved step with the best mean validation Dice, the later of equals; None if none."""
         scores = {
             step: metrics.get("validation_dice", math.nan)
             for step, metrics in saved_metrics(self.path).items()
@@ -162,11 +169,11 @@ class Workdir:
         return max(scored)[1] if scored else None
 
     def select_step(self, choice: str | int | None = None) -> tuple[int | None, str]:
-        """The checkpoint to evaluate or predict with, and how it was chosen, in words.
+        """The checkpoint for evaluation or prediction, and how it was chosen, in words.
 
         Args:
-          choice: 'best' by validation, 'last', a step, or None for what the config's
-            `checkpoint.select` says. Without validation the last is taken for the best.
+          choice: 'best' by validation, 'last', a step, or None for the config's
+            `checkpoint.select`. Without validation 'best' is the last.
 
         Returns:
           The step and the words; the step is None for the newest good one.
@@ -184,24 +191,24 @@ class Workdir:
         return (None, "last") if best is None else (best, "best on the validation volumes")
 
     def newest_step(self) -> int | None:
-        """The newest checkpoint whose description is good, if any."""
+        """The newest checkpoint with a good `meta`, if any."""
         return max(saved_metrics(self.path), default=None)
 
     def scores_file(self, split: str, step: int | None = None) -> Path:
-        """The JSON file of the scores on a split, of the selected checkpoint or of a step."""
+        """The JSON file of scores on a split, for the selected checkpoint or a step."""
         parts = ["evaluation", *([split] if split != "validation" else [])]
         return self.path / f"{'_'.join(parts + ([] if step is None else [f'step{step}']))}.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; `ValueError` names the process that holds it."""
+        """Locks the folder for this process; `ValueError` names another process that holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "lock"):
             yield
 
 
 def name_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """A short name for each workdir: as much of the end of its path as tells it from the others."""
+    """A short name for each workdir: the shortest end of its path that is unique."""
     parts = [Path(os.path.abspath(workdir)).parts for workdir in workdirs]
     for count in range(1, max(map(len, parts), default=1)):
         names = ["/".join(p[-count:]) for p in parts]

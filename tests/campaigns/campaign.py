@@ -2,7 +2,7 @@
 
 Each try ends in one of four ways. `caught`: refused or mended as it must be, with the file named.
 `harmless`: the damage changed nothing that is read, bit for bit, such as the time in a gzip header.
-`silent`: something false was believed. `unclear`: noticed, but not as it must be: a traceback, a
+`silent`: wrong data was accepted. `unclear`: noticed, but not as required: a traceback, a
 message that does not name the file, too late.
 """
 

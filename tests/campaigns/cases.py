@@ -31,7 +31,7 @@ class Case:
 
     @property
     def config(self) -> Any:
-        """Of the run: two epochs or more, and a validation in each where there are labels."""
+        """The run's config: two epochs or more, and a validation in each if there are labels."""
         make = {"pretrain": tiny.pretraining_config, "segment": tiny.segmentation_config}[self.task]
         fields: dict[str, Any] = {
             "every.checkpoint": EVERY,

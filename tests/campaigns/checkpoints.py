@@ -98,7 +98,7 @@ def _judge(tally: Tally, workdir: Path, what: str) -> None:
         tally.add("unclear", f"{what}: {type(error).__name__}: {str(error)[:300]}")
         return
     if restored is None:
-        tally.add("silent", f"{what}: would start afresh")
+        tally.add("silent", f"{what}: would start from scratch")
         return
     state, data = restored
     step = data["step"]
@@ -202,7 +202,7 @@ ANOTHER: dict[str, tuple[Change, tuple[str, ...]]] = {
 
 
 def _another(good: Path, place: Path) -> Tally:
-    """Each is refused with every difference, never begun anew, and nothing in it is changed."""
+    """Each is refused with every difference, never restarted, and nothing in it is changed."""
     tally = Tally("checkpoints of another model, shape, type, config, program; none to resume")
     for name, (change, words) in ANOTHER.items():
         shutil.rmtree(place, ignore_errors=True)
@@ -218,7 +218,7 @@ def _another(good: Path, place: Path) -> Tally:
         except Exception as error:
             tally.add("unclear", f"{name}: {type(error).__name__}: {error}")
         else:
-            tally.add("silent", f"{name}: {'started afresh' if restored is None else 'restored'}")
+            tally.add("silent", f"{name}: {'restarted' if restored is None else 'restored'}")
         if name != "another config" and "config" not in name and _contents(place) != before:
             tally.add("unclear", f"{name}: the refused workdir was changed")
     _expect_no_fresh_start(tally, place)
@@ -234,12 +234,12 @@ def _expect_no_fresh_start(tally: Tally, place: Path) -> None:
         except UserError as error:
             tally.expect(str(place) in str(error), f"{name}: {error}")
         else:
-            tally.add("silent", f"{name}: would start afresh")
+            tally.add("silent", f"{name}: would start from scratch")
         place.mkdir(exist_ok=True)
 
 
 def _facts(folder: Path, rng: np.random.Generator, count: int) -> Tally:
-    """What evaluation and prediction believe of a run: another value is refused, with the file."""
+    """The facts of a run that evaluation and prediction use: changes are refused, with the file."""
     tally = Tally("config.json and preparation.json of a run")
     config: dict[str, Any] = {
         "task": "segment",

@@ -60,7 +60,7 @@ def _shear(amount: float) -> np.ndarray:
     return matrix
 
 
-# A sound case to one with this fault. The fault's line names `case_NAME` and tells what to do.
+# A sound case to one with this fault. The fault's line names `case_NAME` and a remedy.
 FAULTS: dict[str, Callable[[Case], Case]] = {
     "nan": lambda c: _with_value(c, np.nan),
     "infinite": lambda c: _with_value(c, -np.inf),
@@ -89,7 +89,7 @@ FAULTS: dict[str, Callable[[Case], Case]] = {
 
 
 def run(settings: Settings) -> Iterator[Tally]:
-    """Each fault is told in one pass, with what to do; sound volumes are not accused."""
+    """Each fault is reported in one pass, with a remedy; sound volumes are not accused."""
     rng = settings.generator("datasets")
     yield _all_faults(settings.folder("datasets/faulty"), rng)
     yield _clean(settings.folder("datasets/clean"), rng, settings.tries(USUAL_CLEAN))
@@ -128,7 +128,7 @@ def _clean(folder: Path, rng: np.random.Generator, count: int) -> Tally:
 
 
 def _any_sort(rng: np.random.Generator, i: int) -> Case:
-    """Of any type, shape, spacing and orientation, with labels or without."""
+    """A case of any type, shape, spacing and orientation, with labels or without."""
     types: list[Any] = [np.int16, np.uint8, np.uint16, np.int32, np.float32, np.float64, np.int8]
     shape = tuple(int(n) for n in rng.integers((8, 8, 1), (40, 40, 12)))
     case = make_case(rng, shape)

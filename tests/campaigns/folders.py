@@ -65,7 +65,7 @@ _FIELDS: tuple[tuple[int, str, tuple[float, ...]], ...] = (
 
 
 def run_entries(settings: Settings) -> Iterator[Tally]:
-    """Each odd entry of a raw folder is named, and no volume is lost without a word."""
+    """Each odd entry of a raw folder is named, and no volume is lost silently."""
     rng = settings.generator("entries")
     tally = Tally("odd entries in raw folders of three layouts: each named, no volume lost")
     makers = list(_MAKERS)
@@ -141,7 +141,7 @@ def _judge_entries(
     for path in odd:
         said = f"{path}:" in errors or f"{path}," in errors or path in known
         if not said and path.name not in _HARMLESS_NAMES:
-            return "silent", f"{layout}: {path} is passed over"
+            return "silent", f"{layout}: {path} is skipped silently"
         if said and path.name in _HARMLESS_NAMES:
             return "unclear", f"{layout}: {path} is harmless, but is named"
     return ("caught", "") if errors else ("harmless", "")
@@ -199,7 +199,7 @@ def run_headers(settings: Settings) -> Iterator[Tally]:
 
 
 def _make_file(values: np.ndarray, rng: np.random.Generator) -> bytes:
-    """A sound file whose grid is told by its sform, or by its qform."""
+    """A sound file whose sform or qform defines its grid."""
     affine = np.diag([-1.5, -1.5, 5.0, 1.0])
     image = nib.Nifti1Image(values, affine)
     if rng.random() < 0.5:
@@ -223,7 +223,7 @@ def _judge_header(path: Path, content: bytes, values: np.ndarray) -> tuple[str, 
 
 
 def _by_the_standard(content: bytes, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values and affine by the text of the NIfTI-1 standard; None for a grid that is not told."""
+    """Values and affine by the text of the NIfTI-1 standard; None for an undefined grid."""
     slope, intercept = struct.unpack_from("<ff", content, 112)
     scaled = np.isfinite(slope) and slope != 0
     expected = values * np.float64(slope) + intercept if scaled else values
@@ -238,7 +238,7 @@ def _by_the_standard(content: bytes, values: np.ndarray) -> tuple[np.ndarray, np
         return expected, None
     spacing = [abs(mm) for mm in spacing]
     if qform == 0:
-        # The standard tells spacing alone; nibabel's x runs to the left, about the centre.
+        # The standard defines only the spacing; nibabel's x runs to the left, about the centre.
         affine = np.diag([-spacing[0], *spacing[1:], 1])
         affine[:3, 3] = -affine[:3, :3] @ (np.array(values.shape) - 1) / 2
         return expected, affine

@@ -132,7 +132,7 @@ def _as_scan(content: Callable[[_Place], bytes]) -> Callable[[_Place], object]:
 
 
 def _in_dataset(name: str, content: Callable[[_Place], bytes]) -> Callable[[_Place], object]:
-    """Gives it as a file of a prepared dataset, all of which is then read."""
+    """Places it as a file of a prepared dataset, and reads the whole dataset."""
 
     def attempt(place: _Place) -> object:
         path = next(place.dataset.glob(name))
@@ -216,7 +216,7 @@ def _linked_step(place: _Place) -> object:
             checkpointer.save(number, state, metrics={"loss": 0.1}, data={"step": number})
     refused = restored[1] == {"step": 2}
     if refused:
-        raise UserError("the linked step was not believed")
+        raise UserError("the linked step was not accepted")
     return restored
 
 

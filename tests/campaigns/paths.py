@@ -1,4 +1,4 @@
-"""Runs in folders of odd names: all that the system allows works, and the rest is refused first.
+"""Runs in folders with odd names: every name that the system allows works; others are refused.
 
 In each folder a dataset is prepared, a run is trained, evaluated and resumed, a scan is segmented,
 and a report is written.
@@ -54,7 +54,7 @@ NAMES = {
 
 
 def run(settings: Settings) -> Iterator[Tally]:
-    """Each name, with those names beside it that it matches as a pattern; and what is refused."""
+    """Each name, next to names that it matches as a pattern; and refused names."""
     raw = tiny.make_phantoms(settings.folder("paths/raw"))
     tally = Tally("runs in folders of odd names: prepared, trained, evaluated, resumed, used")
     for number, (what, name) in enumerate(list(NAMES.items())[: settings.tries(len(NAMES))]):

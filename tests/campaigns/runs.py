@@ -41,7 +41,7 @@ def run_signals(settings: Settings) -> Iterator[Tally]:
 
 
 def run_pairs(settings: Settings) -> Iterator[Tally]:
-    """Two processes of which one is killed."""
+    """Two processes; one is killed."""
     yield from _in_own_process("pairs", settings, settings.tries(PAIRS))
 
 

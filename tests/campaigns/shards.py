@@ -1,7 +1,7 @@
 """Damaged, missing and foreign TFRecord shards, indices and descriptions of a prepared dataset.
 
-A dataset counts as believed when every record of every volume was read. What is read must then be
-what was prepared.
+A dataset counts as accepted when every record of every volume was read. The records must then equal
+the prepared ones.
 """
 
 import shutil
@@ -77,7 +77,7 @@ class _Trial:
             return
         index, good = (folder / INDEX_NAME for folder in (self.place, self._good))
         if right and index.read_bytes() != good.read_bytes():
-            tally.add("unclear", f"{what}: the index was not made anew")
+            tally.add("unclear", f"{what}: the index was not rebuilt")
         else:
             tally.expect(right, what, otherwise="silent")
 

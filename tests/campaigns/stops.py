@@ -1,4 +1,4 @@
-"""Signals that stop a run, and runs of two processes of which one is killed."""
+"""Signals that stop a run, and runs of two processes where one is killed."""
 
 import contextlib
 import signal
@@ -54,7 +54,7 @@ def _judge_stop(case: Case, status: Any, expected: int, seconds: float) -> tuple
 
 
 def pairs(folder: Path, rng: np.random.Generator, count: int) -> Iterator[Tally]:
-    """Two processes on this machine: one is killed, the other ends; both together go on."""
+    """Two processes on this machine: one is killed, the other ends; both restarted: exact."""
     dataset = make_dataset(folder)
     tally = Tally("two processes, one killed: the other ends; both again: exact")
     good = Case("pretrain", dataset, folder / "good")

@@ -1,0 +1,277 @@
+"""Anyone's scans in a plain folder, and labels, where there are some, in another one.
+
+    SCANS/anna.nii.gz, SCANS/ben.nii.gz, ...
+    LABELS/anna.nii.gz               of the same name; a scan without is a volume without labels
+
+The name of a label file is its scan's, with or without the scan's `_0000`, nnU-Net's first channel.
+Labels are any whole numbers, 0 the background; `label_values` records which number each class has.
+Neighbours follow the CHD rule of the KAF paper, as do the intensities of CT; others are not
+clipped.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.entries import SCAN_ENDINGS, list_entries, unused_folder
+from data_prep.faults import DatasetError, Fault, finding
+from data_prep.intensity import INTENSITIES, Intensity
+from data_prep.nifti import Plane, read_nifti, slice_plane
+from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
+from kafjax.errors import UserError
+
+DEFAULT_RADIUS = 20
+FIRST_CHANNEL = "_0000"
+_LONGEST_NAME = 120
+_LOWEST_OF_CT = -200  # air is -1000 HU; other scanners' numbers are rarely negative
+
+
+@dataclass(frozen=True)
+class OwnReader(Reader):
+    """The rules of grid and intensity for data of one's own, whatever its layout."""
+
+    classes: tuple[str, ...]
+    radius: int = DEFAULT_RADIUS
+    intensity: Intensity = "zscore"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is done with the intensities."""
+        return {"intensity": self.intensity}
+
+    def plane(self, affine: np.ndarray) -> Plane:
+        """Across the coarsest axis, where there is one; else axial."""
+        return slice_plane(affine)
+
+    def reach(self, num_slices: int) -> int:
+        """5 % of the slices, as in CHD."""
+        return max(1, num_slices // 20)
+
+    def prepare(self, volume: Volume) -> Prepared:
+        """Clips CT to its 1st and 99th percentile; leaves other images as they are."""
+        return INTENSITIES[self.intensity](volume)
+
+
+@dataclass(frozen=True)
+class FolderReader(OwnReader):
+    """A folder of scans, and of labels; `faults` are those of the labels, which `find` reports."""
+
+    labels_dir: Path | None = None
+    label_values: tuple[int, ...] = ()  # raw label of each class; empty if they are 0, 1, 2, ...
+    faults: tuple[Fault, ...] = ()
+
+    kind = "folder"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is done with the intensities, and each class's number in the label files."""
+        return {**super().facts, "label_values": list(self.label_values)}
+
+    def map_labels(self, raw: np.ndarray) -> np.ndarray:
+        """The files' numbers to classes."""
+        if not self.label_values:
+            return super().map_labels(raw)
+        values = np.array(self.label_values)
+        places = np.minimum(np.searchsorted(values, raw), len(values) - 1)
+        if (unknown := values[places] != raw).any():
+            known = ", ".join(map(str, self.label_values))
+            raise ValueError(f"label {raw[unknown].flat[0]:g}; expected one of {known}")
+        return places.astype(np.uint8)
+
+    def raw_labels(self, classes: np.ndarray) -> np.ndarray:
+        """Classes to the numbers that the label files have."""
+        if not self.label_values:
+            return classes
+        return np.array(self.label_values, np.min_scalar_type(self.label_values[-1]))[classes]
+
+    def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
+        """The scans of the folder, each with the labels of its name."""
+        faults = list(self.faults)
+        if any(fault.stops for fault in faults):
+            return [], faults
+        inside = self.labels_dir is not None and self.labels_dir.parent.resolve()
+        used = [self.labels_dir.name] if self.labels_dir and inside == raw_dir.resolve() else []
+        scans, broken, more = _files_by_stem(raw_dir, used=used)
+        faults += more
+        if not scans:
+            faults.append(Fault(raw_dir, "holds no scan", "expected files .nii.gz or .nii"))
+        labels, broken_labels, more = _files_by_stem(self.labels_dir)
+        faults += more
+        label_of, more = match_labels(scans, labels)
+        faults += more
+        broken |= broken_labels
+        sources = []
+        for stem, path in scans.items():
+            id = split_name(stem)
+            case = None if id == stem else stem
+            source = Source(id, path, label_of.get(stem), case=case)
+            if not broken & {*source.files}:
+                sources.append(source)
+        return sorted(sources, key=lambda source: source.id), faults
+
+
+def open_folder(
+    raw_dir: Path,
+    labels_dir: Path | None = None,
+    *,
+    classes: Sequence[str] = (),
+    intensity: Intensity | None = None,
+    radius: int = DEFAULT_RADIUS,
+) -> FolderReader:
+    """The reader of a folder of scans; what is wrong with the two folders is found by `find`.
+
+    Args:
+      raw_dir: the scans.
+      labels_dir: their labels, each file of which is read for the numbers it holds.
+      classes: names of the labels' numbers in ascending order, without the background; by default
+        class_<number>.
+      intensity: by default `ct` where the first scan's values fall below -200, else `zscore`.
+      radius: px within which keypoints of neighbouring slices correspond.
+
+    Raises:
+      UserError: a radius below 1.
+    """
+    if radius < 1:
+        raise UserError(f"radius is {radius}; expected 1 px or more")
+    faults = _folder_faults(raw_dir, labels_dir)
+    names: tuple[str, ...] = ("background",)
+    values: tuple[int, ...] = ()
+    if not faults and labels_dir is not None:
+        names, values, faults = _classes(labels_dir, classes)
+    if intensity is None:
+        intensity = "zscore" if faults else _likely_intensity(raw_dir)
+    return FolderReader(names, radius, intensity, labels_dir, values, tuple(faults))
+
+
+def match_labels(
+    scans: Mapping[str, Path], labels: Mapping[str, Path]
+) -> tuple[dict[str, Path], list[Fault]]:
+    """The label file of each scan, by the scan's name, and the label files without a scan."""
+    found: dict[str, Path] = {}
+    faults = []
+    for stem, path in labels.items():
+        scan = next((name for name in (stem, stem + FIRST_CHANNEL) if name in scans), None)
+        if scan is None:
+            remedy = "add it, rename this file as its scan, or move it away"
+            faults.append(Fault(path, "has no scan of its name", remedy))
+        elif scan in found:
+            remedy = "move one of them away"
+            faults.append(Fault(path, f"is a second label file of {scans[scan].name}", remedy))
+        else:
+            found[scan] = path
+            if f"{stem}_0001" in scans and scan != stem:
+                what = f"is taken for a scan by itself; channel 0 of {stem} has the labels"
+                remedy = "several channels are for nnU-Net's layout"
+                faults.append(finding(scans[f"{stem}_0001"], what, remedy))
+    return found, faults
+
+
+def file_stem(path: Path) -> str:
+    """A scan's name without its ending."""
+    ending = next((e for e in SCAN_ENDINGS if path.name.lower().endswith(e)), "")
+    return path.name[: len(path.name) - len(ending)]
+
+
+def split_name(case: str) -> str:
+    """A split's name for a case: letters, digits and underscores, another one for each case.
+
+    Every other character, and an underscore before an x, becomes `_x<code point, hexadecimal>_`;
+    most names stay as they are. Names that tfds reserves or refuses have their first so written.
+    Of what is longer than 120, the end becomes a digest: the name is a part of file names.
+    """
+    special = case == "all" or not re.search("[A-Za-z0-9]", case)
+    first = _escape(case[0]) if special else ""
+    name = first + re.sub(
+        "[^A-Za-z0-9_]|_(?=x)", lambda match: _escape(match[0]), case[1:] if special else case
+    )
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(os.fsencode(case)).hexdigest()[:16]
+    return f"{name[: _LONGEST_NAME - len(digest) - 1]}_{digest}"
+
+
+def _escape(character: str) -> str:
+    return f"_x{ord(character):x}_"
+
+
+def _files_by_stem(
+    folder: Path | None, *, used: Sequence[str] = ()
+) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
+    """The NIfTI files of a folder by name without ending, those that cannot be read, and faults."""
+    if folder is None:
+        return {}, frozenset(), []
+    entries = list_entries(folder, used=used)
+    faults = [*entries.faults]
+    faults += [unused_folder(path, "scans, .nii.gz or .nii") for path in entries.folders]
+    files: dict[str, Path] = {}
+    for path in entries.scans:
+        stem = file_stem(path)
+        if stem in files:
+            found = f"has the name of {files[stem].name}"
+            faults.append(Fault(path, found, "rename one of them, or move it away"))
+        else:
+            files[stem] = path
+    return files, entries.broken, faults
+
+
+def _folder_faults(raw_dir: Path, labels_dir: Path | None) -> list[Fault]:
+    faults = []
+    if not raw_dir.is_dir():
+        faults.append(Fault(raw_dir, "is not a folder", "give the folder of the scans"))
+    if labels_dir is not None and not labels_dir.is_dir():
+        faults.append(Fault(labels_dir, "is not a folder", "give the folder of the labels"))
+    if not faults and labels_dir is not None and raw_dir.samefile(labels_dir):
+        remedy = "expected the labels in a folder of their own"
+        faults.append(Fault(labels_dir, "is the folder of the scans too", remedy))
+    return faults
+
+
+def _classes(
+    labels_dir: Path, given: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[int, ...], list[Fault]]:
+    """Names of the classes, their raw labels unless these are 0, 1, 2, ..., and faults."""
+    found = {0}
+    for path in list_entries(labels_dir).scans:
+        found |= _values_of(path)
+    numbers = sorted(found)
+    faults = []
+    if len(numbers) > MAX_CLASSES:
+        remedy = f"expected labels of at most {MAX_CLASSES} classes; are these scans?"
+        faults.append(Fault(labels_dir, f"holds {len(numbers)} different values", remedy))
+    if len(numbers) == 1:
+        remedy = "expected whole numbers above 0 where a structure is"
+        faults.append(Fault(labels_dir, "holds no label but the background", remedy))
+    names = ["background", *given] if given else [f"class_{value}" for value in numbers]
+    names[0] = "background"
+    if given and numbers[-1] <= len(given):
+        numbers = list(range(len(given) + 1))
+    if len(numbers) != len(names) and not faults:
+        values = ", ".join(map(str, numbers[1:]))
+        remedy = f"expected a name for each of its labels {values}"
+        faults.append(Fault(labels_dir, f"--classes has {len(given)} names", remedy))
+    contiguous = numbers == list(range(len(numbers)))
+    return tuple(names), () if contiguous else tuple(numbers), faults
+
+
+def _values_of(path: Path) -> set[int]:
+    """The numbers in a label file; none of one whose faults `Reader.read` reports."""
+    try:
+        values = np.unique(read_nifti(path).array)
+    except DatasetError:
+        return set()
+    return set() if label_problem(values) else set(map(int, values))
+
+
+def _likely_intensity(raw_dir: Path) -> Intensity:
+    for path in list_entries(raw_dir).scans:
+        try:
+            return "ct" if read_nifti(path).array.min() < _LOWEST_OF_CT else "zscore"
+        except DatasetError:
+            continue
+    return "zscore"

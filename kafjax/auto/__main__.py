@@ -1,0 +1,45 @@
+"""Labels for a folder of scans, of which some have labels: `kafjax auto`.
+
+    kafjax auto --images scans --labels labels --output out [--minutes 60]
+
+Looks at the scans, plans what fits this device and the time, pretrains on all of them, fine-tunes
+on the labelled ones, segments each and writes a report. `--images` may also be a folder in
+nnU-Net's layout. The plan, `out/plan.py`, is a config: edit it, or run `--dry_run` first. The same
+command continues after a stop. `kafjax.auto.walk` lists what it writes.
+"""
+
+
+def _run_from_command_line() -> None:
+    # Inside a function, so that importing this module defines no flag.
+    from absl import flags
+
+    from kafjax.commands import define_path, run_app
+
+    images = define_path("images", None, "Folder of scans, .nii.gz or .nii.", required=True)
+    labels = define_path("labels", None, "Folder of labels with the scans' names.")
+    output = define_path("output", None, "Folder of all results.", required=True)
+    minutes = flags.DEFINE_float("minutes", None, "Of the whole. Default: up to a night.")
+    estimate = flags.DEFINE_bool(
+        "estimate", False, "Estimate the score: leave each labelled subject out once (5 folds)."
+    )
+    classes = flags.DEFINE_list("classes", [], "Names of the labels' numbers, ascending.")
+    dry_run = flags.DEFINE_bool("dry_run", False, "Plan only.")
+
+    def command() -> int | None:
+        from kafjax.auto.request import Request
+        from kafjax.auto.walk import run_auto
+
+        request = Request.of(
+            images.value,
+            labels.value,
+            classes=tuple(classes.value),
+            minutes=minutes.value,
+            estimate=estimate.value,
+        )
+        return run_auto(request, output.value, dry_run=dry_run.value)
+
+    run_app(command)
+
+
+if __name__ == "__main__":
+    _run_from_command_line()

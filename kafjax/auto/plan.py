@@ -1,0 +1,360 @@
+"""The plan of `kafjax auto`: what it decides before it works, as a config that can be edited."""
+
+import pprint
+import runpy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from data_prep.builder import Options
+from data_prep.check import Survey, fingerprint, suggest_patch
+from data_prep.findings import equal_images
+from kafjax.auto.probe import NAME, prepare_probe
+from kafjax.auto.progress import format_seconds
+from kafjax.auto.request import Request
+from kafjax.auto.sizes import Choice, Network, Work, choose
+from kafjax.config_files import load_config
+from kafjax.configs import own_finetune, own_pretrain
+from kafjax.data.patches import count_places
+from kafjax.data.splits import group_subjects
+from kafjax.errors import UserError
+from kafjax.files import differences, write_text
+from kafjax.training.preflight import device_memory
+
+DEFAULT_MINUTES = 480.0  # a night
+HELD_OUT_FROM = 4  # labelled subjects, of which one is kept for the score
+_MOST_FOLDS = 5
+_REPORT_SECONDS = 20.0
+_LATER_CHECKPOINTS = 10
+
+_TEMPLATE = '''\
+"""The plan of kafjax auto. Edit it before a stage has begun, and run the same command again.
+
+It is a config too: kafjax train --config {name}:pretrain, or {name}:finetune.
+{text}
+"""
+
+from pathlib import Path
+
+from kafjax.configs import own_finetune, own_pretrain
+
+OUTPUT = Path(__file__).resolve().parent
+# What was asked for; another request is refused.
+REQUEST = {request}
+PREPARATION = {preparation}
+# Fields of both configs, of pretraining and of fine-tuning.
+SHARED = {shared}
+PRETRAINING = {pretraining}
+FINE_TUNING = {fine_tuning}
+# Folds of the labelled subjects that --estimate trains; 0: none.
+FOLDS = {folds}
+# Expected seconds of each stage.
+EXPECTED = {expected}
+
+
+def get_config(stage="pretrain"):
+    """The config of a stage: pretrain or finetune."""
+    config = own_pretrain.get_config() if stage == "pretrain" else own_finetune.get_config()
+    fields = dict(SHARED, **(PRETRAINING if stage == "pretrain" else FINE_TUNING))
+    config.update_from_flattened_dict(fields)
+    config.data.dir = str(OUTPUT / "data")
+    if stage != "pretrain":
+        config.init_from = str(OUTPUT / "pretrain")
+    return config
+'''
+
+
+class Plan(NamedTuple):
+    """What a plan's file holds; its configs come from `config_of`."""
+
+    request: dict[str, Any]
+    preparation: dict[str, Any]
+    shared: dict[str, Any]
+    pretraining: dict[str, Any]
+    fine_tuning: dict[str, Any]
+    folds: int
+    expected: dict[str, float]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is anything to fine-tune on."""
+        return bool(self.fine_tuning)
+
+
+def read_plan(path: Path, request: Request) -> Plan | None:
+    """The plan of an output folder, None if there is none yet.
+
+    Raises `UserError` where the file is damaged, or is the plan of another request: each
+    difference.
+    """
+    if not path.exists():
+        return None
+    load_config(f"{path}:pretrain")  # which names what is wrong in one line
+    values = runpy.run_path(str(path))
+    try:
+        plan = Plan(**{name: values[name.upper()] for name in Plan._fields})
+    except KeyError as error:
+        raise UserError(f"{path}: has no {error.args[0]}; remove it to plan anew") from None
+    if differing := differences(plan.request, _fields(request)):
+        raise UserError(
+            f"{path.parent} was planned for another request; give another --output, or remove "
+            f"{path.name} there:\n" + "\n".join(differing)
+        )
+    return plan
+
+
+def config_of(path: Path, stage: str) -> Any:
+    """The config of a stage, `pretrain` or `finetune`, of a plan's file."""
+    return load_config(f"{path}:{stage}")
+
+
+def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, str]:
+    """Plans what fits the scans, this device and the time, and says so in words.
+
+    Args:
+      survey: of the scans.
+      request: what is asked for.
+      began: `time.perf_counter()` when the command began.
+
+    Raises:
+      UserError: the time is too short, or an estimate is asked for with fewer than two subjects.
+    """
+    seconds = 60 * (DEFAULT_MINUTES if request.minutes is None else request.minutes)
+    slices = _count_slices(survey, request)
+    options = Options(max_keypoints=fingerprint(survey)["suggestion"]["max_keypoints"])
+    make = _config_maker(survey, options.max_keypoints, slices)
+    with prepare_probe(survey, options) as probe:
+        preparing = probe.seconds_per_slice * slices.whole
+        labelled = bool(slices.fine_tuning)
+        work = Work(
+            seconds=seconds,
+            fixed=preparing + _REPORT_SECONDS,
+            # The scans, and labelled ones to score and to choose post-processing.
+            predicted=labelled * (slices.whole + 2 * slices.fine_tuning),
+            keypoint_seconds=0.5 * probe.seconds_per_slice,
+            fine_tunings=labelled * (1 + slices.folds),
+        )
+        choice = choose(probe, make, lambda: seconds - (time.perf_counter() - began), work)
+    plan = _as_plan(request, survey, choice, options, slices, preparing)
+    return plan, describe_plan(plan, survey, choice, slices.held_out)
+
+
+def write_plan(path: Path, plan: Plan, text: str) -> None:
+    """Writes the plan's file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {
+        name: pprint.pformat(value, width=88, sort_dicts=False)
+        for name, value in plan._asdict().items()
+    }
+    safe = text.replace("\\", "/").replace('"""', "'''")
+    write_text(path, _TEMPLATE.format(name=path.name, text=f"\n{safe}", **values))
+
+
+def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | None) -> str:
+    """The plan in words, as it is printed before the work."""
+    facts = fingerprint(survey)
+    steps, timings = choice.steps, choice.timings
+    batches = [plan.pretraining["batch_size"], plan.fine_tuning.get("batch_size")]
+    lines = [
+        f"{facts['num_volumes']} scans, {facts['num_labelled']} with labels, "
+        f"{facts['num_slices']} {' and '.join(facts['planes'])} slices"
+        + _sizes(survey)
+        + f"; {', '.join(survey.reader.classes[1:]) or 'no labels'}",
+        f"patch {plan.shared['data.patch_size'][0]} x {plan.shared['data.patch_size'][1]}, "
+        f"K = {plan.preparation['max_keypoints']} keypoints, intensities: "
+        f"{plan.preparation['intensity']}",
+        f"KAF-UNet, {choice.network.filters} filters, {choice.network.attention_layers} attention "
+        "layers",
+        f"pretraining on all: {steps[0]} steps of {batches[0]} pairs, {timings[0].step:.3g} s each",
+    ]
+    if timings[1] is not None:
+        lines.append(
+            f"fine-tuning: {steps[1]} steps of {batches[1]} slices, {timings[1].step:.3g} s each"
+            + (f", and again for each of {plan.folds} folds" if plan.folds else "")
+        )
+        lines.append(_about_score(plan, facts["num_labelled"], held_out))
+    memory = max(timing.memory for timing in timings if timing)
+    lines.append(
+        f"memory: about {memory / 2**30:.2f} of {device_memory() / 2**30:.1f} GiB on "
+        f"{jax.device_count()} x {jax.local_devices()[0].device_kind}"
+    )
+    stages = ", ".join(f"{n} {format_seconds(s)}" for n, s in plan.expected.items())
+    lines.append(f"time: about {format_seconds(sum(plan.expected.values()))} ({stages})")
+    return "\n".join(lines)
+
+
+def _sizes(survey: Survey) -> str:
+    sizes = sorted({volume.facts.size for volume in survey.volumes.values()})
+    low, high = (f"{rows} x {columns}" for rows, columns in (sizes[0], sizes[-1]))
+    return f" of {low}" if len(sizes) == 1 else f" of {len(sizes)} sizes, {low} to {high}"
+
+
+def _about_score(plan: Plan, num_labelled: int, held_out: str | None) -> str:
+    if held_out is not None:
+        return f"score: of {held_out}, which is not trained on (its image is pretrained on)"
+    if plan.folds:
+        return f"score: each of {plan.folds} folds is left out once; the last run trains on all"
+    if num_labelled < 2:
+        return "score: none, as the only labelled volume is trained on"
+    return "score: none, as all labels are trained on; --estimate leaves each out once, for a score"
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    return {**request._asdict(), "classes": list(request.classes)}
+
+
+class _Slices(NamedTuple):
+    """Counts of slices, and how labelled subjects are used.
+
+    Attributes:
+      whole: of all scans.
+      pretraining: without the test set.
+      fine_tuning: of the labelled volumes that are trained on.
+      held_out: the subject that is kept for the score, if any.
+      folds: of an estimate; 0: none.
+    """
+
+    whole: int
+    pretraining: int
+    fine_tuning: int
+    held_out: str | None
+    folds: int
+
+
+def _count_slices(survey: Survey, request: Request) -> _Slices:
+    counts = {id: volume.facts.num_slices for id, volume in survey.volumes.items()}
+    tests = {source.id for source in survey.reader.find(survey.raw_dir)[0] if source.test}
+    labelled = [id for id, v in survey.volumes.items() if v.facts.labelled and id not in tests]
+    groups = equal_images(volume.facts for volume in survey.volumes.values())
+    subject = group_subjects(labelled, groups)
+    subjects = sorted(set(subject.values()))
+    if request.estimate and len(subjects) < 2:
+        raise UserError(
+            f"--estimate leaves labelled subjects out, of which there are {len(subjects)}; "
+            "expected at least 2"
+        )
+    held_out = None
+    if len(subjects) >= HELD_OUT_FROM and not request.estimate:
+        held_out = subjects[-1]
+    return _Slices(
+        whole=sum(counts.values()),
+        pretraining=sum(counts[id] for id in counts if id not in tests),
+        fine_tuning=sum(counts[id] for id in labelled if subject[id] != held_out),
+        held_out=held_out,
+        folds=min(len(subjects), _MOST_FOLDS) if request.estimate else 0,
+    )
+
+
+def _config_maker(
+    survey: Survey, places: int, slices: _Slices
+) -> Callable[[Network, int], tuple[Any, Any | None]]:
+    """A function that makes the configs of a network, with batches up to a limit."""
+    volumes = {id: volume.facts for id, volume in survey.volumes.items()}
+    patch = suggest_patch([fact.size for fact in volumes.values()])
+    metadata = {
+        "max_keypoints": places,
+        "volumes": {
+            id: {"size": fact.size, "num_slices": fact.num_slices} for id, fact in volumes.items()
+        },
+    }
+    # An estimate trains on as little as half of the labelled slices.
+    most = (slices.pretraining, slices.fine_tuning // (2 if slices.folds else 1))
+
+    def make(network: Network, limit: int) -> tuple[Any, Any | None]:
+        size = (min(patch[0], network.edge), min(patch[1], network.edge))
+        shared = {
+            "data.name": NAME,
+            "data.patch_size": size,
+            "data.patch_keypoints": count_places(metadata, size),
+            "model.filters": network.filters,
+            "model.num_attention_layers": network.attention_layers,
+        }
+        limit = min(limit, network.batch)
+        pretraining = own_pretrain.get_config()
+        fine_tuning = own_finetune.get_config("scratch")  # takes as long as from the encoder
+        for config, there in zip((pretraining, fine_tuning), most, strict=True):
+            config.update_from_flattened_dict(shared)
+            config.batch_size = _batch(min(config.batch_size, limit, there))
+        pretraining.model.embedding = network.embedding
+        pretraining.model.num_matcher_layers = network.matcher_layers
+        fine_tuning.data.fold = None
+        return pretraining, fine_tuning if slices.fine_tuning else None
+
+    return make
+
+
+def _batch(wanted: int) -> int:
+    """A multiple of the devices, as near to what is wanted as there is."""
+    devices = jax.device_count()
+    return max(wanted // devices, 1) * devices
+
+
+def _as_plan(
+    request: Request,
+    survey: Survey,
+    choice: Choice,
+    options: Options,
+    slices: _Slices,
+    preparing: float,
+) -> Plan:
+    first, second = choice.configs
+    pretraining, fine_tuning = choice.steps
+    names = ("data.name", "data.patch_size", "data.patch_keypoints")
+    shared = {name: first.data[name.removeprefix("data.")] for name in names}
+    shared |= {
+        "model.filters": choice.network.filters,
+        "model.num_attention_layers": choice.network.attention_layers,
+    }
+    seconds = [t.step * n for t, n in zip(choice.timings, choice.steps, strict=True) if t]
+    expected = {"prepare": preparing, "pretrain": seconds[0] + choice.timings[0].compilation / 3}
+    fields: dict[str, Any] = {}
+    if second is not None and choice.timings[1] is not None:
+        fields = _schedule(second.batch_size, fine_tuning, slices.fine_tuning)
+        fields |= {
+            "data.fold": None,
+            "every.validation_epochs": 0,
+            # The score is of volumes that chose nothing.
+            "checkpoint.select": "last",
+        }
+        if slices.held_out is not None:
+            fields["data.validation"] = (slices.held_out,)
+        each = seconds[1] + choice.timings[1].compilation / 3
+        expected["finetune"] = each
+        if slices.folds:
+            expected["estimate"] = each * slices.folds
+        expected["evaluate"] = choice.predicting / 3
+        expected["predict"] = choice.predicting * 2 / 3
+    expected["report"] = _REPORT_SECONDS
+    return Plan(
+        request=_fields(request),
+        preparation={
+            "max_keypoints": options.max_keypoints,
+            "radius": survey.reader.radius,
+            "intensity": survey.reader.facts["intensity"],
+        },
+        shared=shared,
+        pretraining={
+            "model.embedding": choice.network.embedding,
+            "model.num_matcher_layers": choice.network.matcher_layers,
+            **_schedule(first.batch_size, pretraining, slices.pretraining),
+        },
+        fine_tuning=fields,
+        folds=slices.folds,
+        expected={name: round(value, 1) for name, value in expected.items()},
+    )
+
+
+def _schedule(batch_size: int, steps: int, num_slices: int) -> dict[str, Any]:
+    """Fields that make a run as long, with a learning rate that ends with it."""
+    epoch = max(num_slices // batch_size, 1)
+    return {
+        "batch_size": batch_size,
+        "num_epochs": max(round(steps / epoch), 1),
+        "num_steps": steps if steps < epoch else None,
+        "every.log": max(min(20, steps // 10), 1),
+        "every.checkpoint": max(steps // _LATER_CHECKPOINTS, 20),
+        "every.picture": max(steps // 2, 1),
+    }

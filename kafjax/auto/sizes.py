@@ -1,0 +1,225 @@
+"""Which network, and how many steps of it, a device can train in the time that there is.
+
+The largest network is chosen whose training has steps enough in that time; each is timed by the
+probe before it is believed. Fewer steps are planned only for the smallest one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kafjax.auto.probe import Probe, Timing
+from kafjax.auto.progress import format_seconds
+from kafjax.errors import UserError
+from kafjax.training.preflight import device_memory
+
+
+class Network(NamedTuple):
+    """A KAF-UNet, its pretraining heads, and limits of its patches and batches.
+
+    Attributes:
+      filters: of the first level.
+      attention_layers: of each KAF layer.
+      embedding: size of the embeddings that are contrasted.
+      matcher_layers: of the matching head.
+      edge: the longest of its patches, pixels.
+      batch: the largest, in pairs or slices.
+    """
+
+    filters: int
+    attention_layers: int
+    embedding: int
+    matcher_layers: int
+    edge: int
+    batch: int
+
+    @property
+    def work(self) -> float:
+        """Roughly, relative to others: which one is worth timing next."""
+        layers = 1 + (self.attention_layers + self.matcher_layers) / 8
+        return self.filters**1.5 * self.edge * layers * self.batch
+
+
+# The paper's first.
+NETWORKS = (
+    Network(32, 16, 512, 4, edge=512, batch=16),
+    Network(32, 4, 256, 4, edge=384, batch=16),
+    Network(16, 4, 128, 4, edge=256, batch=16),
+    Network(16, 2, 64, 2, edge=192, batch=8),
+    Network(8, 1, 32, 2, edge=128, batch=8),
+)
+# Steps: all that is worth while, what a larger network must have, and the least that trains.
+PRETRAINING_STEPS = (20_000, 1000, 100)
+FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps on
+_SHARE_OF_PRETRAINING = 0.5
+_SHARE_OF_MEMORY = 0.8
+_LEAST_BATCH = 4
+
+
+class Work(NamedTuple):
+    """What has to be done apart from the steps of training.
+
+    Attributes:
+      seconds: that there are for the whole, from now on.
+      fixed: seconds of preparation and report.
+      predicted: slices that the runs segment in all.
+      keypoint_seconds: of a slice's keypoints, for those of them that are raw scans.
+      fine_tunings: how many runs fine-tune: one, and one for each fold of an estimate; 0: none.
+    """
+
+    seconds: float
+    fixed: float
+    predicted: int
+    keypoint_seconds: float
+    fine_tunings: int
+
+
+class Choice(NamedTuple):
+    """A network with its batches, timings and numbers of steps; fine-tuning's may be None."""
+
+    network: Network
+    configs: tuple[Any, Any | None]
+    timings: tuple[Timing, Timing | None]
+    steps: tuple[int, int]
+    predicting: float  # seconds
+    overhead: float  # seconds of all but the steps
+
+
+# (network, limit of batches) -> configs of pretraining and, with labels, of fine-tuning.
+MakeConfigs = Callable[[Network, int], tuple[Any, Any | None]]
+
+
+def choose(
+    probe: Probe, make: MakeConfigs, seconds_left: Callable[[], float], work: Work
+) -> Choice:
+    """The largest network that can be trained well; `UserError` where not even the least can.
+
+    Args:
+      probe: to time steps.
+      make: the configs of a network.
+      seconds_left: that there are, which timing shortens.
+      work: what else has to be done.
+    """
+
+    def look(network: Network) -> Choice | None:
+        configs = _within_memory(probe, make, network)
+        if configs is None:
+            return None
+        first, second = configs
+        timings = (probe.time(first), None if second is None else probe.time(second))
+        return _share_out(network, (first, second), timings, work, seconds_left())
+
+    smallest = NETWORKS[-1]
+    least = look(smallest)
+    if least is None:
+        raise UserError(
+            f"a step of the smallest network needs more than the {device_memory() / 2**30:.1f} GiB "
+            "of the device"
+        )
+    for network in NETWORKS[:-1]:
+        ratio = network.work / smallest.work
+        compiling = 2 * sum(t.compilation for t in least.timings if t)
+        if not _well_trained(_slower(least, ratio, work, seconds_left() - compiling)):
+            continue
+        found = look(network)
+        if found is not None and _well_trained(found):
+            return found
+    found = _share_out(smallest, least.configs, least.timings, work, seconds_left())
+    _refuse_too_short(found, work, seconds_left())
+    return found
+
+
+def _within_memory(
+    probe: Probe, make: MakeConfigs, network: Network
+) -> tuple[Any, Any | None] | None:
+    """The configs with the largest batches that fit into memory, if any do."""
+    limit = 10**6
+    while True:
+        configs = make(network, limit)
+        needed = max(probe.memory(config) for config in configs if config is not None)
+        if needed <= _SHARE_OF_MEMORY * device_memory():
+            return configs
+        limit = max(config.batch_size for config in configs if config is not None) // 2
+        if limit < max(_LEAST_BATCH, jax.device_count()):
+            return None
+
+
+def _share_out(
+    network: Network,
+    configs: tuple[Any, Any | None],
+    timings: tuple[Timing, Timing | None],
+    work: Work,
+    seconds: float,
+) -> Choice:
+    """Numbers of steps that fit into the seconds, which may be too few."""
+    first, second = timings
+    # A run starts, loads its program from the cache, and saves.
+    starting = sum(5 + 0.3 * t.compilation for t in (first, second) if t)
+    starting += max(work.fine_tunings - 1, 0) * (5 + 0.3 * (second.compilation if second else 0))
+    predicting = work.predicted * work.keypoint_seconds
+    if second is not None and configs[1] is not None:
+        # A forward pass takes about a third of a step.
+        predicting += work.predicted * 0.4 * second.step / configs[1].batch_size
+        predicting += 0.3 * second.compilation
+    overhead = work.fixed + starting + predicting
+    steps = _steps(timings, work.fine_tunings, seconds - overhead)
+    return Choice(network, configs, timings, steps, predicting, overhead)
+
+
+def _steps(
+    timings: tuple[Timing, Timing | None], fine_tunings: int, seconds: float
+) -> tuple[int, int]:
+    """Steps of both stages in so many seconds: the least of each, then equal shares; or none."""
+    first, second = timings
+    pace = (first.step, second.step * fine_tunings if second else 0.0)
+    limits = (PRETRAINING_STEPS, FINE_TUNING_STEPS if second else (0, 0, 0))
+    left = seconds - _least_seconds(timings, fine_tunings)
+    if left < 0:
+        return 0, 0
+    steps = [limit[2] for limit in limits]
+    shares = (_SHARE_OF_PRETRAINING, 1.0, 1.0) if second else (1.0,)
+    # Fine-tuning takes what pretraining leaves, and the other way round.
+    for share, i in zip(shares, (0, 1, 0), strict=False):
+        more = min(int(share * left / pace[i]), limits[i][0] - steps[i])
+        steps[i] += more
+        left -= more * pace[i]
+    return steps[0], steps[1]
+
+
+def _least_seconds(timings: tuple[Timing, Timing | None], fine_tunings: int) -> float:
+    first, second = timings
+    fine_tuning = FINE_TUNING_STEPS[2] * second.step * fine_tunings if second else 0.0
+    return PRETRAINING_STEPS[2] * first.step + fine_tuning
+
+
+def _slower(choice: Choice, ratio: float, work: Work, seconds: float) -> Choice:
+    """What would become of a network that takes so many times as long."""
+    timings: Sequence[Timing | None] = [
+        None if t is None else t._replace(step=t.step * ratio) for t in choice.timings
+    ]
+    first, second = timings
+    assert first is not None
+    return _share_out(choice.network, choice.configs, (first, second), work, seconds)
+
+
+def _well_trained(choice: Choice) -> bool:
+    return _has(choice, 1)
+
+
+def _has(choice: Choice, level: int) -> bool:
+    needed = (PRETRAINING_STEPS[level], FINE_TUNING_STEPS[level] if choice.configs[1] else 0)
+    return all(there >= least for there, least in zip(choice.steps, needed, strict=True))
+
+
+def _refuse_too_short(choice: Choice, work: Work, seconds: float) -> None:
+    if _has(choice, 2):
+        return
+    training = _least_seconds(choice.timings, work.fine_tunings)
+    needed = work.seconds - seconds + choice.overhead + training
+    raise UserError(
+        f"--minutes {work.seconds / 60:g} are too short for the smallest network on this device, "
+        f"of which the least training takes {format_seconds(training)}; expected at least "
+        f"--minutes {math.ceil(1.1 * needed / 60)}"
+    )

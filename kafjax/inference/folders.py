@@ -1,0 +1,210 @@
+"""Scores anyone's predictions: a folder of NIfTI labels against a folder of reference labels.
+
+    kafjax evaluate --predictions DIR --labels DIR [--output DIR]
+
+Files match by name, whatever tool wrote them: with or without a channel's `_0000`, and `x_image`
+with `x_label`. A prediction lies on its reference's grid, by shape and affine. Writes
+`evaluation.json` and `.csv`, as `kafjax.inference.evaluation` does for a run, and `volumes.csv`.
+Without `--labels` only the volumes. Needs the extra `data`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import tqdm
+
+from data_prep.entries import list_entries
+from data_prep.faults import DatasetError, Fault
+from data_prep.folder import file_stem
+from data_prep.nifti import Nifti, read_nifti
+from data_prep.volumes import MAX_CLASSES, grid_faults, label_problem
+from kafjax.errors import UserError
+from kafjax.files import printable
+from kafjax.inference.evaluation import (
+    Results,
+    count_mm3,
+    format_table,
+    summarize,
+    write_results,
+    write_volumes,
+)
+from kafjax.paths import expand
+from kafjax.segmentation_metrics import count_pixels, volume_metrics
+from kafjax.workdir.environment import describe_environment
+
+# What names add to a case's own, and how a reference is called next to its scan.
+_ADDED = re.compile(r"_(0000|image|label|labels|gt|seg|mask|pred)$")
+
+
+def evaluate_folders(
+    predictions: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+) -> Results | None:
+    """Scores a folder of predictions, prints a table and writes it.
+
+    Args:
+      predictions: folder of NIfTI files of whole numbers.
+      labels: folder of the references; without it only volumes are measured.
+      output: folder of the results, by default that of the predictions.
+      classes: names of the files' numbers in ascending order, without 0; if there are not as many,
+        of 1, 2, ..., and higher numbers are background. By default class_<number>.
+      numbers: of the background and the classes in the files, if known.
+
+    Returns:
+      What `evaluation.json` holds; None without `labels`.
+
+    Raises:
+      UserError: a folder is not there, no names match, or files cannot be compared: all faults.
+    """
+    folder = expand(predictions)
+    found, faults = _scans(folder)
+    pairs: dict[str, Path | None] = dict.fromkeys(found)
+    if labels is not None:
+        references, more = _scans(expand(labels), beside=True)
+        faults += more
+        pairs, notes = match_names(found, references)
+        if not faults and not any(pairs.values()):
+            raise UserError(
+                f"no file of {folder} has the name of one of {labels}; expected such as "
+                f"{next(iter(references.values())).name}"
+            )
+        if not faults:
+            for line in notes:
+                print(f"note: {line}", flush=True)
+    seen, more = _numbers(found, pairs, classes)
+    numbers = seen if numbers is None else numbers
+    if faults := [*faults, *more]:
+        raise DatasetError(faults)
+    names = tuple(classes) or tuple(f"class_{number}" for number in numbers[1:])
+    target = folder if output is None else expand(output)
+    target.mkdir(parents=True, exist_ok=True)
+    results, mm3 = _compare(found, pairs, numbers, names)
+    write_volumes(mm3, target / "volumes.csv")
+    if results is None:
+        print(f"{folder}: {len(found)} predictions; volumes: {target / 'volumes.csv'}")
+        return None
+    results = {"predictions": str(folder), "labels": str(labels), **results}
+    write_results(results, target / "evaluation")
+    print(f"{folder} against {labels}: {len(results['by_volume'])} volumes\n")
+    print(format_table(results))
+    return results
+
+
+def match_names(
+    predictions: Mapping[str, Path], references: Mapping[str, Path]
+) -> tuple[dict[str, Path | None], list[str]]:
+    """The reference of each prediction by its name without ending, and lines about the others.
+
+    A name that is the same comes first, then one that is the same without what tools add to it. Of
+    `x_image` and `x_label` among the references the latter is meant.
+    """
+    plain: dict[str, list[Path]] = {}
+    for stem, path in references.items():
+        plain.setdefault(_ADDED.sub("", stem), []).append(path)
+    pairs: dict[str, Path | None] = {}
+    for stem in predictions:
+        alike = plain.get(_ADDED.sub("", stem), [])
+        labels = [path for path in alike if not file_stem(path).endswith("_image")]
+        same = references.get(stem)
+        pairs[stem] = same if same in labels else next(iter(labels), None)
+    used = {path for path in pairs.values() if path is not None}
+    notes = [f"{printable(predictions[s])}: no reference" for s, path in pairs.items() if not path]
+    left = [p for p in references.values() if p not in used and not file_stem(p).endswith("_image")]
+    if left:
+        some = ", ".join(printable(path.name) for path in left[:5])
+        notes.append(f"{len(left)} references without prediction are not scored: {some}")
+    return pairs, notes
+
+
+def _scans(folder: Path, *, beside: bool = False) -> tuple[dict[str, Path], list[Fault]]:
+    """The NIfTI files of a folder by name without ending, and what cannot be read of it."""
+    if not folder.is_dir():
+        return {}, [Fault(folder, "is not a folder", "expected a folder of NIfTI files")]
+    entries = list_entries(folder)
+    # Tables and notes may lie there: only what is named as a scan matters.
+    faults = [fault for fault in entries.faults if fault.path in entries.broken]
+    files: dict[str, Path] = {}
+    for path in entries.scans:
+        if (stem := file_stem(path)) in files:
+            found = f"has the name of {files[stem].name}"
+            faults.append(Fault(path, found, "move one of them away"))
+        files.setdefault(stem, path)
+    if not beside:
+        files = {stem: p for stem, p in files.items() if not stem.endswith("_probabilities")}
+    if not files:
+        faults.append(Fault(folder, "holds no scan", "expected files .nii.gz or .nii"))
+    return files, faults
+
+
+def _numbers(
+    predictions: Mapping[str, Path], pairs: Mapping[str, Path | None], classes: Sequence[str]
+) -> tuple[list[int], list[Fault]]:
+    """The classes' numbers, the background first, and all faults of the files."""
+    numbers = {0}
+    faults: list[Fault] = []
+    for stem, path in predictions.items():
+        reference = pairs[stem]
+        try:
+            files = [(p, read_nifti(p)) for p in (path, reference) if p is not None]
+        except DatasetError as error:
+            faults += error.faults
+            continue
+        for place, file in files:
+            values = np.unique(file.array)
+            if problem := label_problem(values):
+                faults.append(Fault(place, problem, "expected whole numbers of classes"))
+            numbers |= set(map(int, values))
+        if len(files) == 2:
+            faults += grid_faults(*files[1], *files[0], of="the reference")
+    if classes and len(numbers) != len(classes) + 1:
+        return list(range(len(classes) + 1)), faults
+    if len(numbers) > MAX_CLASSES and not faults:
+        first = next(iter(predictions.values()))
+        remedy = f"expected labels of at most {MAX_CLASSES} classes; are these scans?"
+        faults.append(Fault(first.parent, f"holds {len(numbers)} different values", remedy))
+    return sorted(numbers), faults
+
+
+def _compare(
+    predictions: Mapping[str, Path],
+    pairs: Mapping[str, Path | None],
+    numbers: Sequence[int],
+    names: Sequence[str],
+) -> tuple[Results | None, dict[str, dict[str, Any]]]:
+    """Results as of a run, and the volumes of all predictions."""
+    counts = np.zeros((len(numbers), 3), np.int64)
+    metrics, mm3 = {}, {}
+    for stem, path in tqdm.tqdm(predictions.items(), unit="volume", disable=None):
+        predicted = read_nifti(path)
+        spacing = nib.affines.voxel_sizes(predicted.affine)
+        found = _as_classes(predicted, numbers)
+        reference = pairs[stem]
+        label = None if reference is None else _as_classes(read_nifti(reference), numbers)
+        mm3[stem] = count_mm3(found, label, names, spacing)
+        if label is None:
+            continue
+        # By slice: a call counts up to 2^31 pixels.
+        for a, b in zip(np.moveaxis(found, -1, 0), np.moveaxis(label, -1, 0), strict=True):
+            counts += np.asarray(count_pixels(a, b, len(numbers)))
+        of_volume = volume_metrics(found, label, num_classes=len(numbers), spacing=spacing)
+        metrics[stem] = dict(zip(names, of_volume, strict=True))
+    if not metrics:
+        return None, mm3
+    summary = summarize(counts, metrics, tuple(names))
+    return {**summary, "environment": describe_environment()}, mm3
+
+
+def _as_classes(file: Nifti, numbers: Sequence[int]) -> np.ndarray:
+    """Class numbers 0, 1, 2, ... of a file's values; values that are no class are background."""
+    values = np.array(numbers)
+    places = np.minimum(np.searchsorted(values, file.array), len(values) - 1)
+    return np.where(values[places] == file.array, places, 0).astype(np.uint8)

@@ -1,0 +1,297 @@
+"""`kafjax auto` on six scans of which two have labels: stopped twice, continued, and refused."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data_prep.check import survey_dataset
+from data_prep.faults import DatasetError
+from data_prep.phantom.subjects import render
+from kafjax.auto import plan as planning
+from kafjax.auto import sizes, walk
+from kafjax.auto.plan import read_plan
+from kafjax.auto.probe import Timing
+from kafjax.auto.progress import Progress, format_seconds
+from kafjax.auto.request import Request
+from kafjax.auto.walk import run_auto
+from kafjax.checkpoint.checkpointer import saved_steps
+from kafjax.workdir.metrics import read_metrics
+from kafjax.workdir.scores import read_scores
+from kafjax.workdir.split import read_split
+from kafjax.workdir.workdir import Workdir
+from tests.raw_layouts import save
+
+TINY = sizes.Network(4, 1, 16, 2, edge=32, batch=4)
+SCANS = [f"scan_{number}" for number in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One network that compiles soon, and few steps."""
+    monkeypatch.setattr(sizes, "NETWORKS", (TINY,))
+    monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (8, 4, 2))
+    monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (6, 4, 2))
+
+
+def write_scans(folder: Path, labelled: int = 2, count: int = 6) -> Request:
+    """Scans of two sizes, the first ones with labels 5 and 9."""
+    for name in ("scans", "labels"):
+        (folder / name).mkdir()
+    for number, scan in enumerate(SCANS[:count]):
+        image, label = render((32, 24 + 8 * (number % 2), 6), number=number)
+        save(folder / "scans" / f"{scan}.nii.gz", image)
+        if number < labelled:
+            classes = np.array([0, 5, 5, 0, 0, 9, 0, 0], np.uint8)[label]
+            save(folder / "labels" / f"{scan}.nii.gz", classes)
+    return Request.of(str(folder / "scans"), str(folder / "labels"))
+
+
+class Killed(BaseException):
+    """As if the process had been killed."""
+
+
+def test_a_folder_of_scans_ends_in_labels_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request, out = write_scans(tmp_path), tmp_path / "out"
+    assert run_auto(request, out, dry_run=True) is None
+    planned = capsys.readouterr().out
+    assert "6 scans, 2 with labels, 36 axial slices of 2 sizes, 24 x 32 to 32 x 32" in planned
+    assert "score: none, as all labels are trained on; --estimate" in planned
+    assert sorted(path.name for path in out.iterdir()) == ["plan.py"]
+
+    # The plan is a file to edit.
+    text = (out / "plan.py").read_text()
+    assert "'every.checkpoint': 20" in text
+    (out / "plan.py").write_text(text.replace("'every.checkpoint': 20", "'every.checkpoint': 1"))
+
+    # A signal in pretraining saves a checkpoint.
+    sent: list[float] = []
+
+    def interrupt(_: Progress, share: float) -> None:
+        if not sent:
+            sent.append(share)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupt)
+        assert run_auto(request, out) == signal.SIGTERM
+    first = saved_steps(out / "pretrain")[-1]
+    assert first < 8
+    assert "Continuing the plan" in capsys.readouterr().out
+
+    # Killed in the third prediction.
+    predicted: list[str] = []
+    predict_file = walk.predict_file
+
+    def die(job: Any, predictor: Any) -> None:
+        if len(predicted) == 2:
+            raise Killed
+        predict_file(job, predictor)
+        predicted.append(job.labels.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "predict_file", die)
+        with pytest.raises(Killed):
+            run_auto(request, out)
+    assert f"Resuming {out / 'pretrain'} from step {first}." in (out / "log.txt").read_text()
+    assert saved_steps(out / "pretrain")[-1] == 8
+    trained = {name: read_metrics(out / name) for name in ("pretrain", "finetune")}
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "predictions").iterdir()}
+    assert sorted(times) == sorted(predicted)
+
+    capsys.readouterr()
+    assert run_auto(request, out) is None
+    said = capsys.readouterr().out
+    assert f"predictions: 6 label files in {out / 'predictions'}" in said
+    assert "score:       none" in said
+    assert {name: read_metrics(out / name) for name in trained} == trained
+    for scan in SCANS:
+        path = out / "predictions" / f"{scan}.nii.gz"
+        found, source = (nib.load(p) for p in (path, tmp_path / "scans" / path.name))
+        assert found.shape == source.shape
+        np.testing.assert_array_equal(found.affine, source.affine)
+        assert set(np.unique(found.dataobj)) <= {0, 5, 9}
+        assert path.stat().st_mtime_ns == times.get(path.name, path.stat().st_mtime_ns)
+    split = read_split(Workdir(out / "finetune"))
+    assert split is not None
+    assert (list(split.train), split.validation) == (SCANS[:2], {})
+    rows = (out / "predictions" / "volumes.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 * 2
+    assert rows[1].startswith("scan_0,class_5,")
+    assert "<html" in (out / "report.html").read_text()
+
+    # Other arguments, other scans, and a plan that was edited too late.
+    other = request._replace(minutes=3.0)
+    with pytest.raises(ValueError, match=r"another request.*\n  minutes: None there, 3.0 here"):
+        run_auto(other, out)
+    with monkeypatch.context():
+        edited = (out / "plan.py").read_text().replace("'model.filters': 4", "'model.filters': 8")
+        (out / "plan.py").write_text(edited)
+        with pytest.raises(ValueError, match=r"another config.*\n.*model.filters: 4 there, 8 here"):
+            run_auto(request, out)
+        (out / "plan.py").write_text(edited.replace("'model.filters': 8", "'model.filters': 4"))
+    (tmp_path / "scans" / "scan_5.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"another --output:\n  scan_5: its files are gone"):
+        run_auto(request, out)
+    with pytest.raises(ValueError, match=r"plan\.py, line 1: "):
+        (out / "plan.py").write_text("REQUEST =")
+        run_auto(request, out)
+
+
+@pytest.mark.slow
+def test_one_of_four_labelled_scans_is_kept_for_the_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request, out = write_scans(tmp_path, labelled=4, count=4), tmp_path / "out"
+    assert run_auto(request, out) is None
+    said = capsys.readouterr().out
+    assert "score: of scan_3, which is not trained on" in said
+    scores = read_scores(Workdir(out / "finetune"))
+    assert scores is not None
+    assert list(scores["by_volume"]) == ["scan_3"]
+    assert "on scan_3 (validation)" in said
+
+
+@pytest.mark.slow
+def test_an_estimate_leaves_each_labelled_scan_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request, out = write_scans(tmp_path, count=3)._replace(estimate=True), tmp_path / "out"
+    assert run_auto(request, out) is None
+    assert "over 2 folds" in capsys.readouterr().out
+    left_out = []
+    for fold in range(2):
+        split = read_split(Workdir(out / "estimate" / f"fold{fold}"))
+        assert split is not None
+        assert len(split.train) == len(split.validation) == 1
+        left_out += split.validation
+    assert sorted(left_out) == SCANS[:2]
+    last = read_split(Workdir(out / "finetune"))
+    assert last is not None
+    assert list(last.train) == SCANS[:2]
+
+
+def test_labelled_subjects_are_kept_or_left_out_by_their_number(tmp_path: Path) -> None:
+    request = write_scans(tmp_path, labelled=4)
+    reader = request.open_reader()
+    survey, _ = survey_dataset(reader, Path(request.images), num_workers=0)
+    kept = planning._count_slices(survey, request)
+    assert kept == (36, 36, 3 * 6, "scan_3", 0)
+    left_out = planning._count_slices(survey, request._replace(estimate=True))
+    assert left_out == (36, 36, 4 * 6, None, 4)
+    (tmp_path / "labels" / "scan_3.nii.gz").unlink()
+    fewer, _ = survey_dataset(request.open_reader(), Path(request.images), num_workers=0)
+    assert planning._count_slices(fewer, request) == (36, 36, 3 * 6, None, 0)
+
+
+# What is refused before any work.
+
+
+def test_all_bad_input_is_named_before_any_work(tmp_path: Path) -> None:
+    request, out = write_scans(tmp_path), tmp_path / "out"
+    save(tmp_path / "scans" / "scan_0.nii", render((32, 24, 6))[0])
+    save(tmp_path / "labels" / "zoe.nii.gz", render((32, 24, 6))[1])
+    save(tmp_path / "labels" / "scan_1.nii.gz", render((32, 24, 7))[1])
+    with pytest.raises(DatasetError) as error:
+        run_auto(request, out)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    for part in ("has the name of scan_0.nii", "has no scan of its name", "shape (32, 24, 7)"):
+        assert any(part in line for line in lines)
+    assert not out.exists()
+
+
+def test_requests_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    request = write_scans(tmp_path, labelled=1, count=2)
+    same = request._replace(labels=request.images)
+    with pytest.raises(DatasetError, match="is the folder of the scans too"):
+        run_auto(same, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"(?s)--minutes is -1.*--output is the folder of --images"
+    ):
+        run_auto(request._replace(minutes=-1.0), Path(request.images))
+    with pytest.raises(ValueError, match="of which there are 1; expected at least 2"):
+        run_auto(request._replace(estimate=True), tmp_path / "out")
+    (tmp_path / "raw" / "imagesTr").mkdir(parents=True)
+    layout = Request.of(str(tmp_path / "raw"), str(tmp_path / "labels"))
+    with pytest.raises(ValueError, match="has nnU-Net's layout, with labels in labelsTr"):
+        run_auto(layout, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.py").write_text("def get_config(stage): return 1\n")
+    with pytest.raises(ValueError, match="expected a ConfigDict"):
+        read_plan(tmp_path / "out" / "plan.py", request)
+
+
+# Sizes.
+
+
+class Clock:
+    """A probe of a device on which a step takes a second for each unit of work."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self.timed: list[Any] = []
+
+    def memory(self, config: Any) -> int:
+        return 10**6
+
+    def time(self, config: Any) -> Timing:
+        self.timed.append(config)
+        return Timing(10.0, self._seconds * config.filters**1.5, 10**6)
+
+
+class Config:
+    """What the choice reads of a config."""
+
+    def __init__(self, network: sizes.Network):
+        self.filters, self.batch_size = network.filters, 8
+
+
+NETWORKS = tuple(sizes.Network(f, 1, 16, 2, edge=64, batch=8) for f in (32, 16, 8))
+WORK = sizes.Work(3600.0, fixed=100.0, predicted=0, keypoint_seconds=0.0, fine_tunings=1)
+
+
+@pytest.mark.parametrize(("seconds", "filters"), [(0.001, 32), (0.01, 16), (0.05, 8)])
+def test_the_largest_network_that_can_be_trained_well_is_chosen(
+    seconds: float, filters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "NETWORKS", NETWORKS)
+    monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
+    monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
+    probe: Any = Clock(seconds)
+    choice = sizes.choose(probe, lambda n, _: (Config(n), Config(n)), lambda: 3600.0, WORK)
+    assert choice.network.filters == filters
+    step = seconds * filters**1.5
+    used = step * sum(choice.steps) + choice.overhead
+    assert used <= 3600.0
+    assert used > 3600.0 - 2 * step or choice.steps == (20_000, 5000)
+
+
+def test_too_little_time_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "NETWORKS", NETWORKS)
+    monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
+    monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
+    probe: Any = Clock(1.0)  # 22.6 s a step: 400 of them, and a tenth more of all
+    with pytest.raises(ValueError, match=r"the least training takes 2 h 31 min.*--minutes 169"):
+        sizes.choose(probe, lambda n, _: (Config(n), Config(n)), lambda: 3600.0, WORK)
+
+
+def test_seconds_left_are_of_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = 100.0
+    monkeypatch.setattr("kafjax.auto.progress.time.perf_counter", lambda: now)
+    with (tmp_path / "log").open("w") as stream:
+        progress = Progress({"a": 10.0, "b": 60.0, "c": 5.0}, stream)
+        progress.start("b")
+        assert progress.seconds_left(0.0) == 65.0
+        progress.update(0.5)  # after a stop half of it was there
+        now += 10
+        assert progress.seconds_left(0.75) == pytest.approx(10 + 5)
+    assert (tmp_path / "log").read_text().startswith("[2/3] b: 0%, 1 min left")
+    assert [format_seconds(s) for s in (9.4, 150, 7260)] == ["9 s", "2 min", "2 h 1 min"]
