@@ -178,11 +178,15 @@ def test_commands_have_modules_flags_and_fields(
         # The parser of the commands themselves: types, names, and the method after a colon.
         found = find(text)
         config = ["--config", ":".join(filter(None, (str(found.path), found.variant)))]
-        config += [word for word in arguments if word.startswith("--config.")]
+        given = [word for word in arguments if word.startswith("--config.")]
+        absent = [word for word in given if word.endswith("=None")]  # which any field may be given
+        config += [word for word in given if word not in absent]
         monkeypatch.setattr(sys, "argv", ["program", *config])
         values = flags.FlagValues()
         flag = config_flags.DEFINE_config_file("config", flag_values=values)
         values(sys.argv)
+        none = dict.fromkeys(w.removeprefix("--config.").removesuffix("=None") for w in absent)
+        flag.value.update_from_flattened_dict(none)
         check_fields(flag.value)
     if module == "data_prep.main":
         refuse_stray(make_parser().parse_args(arguments))
