@@ -1,4 +1,4 @@
-"""`kafjax auto` on six scans of which two have labels: stopped twice, continued, and refused."""
+"""`kafjax auto` on six scans, two of them labelled: stopped twice, continued, and refused."""
 
 import os
 import signal
@@ -216,7 +216,7 @@ def test_requests_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"(?s)--minutes is -1.*--output is the folder of --images"
     ):
         run_auto(request._replace(minutes=-1.0), Path(request.images))
-    with pytest.raises(ValueError, match="of which there are 1; expected at least 2"):
+    with pytest.raises(ValueError, match="found 1; expected at least 2"):
         run_auto(request._replace(estimate=True), tmp_path / "out")
     (tmp_path / "raw" / "imagesTr").mkdir(parents=True)
     layout = Request.of(str(tmp_path / "raw"), str(tmp_path / "labels"))
@@ -279,7 +279,7 @@ def test_too_little_time_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
     monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
     probe: Any = Clock(1.0)  # 22.6 s a step: 400 of them, and a tenth more of all
-    with pytest.raises(ValueError, match=r"the least training takes 2 h 31 min.*--minutes 169"):
+    with pytest.raises(ValueError, match=r"whose shortest training takes 2 h 31 min.*--minutes 169"):
         sizes.choose(probe, lambda n, _: (Config(n), Config(n)), lambda: 3600.0, WORK)
 
 

@@ -21,7 +21,7 @@ from tests.runs import tiny_config
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Three scans, of which two have labels 0, 3 and 7."""
+    """Three scans; two have labels 0, 3 and 7."""
     scans, labels = tmp_path / "scans", tmp_path / "labels"
     scans.mkdir()
     labels.mkdir()

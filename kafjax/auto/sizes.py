@@ -1,7 +1,7 @@
-"""Which network, and how many steps of it, a device can train in the time that there is.
+"""Chooses the network, and its number of steps, that a device can train in the given time.
 
 The largest network is chosen whose training has steps enough in that time; each is timed by the
-probe before it is believed. Fewer steps are planned only for the smallest one.
+probe before it is accepted. Fewer steps are planned only for the smallest one.
 """
 
 import math
@@ -50,7 +50,7 @@ NETWORKS = (
     Network(16, 2, 64, 2, edge=192, batch=8),
     Network(8, 1, 32, 2, edge=128, batch=8),
 )
-# Steps: all that is worth while, what a larger network must have, and the least that trains.
+# Steps: the useful maximum, the minimum of a larger network, and the minimum to train at all.
 PRETRAINING_STEPS = (20_000, 1000, 100)
 FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps on
 _SHARE_OF_PRETRAINING = 0.5
@@ -62,7 +62,7 @@ class Work(NamedTuple):
     """What has to be done apart from the steps of training.
 
     Attributes:
-      seconds: that there are for the whole, from now on.
+      seconds: available for the whole, from now on.
       fixed: seconds of preparation and report.
       predicted: slices that the runs segment in all.
       keypoint_seconds: of a slice's keypoints, for those of them that are raw scans.
@@ -99,7 +99,7 @@ def choose(
     Args:
       probe: to time steps.
       make: the configs of a network.
-      seconds_left: that there are, which timing shortens.
+      seconds_left: available; timing reduces them.
       work: what else has to be done.
     """
 
@@ -220,6 +220,6 @@ def _refuse_too_short(choice: Choice, work: Work, seconds: float) -> None:
     needed = work.seconds - seconds + choice.overhead + training
     raise UserError(
         f"--minutes {work.seconds / 60:g} are too short for the smallest network on this device, "
-        f"of which the least training takes {format_seconds(training)}; expected at least "
+        f"whose shortest training takes {format_seconds(training)}; expected at least "
         f"--minutes {math.ceil(1.1 * needed / 60)}"
     )
