@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,14 +14,14 @@ _TO_ACDC = np.array([0, 3, 1, 0, 0, 2, 0, 0], np.uint8)
 SPACING = (1.5, 1.7, 10.0)  # mm, in the file's order: columns, rows, slices
 
 
-def save(path: Path, array: np.ndarray, spacing=SPACING) -> Path:
+def save(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = SPACING) -> Path:
     """Writes [x, y, z] or [x, y, z, t], x to the left and y to the back."""
     x, y, z = spacing
     nib.save(nib.Nifti1Image(array, np.diag([-x, -y, z, 1.0])), path)
     return path
 
 
-def heart(number: int, size=(40, 36, 6)) -> tuple[np.ndarray, np.ndarray]:
+def heart(number: int, size: tuple[int, int, int] = (40, 36, 6)) -> tuple[np.ndarray, np.ndarray]:
     """An image, int16, and its classes as in CHD, uint8, [x, y, z]."""
     return render(size, number=number)
 
@@ -33,7 +34,7 @@ def write_acdc(
     frames: tuple[int, int] = (1, 4),
     num_frames: int = 5,
     labelled: bool = True,
-    size=(40, 36, 6),
+    size: tuple[int, int, int] = (40, 36, 6),
 ) -> Path:
     """Writes `patient001`, ...: a heart whose brightness changes from frame to frame."""
     for number in range(first, first + num_patients):
@@ -63,8 +64,8 @@ def write_nnunet(
     test: tuple[str, ...] = (),
     channels: tuple[str, ...] = ("CT",),
     ending: str = ".nii.gz",
-    size=(40, 36, 6),
-    **changes,
+    size: tuple[int, int, int] = (40, 36, 6),
+    **changes: Any,
 ) -> Path:
     """Writes `dataset.json` (with `changes`), `imagesTr`, `labelsTr` and `imagesTs`."""
     description = {
