@@ -128,7 +128,7 @@ def open_folder(
 
     Args:
       raw_dir: the scans.
-      labels_dir: their labels; every file is read for its class numbers.
+      labels_dir: their labels; each file is read to collect its class numbers.
       classes: names of the labels' numbers in ascending order, without the background; by default
         class_<number>.
       intensity: by default `ct` where the first scan's values fall below -200, else `zscore`.

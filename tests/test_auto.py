@@ -1,4 +1,4 @@
-"""`kafjax auto` on six scans, two of them with labels: stopped twice, continued, and refused."""
+"""`kafjax auto` on six scans, two of them labelled: stopped twice, continued, and refused."""
 
 import os
 import signal
@@ -216,7 +216,7 @@ def test_requests_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"(?s)--minutes is -1.*--output is the folder of --images"
     ):
         run_auto(request._replace(minutes=-1.0), Path(request.images))
-    with pytest.raises(ValueError, match="in turn: found 1, expected at least 2"):
+    with pytest.raises(ValueError, match="found 1; expected at least 2"):
         run_auto(request._replace(estimate=True), tmp_path / "out")
     (tmp_path / "raw" / "imagesTr").mkdir(parents=True)
     layout = Request.of(str(tmp_path / "raw"), str(tmp_path / "labels"))

@@ -43,7 +43,7 @@ def run(phantom_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_predictions_of_a_run_have_its_scores(run: Path, phantom_raw: Path, tmp_path: Path) -> None:
     ours = evaluate_run(run)
-    # Fresh variables predict specks; their largest component is less bad.
+    # Fresh variables predict specks; keeping the largest component is less bad.
     assert ours["postprocessing"]
     assert read_rules(Workdir(run), 0) == ours["postprocessing"]
     for name in ours["by_volume"]:

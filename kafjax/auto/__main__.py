@@ -1,4 +1,4 @@
-"""Labels every scan of a folder in which some have labels: `kafjax auto`.
+"""Segments a folder of partly labelled scans: `kafjax auto`.
 
     kafjax auto --images scans --labels labels --output out [--minutes 60]
 

@@ -25,7 +25,7 @@ from kafjax.files import differences, write_text
 from kafjax.training.preflight import device_memory
 
 DEFAULT_MINUTES = 480.0  # a night
-HELD_OUT_FROM = 4  # labelled subjects from which on one is kept for the score
+HELD_OUT_FROM = 4  # labelled subjects; one is held out for the score
 _MOST_FOLDS = 5
 _REPORT_SECONDS = 20.0
 _LATER_CHECKPOINTS = 10
@@ -233,8 +233,7 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
     subjects = sorted(set(subject.values()))
     if request.estimate and len(subjects) < 2:
         raise UserError(
-            f"--estimate leaves out labelled subjects in turn: found {len(subjects)}, "
-            "expected at least 2"
+            f"--estimate holds out labelled subjects, found {len(subjects)}; expected at least 2"
         )
     held_out = None
     if len(subjects) >= HELD_OUT_FROM and not request.estimate:

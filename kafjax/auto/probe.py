@@ -1,6 +1,6 @@
 """Times training on this device: a few volumes are prepared apart, and the loop takes some steps.
 
-An estimate covers everything in a step: reading, augmentation, and the compiled program, which the
+So an estimate covers a whole step: reading, augmentation, and the compiled program, which the
 later run finds in the cache.
 """
 
@@ -138,5 +138,5 @@ class _Some:
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Any]]:
         """As the reader, without its findings, which the survey has reported."""
         sources, _ = self._reader.find(raw_dir)
-        # The folder may hold only a test set.
+        # There may be only a test set.
         return [dataclasses.replace(s, test=False) for s in sources if s.id in self._ids], []

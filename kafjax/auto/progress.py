@@ -25,7 +25,7 @@ class Progress:
         self._width = 0
 
     def start(self, stage: str) -> None:
-        """Begins a stage; after a stop, part of it may be done already."""
+        """Starts a stage; after a stop, part of it may be done."""
         self._end_line()
         self._stage, self._begin, self._first = stage, time.perf_counter(), 0.0
         self._show(0.0)

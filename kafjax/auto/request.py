@@ -43,7 +43,7 @@ class Request(NamedTuple):
         return any((Path(self.images) / name).exists() for name in _OF_NNUNET)
 
     def check(self, output: Path) -> None:
-        """Raises `UserError` listing every mistake in the request itself."""
+        """Raises `UserError` listing everything wrong with the request itself."""
         faults = []
         if self.minutes is not None and not self.minutes > 0:
             faults.append(f"--minutes is {self.minutes:g}; expected more than 0")

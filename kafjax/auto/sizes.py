@@ -1,7 +1,7 @@
-"""Which network, and how many steps of it, a device can train in the available time.
+"""Chooses the network, and its number of steps, that a device can train in the given time.
 
-The largest network is chosen whose training has steps enough in that time; the probe
-times each first. Fewer steps are planned only for the smallest one.
+The largest network is chosen whose training has steps enough in that time; each is timed by the
+probe before it is accepted. Fewer steps are planned only for the smallest one.
 """
 
 import math
@@ -50,7 +50,7 @@ NETWORKS = (
     Network(16, 2, 64, 2, edge=192, batch=8),
     Network(8, 1, 32, 2, edge=128, batch=8),
 )
-# Steps: the most worth training, the least for a larger network, and the least of all.
+# Steps: the useful maximum, the minimum of a larger network, and the minimum to train at all.
 PRETRAINING_STEPS = (20_000, 1000, 100)
 FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps on
 _SHARE_OF_PRETRAINING = 0.5
@@ -99,7 +99,7 @@ def choose(
     Args:
       probe: to time steps.
       make: the configs of a network.
-      seconds_left: returns the seconds still available.
+      seconds_left: available; timing reduces them.
       work: what else has to be done.
     """
 

@@ -162,7 +162,7 @@ class _Walk:
         self._train(self._config(stage), self._folder / stage)
 
     def _train(self, config: Any, workdir: Path, *, first: float = 0.0, share: float = 1.0) -> None:
-        """Trains a run; `first` and `share` place it within its stage, from 0 to 1."""
+        """Trains a run that is a fraction of its stage; part of the stage is done."""
 
         def on_step(step: int, last: int) -> None:
             self._progress.update(first + share * step / last)
