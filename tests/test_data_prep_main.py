@@ -157,7 +157,10 @@ def test_a_missing_dataset_is_named_with_a_command_that_a_shell_takes(tmp_path):
         (f"--dataset chd --raw_dir . --name {'a' * 61}", "name has 61 letters"),
         ("--dataset chd --raw_dir . --cine", "--cine is for --dataset acdc, not chd"),
         ("--dataset acdc --raw_dir . --pixel_spacing 0", "pixel_spacing is 0; expected 0.1 to 10"),
-        ("--dataset acdc --raw_dir . --radius 9", "--radius is for --dataset folder or nnunet, not acdc"),
+        (
+            "--dataset acdc --raw_dir . --radius 9",
+            "--radius is for --dataset folder or nnunet, not acdc",
+        ),
         ("--dataset chd --raw_dir . --size 64x64x8", "--size is for --dataset phantom, not chd"),
         ("--dataset phantom --num_subjects 0", "num_subjects is 0"),
         ("--dataset phantom --size 600x600x10", "size is (600, 600, 10)"),
