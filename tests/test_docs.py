@@ -130,7 +130,8 @@ def headings(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_and_fields_in_the_text_exist(page: Path) -> None:
-    fields = {name for task in ("pretrain", "finetune") for name in fields_of(f"chd_{task}")}
+    shipped = itertools.product(("chd", "own"), ("pretrain", "finetune"))
+    fields = set().union(*(fields_of(f"{data}_{task}") for data, task in shipped))
     ignored = (ROOT / ".gitignore").read_text().split()
     for code in re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text())):
         if re.fullmatch(r"(kafjax|data_prep|configs|docs|tests|benchmarks|faults)/[\w/.]*", code):

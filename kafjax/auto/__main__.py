@@ -26,9 +26,13 @@ def _run_from_command_line() -> None:
     dry_run = flags.DEFINE_bool("dry_run", False, "Plan only.")
 
     def command() -> int | None:
+        from absl import logging
+
         from kafjax.auto.request import Request
         from kafjax.auto.walk import run_auto
 
+        # Orbax warns of a slow disk, in the middle of the line of progress.
+        logging.get_absl_handler().setLevel("ERROR")
         request = Request.of(
             images.value,
             labels.value,
