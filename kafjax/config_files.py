@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import kafjax.configs
 from kafjax.errors import UserError
+from kafjax.paths import expand
 
 CONFIGS = "configs"
 TABLES = "configs/tables"
@@ -195,7 +196,7 @@ def _shipped_dir(folder: str) -> Path:
 
 
 def _locate(label: str, folder: str) -> Path | None:
-    path = Path(os.path.expanduser(label))
+    path = expand(label)
     if os.path.isfile(path):
         return path
     asked = PurePath(label)
