@@ -43,6 +43,7 @@ from kafjax.inference.postprocessing import (
     write_rules,
 )
 from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
 from kafjax.training.preflight import split_run
 from kafjax.workdir.environment import describe_environment
@@ -168,43 +169,6 @@ def rules_of_run(
     rules = choose_rules(labels(), examples(), dataset.classes[1:])
     write_rules(workdir, predictor.step, rules)
     return rules
-
-
-def count_mm3(
-    prediction: np.ndarray,
-    label: np.ndarray | None,
-    classes: Sequence[str],
-    spacing: Sequence[float],
-) -> dict[str, tuple[float, float | None]]:
-    """Volumes in mm^3 of each foreground class: of the prediction, and of the label if any.
-
-    Args:
-      prediction: class numbers.
-      label: of the same shape, or None.
-      classes: names of the classes 1, 2, ...
-      spacing: mm between elements along each axis.
-    """
-    voxel = float(np.prod(spacing))
-    found, there = (
-        None if a is None else np.bincount(a.ravel(), minlength=len(classes) + 1) * voxel
-        for a in (prediction, label)
-    )
-    assert found is not None
-    return {
-        name: (float(found[i]), None if there is None else float(there[i]))
-        for i, name in enumerate(classes, start=1)
-    }
-
-
-def write_volumes(mm3: Mapping[str, Mapping[str, tuple[float, float | None]]], path: Path) -> None:
-    """Writes what `count_mm3` gave of each volume as CSV, a row for each volume and class."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["volume", "class", "prediction_mm3", "reference_mm3"])
-    for volume, of_volume in mm3.items():
-        for name, values in of_volume.items():
-            writer.writerow([volume, name, *(v if v is None else round(v, 3) for v in values)])
-    write_text(path, stream.getvalue(), errors="backslashreplace")
 
 
 def evaluate_run(

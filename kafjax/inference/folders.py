@@ -27,12 +27,11 @@ from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.evaluation import (
     Results,
-    count_mm3,
     format_table,
     summarize,
     write_results,
-    write_volumes,
 )
+from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.paths import expand
 from kafjax.segmentation_metrics import count_pixels, volume_metrics
 from kafjax.workdir.environment import describe_environment

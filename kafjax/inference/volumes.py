@@ -1,0 +1,47 @@
+"""Volumes of classes in mm^3, predicted and labelled: `volumes.csv`."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kafjax.files import write_text
+
+
+def count_mm3(
+    prediction: np.ndarray,
+    label: np.ndarray | None,
+    classes: Sequence[str],
+    spacing: Sequence[float],
+) -> dict[str, tuple[float, float | None]]:
+    """Volumes in mm^3 of each foreground class: of the prediction, and of the label if any.
+
+    Args:
+      prediction: class numbers.
+      label: of the same shape, or None.
+      classes: names of the classes 1, 2, ...
+      spacing: mm between elements along each axis.
+    """
+    voxel = float(np.prod(spacing))
+    found, there = (
+        None if a is None else np.bincount(a.ravel(), minlength=len(classes) + 1) * voxel
+        for a in (prediction, label)
+    )
+    assert found is not None
+    return {
+        name: (float(found[i]), None if there is None else float(there[i]))
+        for i, name in enumerate(classes, start=1)
+    }
+
+
+def write_volumes(mm3: Mapping[str, Mapping[str, tuple[float, float | None]]], path: Path) -> None:
+    """Writes what `count_mm3` gave of each volume as CSV, a row for each volume and class."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["volume", "class", "prediction_mm3", "reference_mm3"])
+    for volume, of_volume in mm3.items():
+        for name, values in of_volume.items():
+            writer.writerow([volume, name, *(v if v is None else round(v, 3) for v in values)])
+    write_text(path, stream.getvalue(), errors="backslashreplace")
