@@ -36,8 +36,10 @@ def model_config(case: Case, head: str = "segmentation") -> Any:
 def run_config(case: Case) -> Any:
     """The config of a fine-tuning run without augmentation."""
     return SimpleNamespace(
+        task="segment",
         seed=0,
         augment=None,
+        loss=SimpleNamespace(weights={"cross_entropy": 1.0, "dice": 0.0}, class_weights=None),
         sync_batch_norm=True,
         num_microbatches=case.num_microbatches,
         model=model_config(case),

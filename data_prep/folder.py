@@ -81,7 +81,7 @@ class FolderReader(OwnReader):
         places = np.minimum(np.searchsorted(values, raw), len(values) - 1)
         if (unknown := values[places] != raw).any():
             known = ", ".join(map(str, self.label_values))
-            raise ValueError(f"label {raw[unknown].flat[0]:g}; expected one of {known}")
+            raise UserError(f"label {raw[unknown].flat[0]:g}; expected one of {known}")
         return places.astype(np.uint8)
 
     def raw_labels(self, classes: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from kafjax.data.input_pipeline import (
     BatchOptions,
     Slice,
+    SliceDataset,
     check_facts,
     draw_neighbour,
     evaluation_batches,
@@ -46,6 +47,8 @@ class CoordinateDataset:
         }
         self.metadata = {"kind": kind, "reach": reach, "max_keypoints": k, "volumes": facts}
         self.size, self.k = size, k
+
+    volume_of = SliceDataset.volume_of
 
     def read(self, record, *, with_label=False):
         volume = next(r for r in self.volumes.values() if record in r)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import nibabel as nib
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ class Random:
     """Probabilities of each pixel's value, by a random map; nothing but the image matters."""
 
     def __init__(self, seed: int):
+        self.config = ml_collections.ConfigDict()
         self._rates = np.random.default_rng(seed).standard_normal(8).astype(np.float32)
 
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:

@@ -118,7 +118,7 @@ def test_the_total_loss_is_the_weighted_sum_of_cross_entropy_and_dice(variables)
     expected = 2 * metrics["loss_cross_entropy"] + 0.5 * metrics["loss_dice"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     inputs = (batch[field] for field in ("image", "keypoints", "keypoint_mask"))
-    logits, _ = build_model(both._config.model).apply(
+    logits, _ = build_model(both._config.model, head="segmentation").apply(
         variables, *inputs, train=True, mutable=["batch_stats"]
     )
     for name, loss in (("cross_entropy", losses.cross_entropy), ("dice", losses.dice_loss)):

@@ -152,7 +152,7 @@ def build_model(
 
 
 def _norm(config: Any) -> str:
-    norm: str = config.get("norm", "batch")  # absent in runs of older versions
+    norm: str = getattr(config, "norm", "batch")  # absent in runs of older versions
     _check_choice("norm", norm, NORMS)
     return norm
 

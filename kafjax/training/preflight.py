@@ -183,7 +183,7 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
     if "fold" not in data:
         volumes = tuple(name for name in dataset.volumes if name not in apart)
         if not volumes:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.directory} has no volume but those of its test set; expected others, or "
                 "config.data.include_test=True to pretrain on them"
             )
