@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arguments: argparse.Namespace) -> Result:
     """Reads with every number of threads, turn about, alone and before an accelerator."""
-    from kafjax.data.input_pipeline import open_dataset
+    from kafjax.data.dataset import open_dataset
 
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = arguments.data_dir or prepare_phantoms(Path(scratch), arguments)
@@ -139,7 +139,7 @@ def wait_share(dataset: Any, arguments: argparse.Namespace, num_threads: int) ->
 
 
 def _batches(dataset: Any, arguments: argparse.Namespace, num_threads: int) -> Any:
-    from kafjax.data.input_pipeline import BatchOptions, pretraining_batches
+    from kafjax.data.batches import BatchOptions, pretraining_batches
 
     options = BatchOptions(
         batch_size=arguments.batch_size,

@@ -1,4 +1,4 @@
-"""Alias of `kafjax.data.input_pipeline` for scripts written for kafjax 0.1."""
+"""`kafjax.data.open_dataset` for scripts written for kafjax 0.1."""
 
 from kafjax.data import open_dataset
 

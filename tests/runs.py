@@ -12,7 +12,7 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_pretrain
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.training.preflight import complete_config, split_run
 from kafjax.workdir.split import describe_split, write_split
 from kafjax.workdir.workdir import Workdir

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.main import main
-from kafjax.data.input_pipeline import open_dataset
+from kafjax.data.dataset import open_dataset
 from tests.raw_layouts import write_acdc
 
 ROOT = Path(__file__).parent.parent

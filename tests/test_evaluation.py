@@ -21,7 +21,7 @@ from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from kafjax.checkpoint.checkpointer import load_variables, saved_metrics
 from kafjax.configs import phantom_finetune, phantom_pretrain
-from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.files import read_checked, write_checked
 from kafjax.inference.evaluation import (
     evaluate,

@@ -15,7 +15,7 @@ from scipy.spatial.distance import cosine
 
 from kafjax.augment import AugmentConfig
 from kafjax.configs import phantom_finetune, phantom_pretrain
-from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing.figures import save_figure
 from kafjax.drawing.overlay import draw_labels

@@ -13,7 +13,7 @@ from data_prep.main import main
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import reader_of
 from data_prep.subjects import read_subjects
-from kafjax.data.input_pipeline import labelled_volumes, open_dataset, volumes_for_test
+from kafjax.data.dataset import labelled_volumes, open_dataset, volumes_for_test
 from kafjax.training.preflight import split_run
 from tests.raw_layouts import heart, save, write_nnunet
 from tests.runs import tiny_config

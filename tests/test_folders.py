@@ -11,7 +11,7 @@ from data_prep.chd import ChdReader
 from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
 from kafjax.configs import own_finetune, phantom_finetune
-from kafjax.data.input_pipeline import open_dataset
+from kafjax.data.dataset import open_dataset
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.inference.folders import evaluate_folders, match_names
 from kafjax.inference.postprocessing import read_rules

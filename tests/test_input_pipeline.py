@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kafjax.data.input_pipeline import (
+from kafjax.data.batches import (
     BatchOptions,
+    evaluation_batches,
+    pretraining_batches,
+    segmentation_batches,
+    steps_per_epoch,
+)
+from kafjax.data.dataset import (
     Slice,
     SliceDataset,
     check_facts,
-    draw_neighbour,
-    evaluation_batches,
-    make_labelled,
-    make_pair,
     neighbour_reach,
     open_dataset,
-    pretraining_batches,
-    segmentation_batches,
     select_volumes,
-    steps_per_epoch,
 )
 from kafjax.data.records import RecordError
+from kafjax.data.samples import draw_neighbour, make_labelled, make_pair
 
 
 class CoordinateDataset:
@@ -214,7 +214,7 @@ def refused(name, *rest, **options):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
     return import_(name, *rest, **options)
 importlib.util.find_spec, builtins.__import__ = hidden, refused
-from kafjax.data.input_pipeline import *
+from kafjax.data import *
 dataset = open_dataset({str(phantom_dataset.parents[1])!r}, {phantom_dataset.parent.name!r})
 options = BatchOptions(batch_size=2, patch_size=(64, 64), seed=0)
 for make in (pretraining_batches, segmentation_batches, evaluation_batches):

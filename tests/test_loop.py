@@ -14,7 +14,7 @@ import pytest
 from kafjax.checkpoint.checkpointer import load_variables, saved_steps
 from kafjax.checkpoint.files import read_meta, read_state
 from kafjax.configs import phantom_scratch
-from kafjax.data.input_pipeline import BatchOptions, evaluation_batches
+from kafjax.data.batches import BatchOptions, evaluation_batches
 from kafjax.losses import collapsed_loss
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training import loop as train_module

@@ -24,7 +24,7 @@ from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from data_prep.volumes import Reader, Source
 from kafjax.configs import phantom_finetune
-from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.inference import prediction as predict
 from kafjax.inference import prediction_files
 from kafjax.inference.evaluation import evaluate

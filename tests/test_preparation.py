@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kafjax.configs import phantom_finetune
-from kafjax.data.input_pipeline import open_dataset
+from kafjax.data.dataset import open_dataset
 from kafjax.workdir.preparation import check_alike, read_preparation, write_preparation
 
 CHD = {

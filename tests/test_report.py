@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
-from kafjax.data.input_pipeline import Slice, open_dataset
+from kafjax.data.dataset import Slice, open_dataset
 from kafjax.inference.evaluation import summarize, write_results
 from kafjax.report import pictures, report
 from kafjax.report.charts import Curve, chart, draw, thin

@@ -11,7 +11,8 @@ import pytest
 
 from kafjax.checkpoint import checkpointer as checkpoint
 from kafjax.configs import phantom_scratch
-from kafjax.data.input_pipeline import BatchOptions, labelled_volumes, open_dataset
+from kafjax.data.batches import BatchOptions
+from kafjax.data.dataset import labelled_volumes, open_dataset
 from kafjax.data.splits import split_volumes
 from kafjax.drawing import segmentations as drawing
 from kafjax.segmentation_metrics import count_pixels

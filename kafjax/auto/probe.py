@@ -18,7 +18,7 @@ from data_prep.builder import Options
 from data_prep.check import Survey
 from data_prep.prepare import prepare_dataset
 from data_prep.volumes import Source
-from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.training.loop import train
 from kafjax.training.preflight import complete_config, estimate_memory
 from kafjax.workdir.metrics import read_metrics

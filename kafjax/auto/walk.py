@@ -27,7 +27,7 @@ from kafjax.auto.plan import Plan, config_of, make_plan, read_plan, write_plan
 from kafjax.auto.probe import NAME, Stopped, quiet
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
-from kafjax.data.input_pipeline import labelled_volumes, open_dataset, volumes_for_test
+from kafjax.data.dataset import labelled_volumes, open_dataset, volumes_for_test
 from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.inference.folders import evaluate_folders

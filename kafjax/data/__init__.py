@@ -5,16 +5,20 @@ from kafjax._lazy import public
 __all__, __getattr__ = public(
     __name__,
     {
-        ".input_pipeline": (
-            "BatchOptions",
+        ".dataset": (
             "Slice",
             "SliceDataset",
             "open_dataset",
+        ),
+        ".samples": (
+            "make_pair",
+            "make_labelled",
+        ),
+        ".batches": (
+            "BatchOptions",
             "pretraining_batches",
             "segmentation_batches",
             "evaluation_batches",
-            "make_pair",
-            "make_labelled",
         ),
         ".dataset_files": (
             "RecordError",

@@ -14,17 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax.augment import AugmentConfig, augment_pair
-from kafjax.data.input_pipeline import (
-    Batch,
+from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
-    draw_neighbour,
-    make_pair,
     neighbour_reach,
     open_dataset,
     select_volumes,
 )
 from kafjax.data.patches import PatchSize
+from kafjax.data.samples import Batch, draw_neighbour, make_pair
 from kafjax.drawing.figures import Pair
 from kafjax.errors import UserError
 from kafjax.tasks.base import sample_keys
@@ -88,7 +86,7 @@ def make_chosen_pair(
 ) -> Batch:
     """A seed's first pretraining sample that pairs a slice with its neighbour at an offset.
 
-    Fields as in `kafjax.data.input_pipeline.make_pair`.
+    Fields as in `kafjax.data.samples.make_pair`.
     """
     records = dataset.volumes[dataset.volume_of(record)]
     reach, index = neighbour_reach(dataset, record), record - records.start

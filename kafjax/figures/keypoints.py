@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kafjax.augment import AugmentConfig
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.patches import PatchSize
 from kafjax.drawing import colours
 from kafjax.drawing.figures import Pair, make_grid, plot_pair, write_below, write_beside

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from matplotlib.figure import Figure
 
-from kafjax.data.input_pipeline import SliceDataset, labelled_volumes, select_volumes
+from kafjax.data.dataset import SliceDataset, labelled_volumes, select_volumes
 from kafjax.data.splits import Split
 from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.errors import UserError

@@ -19,8 +19,9 @@ from matplotlib.lines import Line2D
 
 from kafjax.augment import AugmentConfig
 from kafjax.checkpoint.checkpointer import load_variables
-from kafjax.data.input_pipeline import Batch, SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.patches import PatchSize, patch_origin
+from kafjax.data.samples import Batch
 from kafjax.drawing.colours import VERMILION
 from kafjax.drawing.figures import FONT_SIZE, make_grid, wrap, write_above, write_beside
 from kafjax.drawing.overlay import grey

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from kafjax.data.input_pipeline import (
+from kafjax.data.dataset import (
     Slice,
     SliceDataset,
     check_facts,

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
-from kafjax.data.input_pipeline import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.data.dataset import Slice, SliceDataset, check_facts, open_dataset
 from kafjax.drawing.overlay import class_colours
 from kafjax.drawing.segmentations import SegmentedSlice
 from kafjax.errors import UserError

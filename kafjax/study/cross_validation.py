@@ -25,7 +25,8 @@ from typing import Any
 
 import jax
 
-from kafjax.data.input_pipeline import open_dataset, steps_per_epoch
+from kafjax.data.batches import steps_per_epoch
+from kafjax.data.dataset import open_dataset
 from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.paths import expand

@@ -36,8 +36,8 @@ import numpy as np
 
 from kafjax.checkpoint.checkpointer import saved_steps
 from kafjax.config_files import load_config
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.dataset_files import find_dataset
-from kafjax.data.input_pipeline import SliceDataset
 from kafjax.data.splits import subject_of
 from kafjax.errors import UserError
 from kafjax.files import flatten

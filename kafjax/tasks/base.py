@@ -22,7 +22,8 @@ from kafjax.models import build_model, example_inputs, init_variables, variable_
 if TYPE_CHECKING:
     import grain
 
-    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.batches import BatchOptions
+    from kafjax.data.dataset import SliceDataset
     from kafjax.data.splits import Split
 
 Batch = dict[str, Any]  # of NumPy arrays on the host, of JAX arrays in a step

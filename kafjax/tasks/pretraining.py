@@ -1,7 +1,7 @@
 """The pretraining task: pairs of slices, augmentation, two global losses and a local one.
 
 docs/method.md sections 3, 5 and 6. Batches are those of
-`kafjax.data.input_pipeline.pretraining_batches`; `b` is a device's part. Imports no reader: the
+`kafjax.data.batches.pretraining_batches`; `b` is a device's part. Imports no reader: the
 training step works with any batch of that form.
 """
 
@@ -20,7 +20,8 @@ from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 if TYPE_CHECKING:
     import grain
 
-    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.batches import BatchOptions
+    from kafjax.data.dataset import SliceDataset
     from kafjax.data.splits import Split
 
 
@@ -66,14 +67,14 @@ class Pretraining(Task):
         *,
         start_step: int = 0,
     ) -> "grain.DatasetIterator":
-        """Batches of pairs; see `kafjax.data.input_pipeline.pretraining_batches`."""
-        from kafjax.data.input_pipeline import pretraining_batches
+        """Batches of pairs; see `kafjax.data.batches.pretraining_batches`."""
+        from kafjax.data.batches import pretraining_batches
 
         return pretraining_batches(dataset, options, volumes=split.train, start_step=start_step)
 
     def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """The record's slice with a neighbour."""
-        from kafjax.data.input_pipeline import make_pair
+        from kafjax.data.samples import make_pair
 
         return make_pair(dataset, 0, record, seed=self._config.seed, **self.patch)
 

@@ -1,7 +1,7 @@
 """The segmentation task: labelled slices, their losses, and Dice over all pixels.
 
 docs/method.md sections 6 to 8. Batches are those of
-`kafjax.data.input_pipeline.segmentation_batches` or `evaluation_batches`; `b` is a device's part.
+`kafjax.data.batches.segmentation_batches` or `evaluation_batches`; `b` is a device's part.
 Imports no reader, like `kafjax.tasks.pretraining`.
 """
 
@@ -18,7 +18,8 @@ from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 if TYPE_CHECKING:
     import grain
 
-    from kafjax.data.input_pipeline import BatchOptions, SliceDataset
+    from kafjax.data.batches import BatchOptions
+    from kafjax.data.dataset import SliceDataset
     from kafjax.data.splits import Split
 
 
@@ -64,14 +65,14 @@ class Segmentation(Task):
         *,
         start_step: int = 0,
     ) -> "grain.DatasetIterator":
-        """Batches of labelled slices; see `kafjax.data.input_pipeline.segmentation_batches`."""
-        from kafjax.data.input_pipeline import segmentation_batches
+        """Batches of labelled slices; see `kafjax.data.batches.segmentation_batches`."""
+        from kafjax.data.batches import segmentation_batches
 
         return segmentation_batches(dataset, options, volumes=split.train, start_step=start_step)
 
     def sample(self, dataset: "SliceDataset", record: int) -> Batch:
         """The record's slice with its label."""
-        from kafjax.data.input_pipeline import make_labelled
+        from kafjax.data.samples import make_labelled
 
         return make_labelled(dataset, 0, record, seed=self._config.seed, **self.patch)
 

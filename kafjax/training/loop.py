@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from kafjax.checkpoint.checkpointer import Checkpointer
-from kafjax.data.input_pipeline import BatchOptions, SliceDataset, steps_per_epoch
+from kafjax.data.batches import BatchOptions, steps_per_epoch
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
 from kafjax.files import checksum, flatten
 from kafjax.processes import check_same, together

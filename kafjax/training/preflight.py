@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import saved_steps
-from kafjax.data.input_pipeline import (
+from kafjax.data.batches import steps_per_epoch
+from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
     labelled_volumes,
     open_dataset,
-    steps_per_epoch,
     volumes_for_test,
 )
 from kafjax.data.patches import count_places

@@ -10,13 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kafjax.data.input_pipeline import (
-    Batch,
-    BatchOptions,
-    SliceDataset,
-    evaluation_batches,
-    make_labelled,
-)
+from kafjax.data.batches import BatchOptions, evaluation_batches
+from kafjax.data.dataset import SliceDataset
+from kafjax.data.samples import Batch, make_labelled
 from kafjax.drawing.figures import render
 from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.segmentation_metrics import mean_pooled_dice

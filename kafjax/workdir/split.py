@@ -9,7 +9,7 @@ dataset that may have changed since. A volume's content is the digest of its rec
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
 from kafjax.errors import UserError
 from kafjax.files import checksum, read_checked, write_checked

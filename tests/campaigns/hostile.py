@@ -21,7 +21,7 @@ import numpy as np
 
 from data_prep.main import main as prepare
 from kafjax.configs import phantom_pretrain
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.records import INDEX_NAME
 from kafjax.errors import UserError
 from tests.campaigns import tiny

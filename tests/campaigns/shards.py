@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.data.records import INDEX_NAME, RecordError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally

@@ -15,7 +15,7 @@ from data_prep.prepare import prepare_dataset
 from data_prep.readers import READERS
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_finetune
-from kafjax.data.input_pipeline import SliceDataset
+from kafjax.data.dataset import SliceDataset
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.training.preflight import complete_config, split_run
 from kafjax.training.step import TrainState

@@ -1,0 +1,170 @@
+"""A prepared dataset's slices: decoded, normalised, by volume.
+
+Layout is NHWC; keypoints are (row, col) in pixels, and their mask marks the real ones. Images are
+normalised, (x - mean) / std of their volume.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kafjax.cores import usable_cores
+from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
+from kafjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
+
+    `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
+    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w], or None
+    if not requested.
+    """
+
+    image: np.ndarray
+    keypoints: np.ndarray
+    mask: np.ndarray
+    correspondences: np.ndarray
+    index: int
+    num_slices: int
+    spacing: np.ndarray
+    label: np.ndarray | None
+
+
+class SliceDataset:
+    """A prepared dataset: its metadata, the record numbers of each volume's slices, its slices.
+
+    `volumes` maps volume names, sorted, to ranges of global record numbers in slice order.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.metadata: dict[str, Any] = dict(open_builder(directory).info.metadata or {})
+        self.reader = RecordReader(directory)
+        self.volumes: Mapping[str, range] = self.reader.splits
+        self.classes = tuple(self.metadata["classes"])
+        self._contents: dict[str, str] | None = None
+        # Inflating the label takes a third of a record's time, and pretraining does not need it.
+        self._decode = load_decoder(directory, without=("label",))
+        self._decode_labelled = load_decoder(directory)
+        self._foreground: dict[int, tuple[int, ...]] = {}
+
+    def contents(self) -> dict[str, str]:
+        """A digest of each volume's records, by name; computed once."""
+        if self._contents is None:
+            self._contents = self.reader.digests()
+        return self._contents
+
+    def identity(self) -> dict[str, str]:
+        """The dataset's name, kind and version, for messages."""
+        return {
+            "name": self.directory.parent.name,
+            "kind": str(self.metadata.get("kind", "")),
+            "version": self.directory.name,
+        }
+
+    def volume_of(self, record: int) -> str:
+        """The name of a record's volume."""
+        return next(name for name, records in self.volumes.items() if record in records)
+
+    def describe_record(self, record: int) -> str:
+        """A record's volume and its slice, counted from 0, for messages."""
+        name = self.volume_of(record)
+        return f"{name} slice {record - self.volumes[name].start}"
+
+    def foreground(self, record: int) -> tuple[int, ...]:
+        """The foreground classes in a slice's label; each label is read once."""
+        if record not in self._foreground:
+            label = self.read(record, with_label=True).label
+            assert label is not None
+            self._foreground[record] = tuple(np.unique(label[label > 0]).tolist())
+        return self._foreground[record]
+
+    def read(self, record: int, *, with_label: bool = False) -> Slice:
+        """Reads one slice; raises `RecordError` if it is damaged."""
+        features = (self._decode_labelled if with_label else self._decode)(self.reader[record])
+        keypoints = features["keypoints"].astype(np.int32)
+        image = np.subtract(features["image"], features["mean"], dtype=np.float32)
+        image /= np.float32(features["std"])
+        return Slice(
+            image=image,
+            keypoints=keypoints,
+            mask=np.arange(len(keypoints)) < features["num_keypoints"],
+            correspondences=features["correspondences"],
+            index=features["slice_index"],
+            num_slices=features["num_slices"],
+            spacing=features["spacing"],
+            label=features["label"][..., 0].astype(np.int32) if with_label else None,
+        )
+
+    def read_volume(self, name: str) -> list[Slice]:
+        """All slices of a volume with their labels, read in threads."""
+        with ThreadPoolExecutor(len(usable_cores())) as threads:  # inflating lets other threads run
+            return list(threads.map(partial(self.read, with_label=True), self.volumes[name]))
+
+
+def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
+    """Opens the newest prepared version of DATA_DIR/NAME.
+
+    If there is none, raises `ValueError` with the command that prepares the dataset.
+    """
+    return SliceDataset(find_dataset(data_dir, name))
+
+
+def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
+    """Raises `ValueError` listing every fact that the metadata contradicts or lacks.
+
+    `expected` maps metadata names, such as `max_keypoints` and `radius`, to the config's values.
+    """
+    wrong = [
+        f"  {name}: the dataset has {dataset.metadata.get(name, 'no such fact')}, "
+        f"the config says {value}"
+        for name, value in expected.items()
+        if name not in dataset.metadata or dataset.metadata[name] != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{dataset.directory} was not prepared as the config expects:\n" + "\n".join(wrong)
+        )
+
+
+def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The named volumes (all by default), sorted by name.
+
+    Raises `ValueError` for unknown or repeated names.
+    """
+    names = sorted(dataset.volumes if volumes is None else volumes)
+    unknown = [name for name in names if name not in dataset.volumes]
+    if unknown or not names:
+        raise UserError(
+            f"{dataset.directory} has no volume {', '.join(unknown) or 'selected'}; "
+            f"it has {', '.join(dataset.volumes)}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"volumes named twice: {', '.join(twice)}")
+    return tuple(names)
+
+
+def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes that have labels, in order of name."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
+
+
+def volumes_for_test(dataset: SliceDataset) -> tuple[str, ...]:
+    """The volumes of the test set, in order of name, with labels or without."""
+    facts = dataset.metadata["volumes"]
+    return tuple(name for name in select_volumes(dataset) if facts[name].get("test"))
+
+
+def neighbour_reach(dataset: SliceDataset, record: int) -> int:
+    """The largest distance, in slices, to a slice's neighbour, from its volume's preparation."""
+    reach: int = dataset.metadata["volumes"][dataset.volume_of(record)]["reach"]
+    return reach
