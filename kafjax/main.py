@@ -28,6 +28,9 @@ _WORKDIR = define_path("workdir", None, "The run's folder. Default: runs/<config
 _RESUME = flags.DEFINE_bool("resume", False, "Refuse to start without a checkpoint.")
 _CHECK = flags.DEFINE_bool("check", False, "Check everything that the run needs, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the processes of a SLURM, Open MPI, Kubernetes or Cloud TPU job."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
@@ -56,11 +59,30 @@ def _run(config: Any, workdir: Path) -> int | None:
 
 def _join_processes() -> None:
     flags_of_process = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value:
+        if flags_of_process != (None, None, None):
+            raise UserError(
+                "--distributed finds the processes; expected no --coordinator, "
+                "--num_processes or --process_id"
+            )
+        _join_cluster()
+        return
     if all(value is None for value in flags_of_process):
         return
     if any(value is None for value in flags_of_process):
         raise UserError("several processes need --coordinator, --num_processes and --process_id")
     jax.distributed.initialize(*flags_of_process)
+
+
+def _join_cluster() -> None:
+    """Joins the processes that JAX finds in this job's environment."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # JAX's own message names an argument of its function
+        raise UserError(
+            "--distributed: this is no SLURM, Open MPI, Kubernetes or Cloud TPU job that JAX "
+            "recognises; use --coordinator, --num_processes and --process_id"
+        ) from error
 
 
 def _check(config: Any, workdir: Path) -> None:
