@@ -29,7 +29,7 @@ def count_pixels(
 
     Args:
       prediction: int [b, ...], class numbers.
-      label: int [b, ...], the same shape.
+      label: int [b, ...], the same shape; pixels below 0 are not annotated and do not count.
       num_classes: d, with the background.
       valid: bool [b]; false samples do not count.
 
@@ -40,6 +40,7 @@ def count_pixels(
     classes = jnp.arange(num_classes)
     predicted = jnp.asarray(prediction)[..., None] == classes
     labelled = jnp.asarray(label)[..., None] == classes
+    predicted &= jnp.asarray(label)[..., None] >= 0
     if valid is not None:
         real = jnp.asarray(valid).reshape(-1, *[1] * (predicted.ndim - 1))
         predicted, labelled = predicted & real, labelled & real

@@ -5,6 +5,7 @@ shards, the devices and their estimated memory, the workdir and its disk, and th
 `kafjax.training.loop` makes the same checks one after the other.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import saved_steps
-from kafjax.data.batches import steps_per_epoch
+from kafjax.data.batches import BatchOptions, steps_per_epoch
 from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
@@ -32,10 +33,11 @@ from kafjax.data.splits import (
     read_splits_file,
     split_by_names,
     split_volumes,
+    unlabelled_volumes,
 )
 from kafjax.errors import UserError
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
-from kafjax.tasks.registry import TASKS
+from kafjax.tasks.registry import make_task
 from kafjax.training.config_checks import check_fields
 from kafjax.training.step import make_optimizer
 from kafjax.training.transfer import start_from
@@ -177,7 +179,31 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
     `validation` names, those of a fold of `splits_file` (nnU-Net's splits_final.json) or of the
     paper's folds, or none if `fold` is None. `num_labeled` subjects are chosen from the others.
     Equal images count as one subject, except in the paper's protocol, whose folds are fixed.
+    Semi-supervised runs use all other volumes without labels, except those of held-out subjects and
+    images equal to theirs.
     """
+    split = _split_labelled(config, dataset)
+    if "semi" not in config:
+        return split
+    metadata = dataset.metadata
+    volumes = tuple(dataset.volumes)
+    unlabelled = unlabelled_volumes(
+        volumes,
+        split,
+        apart=() if config.data.get("include_test") else volumes_for_test(dataset),
+        subject=group_subjects(volumes, metadata.get("equal_images", ()), metadata.get("subjects")),
+    )
+    if not unlabelled:
+        raise UserError(
+            f"{dataset.directory}: no volume is left to train on without labels, next to "
+            f"{len(split.train)} to train on and {len(split.validation)} to validate on; expected "
+            "one, fewer labelled ones (config.data.num_labeled), or a config without config.semi"
+        )
+    return split._replace(unlabelled=unlabelled)
+
+
+def _split_labelled(config: Any, dataset: SliceDataset) -> Split:
+    """`split_run` without the unlabelled volumes."""
     data, metadata = config.data, dataset.metadata
     apart = () if data.get("include_test") else volumes_for_test(dataset)
     if "fold" not in data:
@@ -204,11 +230,36 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
     return split_volumes(volumes, fold=data.fold, num_folds=data.num_folds, **common)
 
 
+def run_epoch(config: Any, dataset: SliceDataset, split: Split) -> int:
+    """Steps of one pass over the run's labelled slices, or of pretraining over all.
+
+    Raises `ValueError` if they do not fill one batch.
+    """
+    return steps_per_epoch(dataset, batch_options(config).num_labelled, split.train)
+
+
+def batch_options(config: Any) -> BatchOptions:
+    """The options of the run's batches in this process."""
+    return BatchOptions(
+        batch_size=config.batch_size,
+        patch_size=tuple(config.data.patch_size),
+        patch_keypoints=config.data.get("patch_keypoints"),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        foreground_share=config.data.get("foreground_share", 0.0),
+        unlabelled_share=config.data.get("unlabelled_share", 0.0),
+    )
+
+
 def check_devices(config: Any) -> str:
     """The devices in words; `ValueError` if they, and microbatches, do not divide the batch."""
     devices, parts = jax.device_count(), config.num_microbatches
-    if config.batch_size % (devices * parts):
+    pairs = 2 if "semi" in config and config.semi.method == "copy_paste" else 1
+    if config.batch_size % (devices * parts * pairs):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
+        times += " times 2, for pairs of slices" if pairs > 1 else ""
         raise UserError(
             f"config.batch_size is {config.batch_size}, "
             f"expected a multiple of the {devices} devices{times}"
@@ -229,7 +280,7 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
     part = max(1, share // config.num_microbatches)
     alone = config.copy_and_resolve_references()
     alone.num_microbatches = 1
-    task = TASKS[config.task](alone)
+    task = make_task(alone)
     sample = task.sample(dataset, next(iter(dataset.volumes.values()))[0])
     batch = {
         name: jax.ShapeDtypeStruct((part, *value.shape), value.dtype)
@@ -258,13 +309,14 @@ def _see_dataset(dataset: SliceDataset) -> str:
 def _see_volumes(config: Any, workdir: Workdir, dataset: SliceDataset) -> str:
     """Counts steps, and reads a record of each of the run's volumes."""
     split = open_run_split(config, workdir, dataset).names
-    steps = steps_per_epoch(dataset, config.batch_size, split.train)
-    for name in (*split.train, *split.validation):
+    steps = run_epoch(config, dataset, split)
+    for name in itertools.chain(*split):
         dataset.read(dataset.volumes[name][0])
     total = min(config.num_steps or math.inf, steps * config.num_epochs)
+    without = f"{len(split.unlabelled)} without labels, " if split.unlabelled else ""
     return (
-        f"{len(split.train)} to train on, {len(split.validation)} to validate on; {steps} steps an "
-        f"epoch, {total:.0f} in all"
+        f"{len(split.train)} to train on, {without}{len(split.validation)} to validate on; {steps} "
+        f"steps an epoch, {total:.0f} in all"
     )
 
 
