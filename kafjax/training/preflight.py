@@ -255,17 +255,21 @@ def batch_options(config: Any) -> BatchOptions:
 
 def check_devices(config: Any) -> str:
     """The devices in words; `ValueError` if they, and microbatches, do not divide the batch."""
-    devices, parts = jax.device_count(), config.num_microbatches
-    pairs = 2 if "semi" in config and config.semi.method == "copy_paste" else 1
-    if config.batch_size % (devices * parts * pairs):
+    devices, parts, together = jax.device_count(), config.num_microbatches, _kept_together(config)
+    if config.batch_size % (devices * parts * together):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
-        times += " times 2, for pairs of slices" if pairs > 1 else ""
+        times += " times 2, for pairs of slices" if together > 1 else ""
         raise UserError(
             f"config.batch_size is {config.batch_size}, "
             f"expected a multiple of the {devices} devices{times}"
         )
     kind = jax.local_devices()[0].device_kind
     return f"{devices} x {kind}, {config.batch_size // devices} samples per device"
+
+
+def _kept_together(config: Any) -> int:
+    """The number of a batch's slices that must be on one device, in one microbatch."""
+    return 2 if "semi" in config and config.semi.method == "copy_paste" else 1
 
 
 def estimate_memory(config: Any, dataset: SliceDataset) -> int:
@@ -277,7 +281,8 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
     and 8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
     """
     share = max(1, config.batch_size // jax.device_count())
-    part = max(1, share // config.num_microbatches)
+    part = max(_kept_together(config), share // config.num_microbatches)
+    part -= part % _kept_together(config)
     alone = config.copy_and_resolve_references()
     alone.num_microbatches = 1
     task = make_task(alone)
