@@ -39,6 +39,7 @@ class VolumeSurvey:
     voxels: tuple[int, ...]  # by class; none without labels
     class_slices: tuple[int, ...]  # slices that show the class
     keypoints: tuple[int, ...]  # by sampled slice
+    annotated: int | None = None  # slices with annotated voxels, if labels are sparse
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
     volume = reader.prepare(raw).volume
     num_slices = volume.image.shape[2]
     sampled = np.linspace(0, num_slices - 1, min(SAMPLED_SLICES, num_slices)).round().astype(int)
-    shown = _count_classes(volume.label, len(reader.classes))
+    shown = _count_classes(volume.label, len(reader.classes), sparse=reader.sparse)
     return VolumeSurvey(
         facts=facts_of(raw, volume),
         spacing=volume.spacing,
@@ -81,13 +82,17 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
         voxels=tuple(np.sum(shown, axis=0).tolist()) if shown else (),
         class_slices=tuple(np.count_nonzero(shown, axis=0).tolist()) if shown else (),
         keypoints=tuple(_num_keypoints(volume.image[:, :, k]) for k in sampled),
+        annotated=sum(bool(of_slice.any()) for of_slice in shown)
+        if reader.sparse and shown
+        else None,
     )
 
 
-def _count_classes(label: np.ndarray | None, num_classes: int) -> list[np.ndarray]:
+def _count_classes(label: np.ndarray | None, num_classes: int, *, sparse: bool) -> list[np.ndarray]:
     """Voxels of each class, by slice; empty without labels or if the classes are unknown."""
     slices = () if label is None or not num_classes else np.moveaxis(label, 2, 0)
-    return [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
+    counts = [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
+    return [of_slice[:num_classes] for of_slice in counts] if sparse else counts
 
 
 def _num_keypoints(image: np.ndarray) -> int:
@@ -121,6 +126,7 @@ def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
                 "dtype": volume.dtype,
                 "intensities": list(map(_round, volume.intensities)),
                 "voxels": list(volume.voxels),
+                **({} if volume.annotated is None else {"annotated_slices": volume.annotated}),
                 "keypoints": list(volume.keypoints),
             }
             for id, volume in survey.volumes.items()
@@ -153,6 +159,7 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
         "planes": planes(volume.facts for volume in volumes),
         "equal_images": equal_images(volume.facts for volume in volumes),
         "classes": _classes(survey),
+        **({"annotated": _annotated(survey)} if survey.reader.sparse else {}),
         "keypoints_per_slice": {"sampled_slices": len(keypoints), **_spread(keypoints)},
         "suggestion": {
             "max_keypoints": places,
@@ -180,6 +187,18 @@ def _classes(survey: Survey) -> list[dict[str, Any]]:
         }
         for i, name in enumerate(survey.reader.classes)
     ]
+
+
+def _annotated(survey: Survey) -> dict[str, float]:
+    """Annotated slices and voxels of the volumes with labels, and all of both."""
+    labelled = [volume for volume in survey.volumes.values() if volume.annotated is not None]
+    facts = [volume.facts for volume in labelled]
+    return {
+        "slices": sum(volume.annotated or 0 for volume in labelled),
+        "of_slices": sum(fact.num_slices for fact in facts),
+        "voxels": sum(sum(volume.voxels) for volume in labelled),
+        "of_voxels": sum(math.prod(fact.size) * fact.num_slices for fact in facts),
+    }
 
 
 def _spreads(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -222,6 +241,7 @@ def as_text(survey: Survey) -> str:
         ],
         _spread_line("keypoints in a slice", sampled),
         *_class_lines(found["classes"], found["num_labelled"]),
+        *_annotated_lines(found.get("annotated")),
         "",
         f"Keypoints were counted in {sampled['sampled_slices']} slices, at most {SAMPLED_SLICES} "
         "of a volume. Suggested:",
@@ -242,6 +262,17 @@ def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
         share = f"{of['share']:.2%}"
         lines.append(_line(f"{i} {of['name']}", of["volumes"], of["slices"], share) + never)
     return lines
+
+
+def _annotated_lines(annotated: dict[str, float] | None) -> list[str]:
+    if not annotated or not annotated["of_voxels"]:
+        return []
+    share = annotated["voxels"] / annotated["of_voxels"]
+    return [
+        "",
+        f"Annotated: {annotated['slices']} of {annotated['of_slices']} slices and {share:.2%} of "
+        "the voxels of the volumes with labels; shares of classes are of annotated voxels.",
+    ]
 
 
 def _spread_line(name: str, spread: dict[str, float]) -> str:

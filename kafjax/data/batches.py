@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from kafjax.data.dataset import SliceDataset, labelled_volumes, select_volumes
+from kafjax.data.dataset import SliceDataset, labelled_volumes, records_of, select_volumes
 from kafjax.data.patches import PatchSize
 from kafjax.data.samples import (
     Batch,
@@ -83,15 +83,25 @@ class BatchOptions:
 
 
 def steps_per_epoch(
-    dataset: SliceDataset, batch_size: int, volumes: Sequence[str] | None = None
+    dataset: SliceDataset,
+    batch_size: int,
+    volumes: Sequence[str] | None = None,
+    *,
+    labelled: bool = False,
 ) -> int:
-    """Full global batches in one pass over the volumes; `ValueError` if not even one."""
-    num_slices = len(_records(dataset, volumes))
-    if not 1 <= batch_size <= num_slices:
+    """Full global batches in one pass over the volumes' slices, or only their annotated ones.
+
+    Raises `ValueError` if not even one.
+    """
+    return _steps(records_of(dataset, volumes, annotated=labelled or None), batch_size)
+
+
+def _steps(records: Sequence[int], batch_size: int) -> int:
+    if not 1 <= batch_size <= len(records):
         raise UserError(
-            f"batch_size is {batch_size}; expected 1 to {num_slices}, the number of slices"
+            f"batch_size is {batch_size}; expected 1 to {len(records)}, the number of slices"
         )
-    return num_slices // batch_size
+    return len(records) // batch_size
 
 
 def pretraining_batches(
@@ -107,7 +117,7 @@ def pretraining_batches(
     last incomplete batch is dropped. Raises `ValueError` if the slices do not fill one batch.
     """
     make = partial(make_pair, dataset, **_patch(options), seed=options.seed)
-    return _training_batches(dataset, options, make, volumes, start_step)
+    return _training_batches(options, make, records_of(dataset, volumes), start_step)
 
 
 def segmentation_batches(
@@ -117,7 +127,7 @@ def segmentation_batches(
     volumes: Sequence[str] | None = None,
     start_step: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of labelled slices, randomly cropped; ordered as `pretraining_batches`.
+    """Endless batches of annotated slices, randomly cropped; ordered as `pretraining_batches`.
 
     With a `foreground_share` the last places of a batch hold `make_foreground`'s slices. The fields
     are those of `make_labelled` with a leading b. Raises `ValueError` if the slices do not fill one
@@ -128,7 +138,8 @@ def segmentation_batches(
     def make_numbered(sample: int, record: int) -> Batch:
         return make(sample, sample, record)
 
-    return _training_batches(dataset, options, make_numbered, volumes, start_step)
+    records = records_of(dataset, volumes, annotated=True)
+    return _training_batches(options, make_numbered, records, start_step)
 
 
 def semi_supervised_batches(
@@ -150,7 +161,7 @@ def semi_supervised_batches(
       dataset: contains the volumes.
       options: of the batches.
       volumes: names of labelled volumes.
-      unlabelled: names of others.
+      unlabelled: names of others; slices of `volumes` that nobody annotated join them.
       labelled_steps: first steps whose unlabelled places hold labelled slices instead, drawn
         independently of the others.
       schedule_steps: length of the run's schedule.
@@ -172,10 +183,13 @@ def semi_supervised_batches(
             f"{places} of the batch's {size} slices are unlabelled, expected 1 to {size - 1}"
         )
     make = _labelled_maker(dataset, options, volumes)
-    labelled_order = _order(dataset, volumes, options.num_labelled, options.seed)
+    labelled_records = records_of(dataset, volumes, annotated=True)
+    others_records = records_of(dataset, volumes, annotated=False)
+    others_records += records_of(dataset, unlabelled) if unlabelled else []
+    labelled_order = _order(labelled_records, options.num_labelled, options.seed)
     others, partners = np.random.SeedSequence(options.seed).spawn(2)
-    unlabelled_order = _order(dataset, unlabelled, 1, others)
-    partner_order = _order(dataset, volumes, 1, partners)
+    unlabelled_order = _order(others_records, 1, others)
+    partner_order = _order(labelled_records, 1, partners)
     common: dict[str, Any] = {**_patch(options), "seed": options.seed}
 
     def make_any(sample: int) -> Batch:
@@ -210,7 +224,7 @@ def evaluation_batches(
     has no labels.
     """
     _check_labelled(dataset, select_volumes(dataset, volumes))
-    records = _records(dataset, volumes)
+    records = records_of(dataset, volumes)
     steps = -(-len(records) // options.batch_size)
 
     def make(sample: int) -> Batch:
@@ -229,7 +243,7 @@ def _labelled_maker(
     """Makes labelled slices from (sample, its number among the labelled ones, record)."""
     _check_labelled(dataset, select_volumes(dataset, volumes))
     common: dict[str, Any] = {**_patch(options), "seed": options.seed}
-    records = _records(dataset, volumes)
+    records = records_of(dataset, volumes, annotated=True)
 
     def make(sample: int, number: int, record: int) -> Batch:
         if options.needs_foreground(number):
@@ -240,29 +254,23 @@ def _labelled_maker(
 
 
 def _training_batches(
-    dataset: SliceDataset,
     options: BatchOptions,
     make: Callable[[int, int], Batch],
-    volumes: Sequence[str] | None,
+    records: Sequence[int],
     start_step: int,
 ) -> grain.DatasetIterator:
-    stream = _order(dataset, volumes, options.batch_size, options.seed).map_with_index(make)
+    stream = _order(records, options.batch_size, options.seed).map_with_index(make)
     return _own_batches(options, stream.__getitem__, range(start_step, _ENDLESS))
 
 
 def _order(
-    dataset: SliceDataset,
-    volumes: Sequence[str] | None,
-    batch_size: int,
-    seed: int | np.random.SeedSequence,
+    records: Sequence[int], batch_size: int, seed: int | np.random.SeedSequence
 ) -> grain.MapDataset:
-    """Endless record numbers of the volumes' slices, shuffled in each epoch of full batches."""
-    samples_per_epoch = steps_per_epoch(dataset, batch_size, volumes) * batch_size
+    """Endless record numbers, shuffled in each epoch of full batches."""
+    samples_per_epoch = _steps(records, batch_size) * batch_size
     # Grain seeds epoch e with seed + e, so runs with neighbouring seeds would share orders.
     sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-    shuffled = grain.MapDataset.source(_records(dataset, volumes)).shuffle(
-        int(sequence.generate_state(1)[0])
-    )
+    shuffled = grain.MapDataset.source(records).shuffle(int(sequence.generate_state(1)[0]))
     return shuffled[:samples_per_epoch].repeat()
 
 
@@ -286,11 +294,6 @@ def _own_batches(
     )
     samples = grain.MapDataset.range(len(steps) * share).map(own_sample)
     return iter(samples.to_iter_dataset(read_options).batch(share))
-
-
-def _records(dataset: SliceDataset, volumes: Sequence[str] | None) -> list[int]:
-    """Global record numbers of the volumes' slices, in order of volume and slice."""
-    return [i for name in select_volumes(dataset, volumes) for i in dataset.volumes[name]]
 
 
 def _check_labelled(dataset: SliceDataset, volumes: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def make_labelled(
     assert labelled.label is not None
     origin = patch_origin(labelled.label.shape, patch_size, rng)
     view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
 
 
 def make_foreground(
@@ -129,7 +129,7 @@ def make_foreground(
     else:
         origin = patch_origin(labelled.label.shape, patch_size, rng)
     view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
 
 
 def make_unlabelled(
@@ -154,6 +154,7 @@ def make_unlabelled(
 
 
 def _labelled_sample(
+    dataset: SliceDataset,
     view: Batch,
     labelled: Slice,
     origin: np.ndarray,
@@ -162,9 +163,12 @@ def _labelled_sample(
 ) -> Batch:
     """The fields of `make_labelled`; `numbers` are the sample, the record and the seed."""
     assert labelled.label is not None
+    # Padding is background, or in datasets with sparse labels not annotated: it would outweigh what
+    # is.
+    outside = IGNORED if dataset.metadata.get("sparse_labels") else 0
     return {
         **view,
-        "label": cut_patch(labelled.label, origin, patch_size),
+        "label": cut_patch(labelled.label - outside, origin, patch_size) + outside,
         **_numbers(*numbers),
     }
 

@@ -85,7 +85,7 @@ class SemiSupervised(Segmentation):
         """Batches with the split's unlabelled volumes; see `semi_supervised_batches`."""
         from kafjax.data.batches import semi_supervised_batches, steps_per_epoch
 
-        epoch = steps_per_epoch(dataset, options.num_labelled, split.train)
+        epoch = steps_per_epoch(dataset, options.num_labelled, split.train, labelled=True)
         schedule_steps = self._config.num_epochs * epoch
         return semi_supervised_batches(
             dataset,

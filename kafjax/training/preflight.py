@@ -23,6 +23,7 @@ from kafjax.data.dataset import (
     check_facts,
     labelled_volumes,
     open_dataset,
+    records_of,
     volumes_for_test,
 )
 from kafjax.data.patches import count_places
@@ -125,8 +126,8 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with missing fields filled in from the dataset.
 
     These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`)
-    and, for segmentation, the number of classes; and the network's head, from the task:
-    `FROM_DATASET`.
+    and, for segmentation, the number of classes and whether labels are sparse; and the network's
+    head, from the task: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -137,6 +138,8 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
         if complete.data.get("patch_keypoints") is None:
             size = tuple(complete.data.patch_size)
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
+        if config.task == "segment" and dataset.metadata.get("sparse_labels"):
+            complete.data.sparse_labels = True
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
     check_fields(complete)  # again, with the values filled in
@@ -193,7 +196,7 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
         apart=() if config.data.get("include_test") else volumes_for_test(dataset),
         subject=group_subjects(volumes, metadata.get("equal_images", ()), metadata.get("subjects")),
     )
-    if not unlabelled:
+    if not unlabelled and not records_of(dataset, split.train, annotated=False):
         raise UserError(
             f"{dataset.directory}: no volume is left to train on without labels, next to "
             f"{len(split.train)} to train on and {len(split.validation)} to validate on; expected "
@@ -235,7 +238,9 @@ def run_epoch(config: Any, dataset: SliceDataset, split: Split) -> int:
 
     Raises `ValueError` if they do not fill one batch.
     """
-    return steps_per_epoch(dataset, batch_options(config).num_labelled, split.train)
+    labelled = config.task == "segment"
+    size = batch_options(config).num_labelled
+    return steps_per_epoch(dataset, size, split.train, labelled=labelled)
 
 
 def batch_options(config: Any) -> BatchOptions:
