@@ -80,7 +80,7 @@ def _finetune(start: str) -> ml_collections.ConfigDict:
 
 
 def _add_unlabelled(config: ml_collections.ConfigDict, method: str) -> None:
-    # As many unlabelled slices in a batch as labelled ones, of which it has as many as before.
+    # A batch has as many labelled slices as before, and as many unlabelled ones.
     config.batch_size *= 2
     config.data.unlabelled_share = 0.5
     # Whether the volumes of the test set, nnU-Net's imagesTs, are trained on without labels too.

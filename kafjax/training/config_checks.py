@@ -209,7 +209,7 @@ def check_fields(config: Any) -> None:
     else:
         needed |= _AUGMENT
     if task == "segment" and any(path == "semi" or path.startswith("semi.") for path in fields):
-        needed |= {**_SEMI, **(_BOX if fields.get("semi.method") == "copy_paste" else {})}
+        needed |= {**_SEMI, **({} if fields.get("semi.method") == "mean_teacher" else _BOX)}
     head = {"model.head": _choice((HEADS_OF_TASKS[task],))}
     known = {**_OPTIONAL[task], **head, **needed}
     faults = [_line(path, fields, rule) for path, rule in needed.items() if path not in fields]
