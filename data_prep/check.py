@@ -7,15 +7,16 @@ column, slice) order; intensities are those of the files.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.faults import Fault, sort_faults
+from data_prep.faults import Fault, finding, sort_faults
 from data_prep.findings import equal_images, findings_of, planes
+from data_prep.folder import LOWEST_OF_CT
 from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
 from data_prep.volumes import Facts, Reader, Source, facts_of
@@ -63,8 +64,36 @@ def survey_dataset(
     volumes, more = read_through(survey_one, sources, num_workers=num_workers)
     facts = {id: volume.facts for id, volume in volumes.items()}
     faults = [*faults, *more, *findings_of(reader, sources, facts)]
+    faults += _other_modalities(sources, volumes)
     faults = sort_faults(faults, strict=strict)
     return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
+
+
+def _other_modalities(
+    sources: Sequence[Source], volumes: Mapping[str, VolumeSurvey]
+) -> list[Fault]:
+    """Findings about volumes without labels whose values are unlike all labelled volumes'."""
+    labelled = [volume for volume in volumes.values() if volume.facts.labelled]
+    found = []
+    for source in sources:
+        volume = volumes.get(source.id)
+        if volume is None or volume.facts.labelled or not labelled:
+            continue
+        if not any(_alike(volume.intensities, other.intensities) for other in labelled):
+            low, high = volume.intensities[1], volume.intensities[-2]
+            what = f"its values, {low:.4g} to {high:.4g}, are unlike those of every labelled volume"
+            remedy = "move it away if it is of another modality"
+            found.append(finding(source.image, what, remedy))
+    return found
+
+
+def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two volumes' intensities, at PERCENTILES, can be of the same modality.
+
+    Their middle 98 % overlap, and both or neither have the negative values of CT.
+    """
+    overlap = first[1] <= second[-2] and second[1] <= first[-2]
+    return overlap and (first[0] < LOWEST_OF_CT) == (second[0] < LOWEST_OF_CT)
 
 
 def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:

@@ -31,7 +31,7 @@ from kafjax.labels import STORED
 DEFAULT_RADIUS = 20
 FIRST_CHANNEL = "_0000"
 _LONGEST_NAME = 120
-_LOWEST_OF_CT = -200  # air is -1000 HU; other scanners' numbers are rarely negative
+LOWEST_OF_CT = -200  # air is -1000 HU; other scanners' numbers are rarely negative
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def _values_of(path: Path) -> set[int]:
 def _likely_intensity(raw_dir: Path) -> Intensity:
     for path in list_entries(raw_dir).scans:
         try:
-            return "ct" if read_nifti(path).array.min() < _LOWEST_OF_CT else "zscore"
+            return "ct" if read_nifti(path).array.min() < LOWEST_OF_CT else "zscore"
         except DatasetError:
             continue
     return "zscore"

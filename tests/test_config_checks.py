@@ -38,7 +38,7 @@ def test_variants_with_unlabelled_volumes_pass(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["mean_teacher,copy_paste", "scratch,pretrained", "scratches"])
 def test_other_variants_are_refused(variant: str) -> None:
-    with pytest.raises(ValueError, match="is 'scratch|is 'mean_teacher,copy_paste', expected one"):
+    with pytest.raises(ValueError, match=r"is '(scratch|mean_teacher,)"):
         own_finetune.get_config(variant)
 
 

@@ -12,6 +12,7 @@ from kafjax.configs import own_finetune, phantom_finetune
 from kafjax.data.batches import BatchOptions, semi_supervised_batches
 from kafjax.data.dataset import open_dataset
 from kafjax.mixing import draw_box
+from kafjax.models import MODELS, example_inputs, variable_shapes
 from kafjax.tasks.registry import make_task
 from kafjax.tasks.semi_supervised import ramp_up
 from kafjax.training.config_checks import check_fields
@@ -72,9 +73,11 @@ def both(variables: Any) -> tuple[Any, Any]:
 
 
 def logits_in_training(task: Any, variables: Any, batch: Any) -> np.ndarray:
+    def apply(*inputs: jax.Array) -> jax.Array:
+        return task._model.apply(variables, *inputs, train=True, mutable=["batch_stats"])[0]
+
     inputs = (batch[field] for field in ("image", "keypoints", "keypoint_mask"))
-    logits, _ = task._model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
-    return np.asarray(logits)
+    return np.asarray(jax.jit(apply)(*inputs))
 
 
 def boxes_of(batch: Any, share: float) -> np.ndarray:
@@ -139,7 +142,7 @@ def test_copy_paste_is_taught_by_labels_and_cleaned_classes(student_and_teacher)
     classes = logits_in_training(task, teacher, second).argmax(-1).astype(np.int32)
     cleaned = np.stack([largest(x) for x in classes])
     assert (cleaned != classes).any()
-    mixed, pseudo = jax.tree.map(np.asarray, task.mix(batch, cleaned))
+    mixed, pseudo = jax.tree.map(np.asarray, jax.jit(task.mix)(batch, cleaned))
     logits = logits_in_training(task, student, mixed)
     by_label, by_teacher = (loss_by_loops(logits, x) for x in (mixed["label"], pseudo))
     total, (metrics, _) = jax.jit(task.loss)(*both(student), batch, teacher)
@@ -167,6 +170,34 @@ def test_mean_teacher_draws_every_slice_to_the_teacher(student_and_teacher) -> N
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_can_be_taught(name: str) -> None:
+    task, batch = tiny_task("copy_paste", **{"model.name": name}), semi_batch()
+    variables = variable_shapes(task._model, *example_inputs("segmentation"))
+    found = jax.eval_shape(
+        lambda v, b: jax.grad(task.loss, has_aux=True)(v["params"], v["batch_stats"], b, v),
+        {"batch_stats": {}, **variables},
+        batch,
+    )
+    assert jax.tree.structure(found[0]) == jax.tree.structure(variables["params"])
+
+
+@pytest.mark.slow
+def test_a_network_with_keypoints_learns_from_mixed_slices() -> None:
+    task = tiny_task("copy_paste", **{"model.name": "kaf_unet"})
+    student, batch = task.init(), semi_batch()
+    step = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    losses = []
+    params, batch_stats = both(student)
+    for _ in range(8):
+        (total, (_, batch_stats)), gradient = step(params, batch_stats, batch, student)
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)
+        losses.append(float(total))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("method", ["mean_teacher", "copy_paste"])
