@@ -162,14 +162,9 @@ def test_mean_teacher_draws_every_slice_to_the_teacher(student_and_teacher) -> N
     total, (metrics, _) = jax.jit(task.loss)(*both(student), batch, teacher)
     np.testing.assert_allclose(metrics["loss_unlabelled"], apart, rtol=1e-4)
     np.testing.assert_allclose(total, loss_by_loops(ours, batch["label"]) + 3 * apart, rtol=1e-4)
-    # The teacher is not trained, not even where it is the student.
-    gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, student["batch_stats"], batch, t)[0]))
-    for a, b in zip(
-        jax.tree.leaves(gradient(student["params"], student)),
-        jax.tree.leaves(gradient(student["params"], None)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # The teacher is not trained.
+    gradient = jax.jit(jax.grad(lambda t: task.loss(*both(student), batch, t)[0]))(teacher)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.slow
