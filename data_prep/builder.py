@@ -28,6 +28,7 @@ from data_prep.volumes import Facts, Prepared, Reader, Source
 from kafjax.data.records import masked_crc32c, records_digest, write_index
 from kafjax.errors import UserError
 from kafjax.files import replacing
+from kafjax.labels import STORED
 from kafjax.paths import plain
 
 VERSION = "1.0.0"  # of the records' format; the name of a dataset's folder
@@ -118,6 +119,7 @@ class WrittenShard:
     case: str | None  # the volume's own name if it differs from the id
     sources: dict[str, str]  # SHA-256 by file name
     parameters: Metadata
+    annotated: list[int] | None = None  # slices with annotated pixels, if labels are sparse
 
     @property
     def num_slices(self) -> int:
@@ -168,7 +170,13 @@ def write_shard(
         case=source.case,
         sources=volume.sha256,
         parameters=plan.parameters,
+        annotated=annotated_slices(volume.label) if plan.reader.sparse else None,
     )
+
+
+def annotated_slices(label: np.ndarray | None) -> list[int]:
+    """The slices of a sparse label that have annotated pixels."""
+    return [] if label is None else np.flatnonzero((label != STORED).any((0, 1))).tolist()
 
 
 def write_dataset_files(
@@ -222,6 +230,7 @@ def _metadata(
             "reach": shard.reach,
             "plane": facts[shard.volume_id].plane,
             **({} if shard.case is None else {"case": shard.case}),
+            **({} if shard.annotated is None else {"annotated": shard.annotated}),
             **({"test": True} if shard.volume_id in tests else {}),
         }
         for shard in shards

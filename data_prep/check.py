@@ -7,15 +7,16 @@ column, slice) order; intensities are those of the files.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.faults import Fault, sort_faults
+from data_prep.faults import Fault, finding, sort_faults
 from data_prep.findings import equal_images, findings_of, planes
+from data_prep.folder import LOWEST_OF_CT
 from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
 from data_prep.volumes import Facts, Reader, Source, facts_of
@@ -39,6 +40,7 @@ class VolumeSurvey:
     voxels: tuple[int, ...]  # by class; none without labels
     class_slices: tuple[int, ...]  # slices that show the class
     keypoints: tuple[int, ...]  # by sampled slice
+    annotated: int | None = None  # slices with annotated voxels, if labels are sparse
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,36 @@ def survey_dataset(
     volumes, more = read_through(survey_one, sources, num_workers=num_workers)
     facts = {id: volume.facts for id, volume in volumes.items()}
     faults = [*faults, *more, *findings_of(reader, sources, facts)]
+    faults += _other_modalities(sources, volumes)
     faults = sort_faults(faults, strict=strict)
     return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
+
+
+def _other_modalities(
+    sources: Sequence[Source], volumes: Mapping[str, VolumeSurvey]
+) -> list[Fault]:
+    """Findings about volumes without labels whose values are unlike all labelled volumes'."""
+    labelled = [volume for volume in volumes.values() if volume.facts.labelled]
+    found = []
+    for source in sources:
+        volume = volumes.get(source.id)
+        if volume is None or volume.facts.labelled or not labelled:
+            continue
+        if not any(_alike(volume.intensities, other.intensities) for other in labelled):
+            low, high = volume.intensities[1], volume.intensities[-2]
+            what = f"its values, {low:.4g} to {high:.4g}, are unlike those of every labelled volume"
+            remedy = "move it away if it is of another modality"
+            found.append(finding(source.image, what, remedy))
+    return found
+
+
+def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two volumes' intensities, at PERCENTILES, can be of the same modality.
+
+    Their middle 98 % overlap, and both or neither have the negative values of CT.
+    """
+    overlap = first[1] <= second[-2] and second[1] <= first[-2]
+    return overlap and (first[0] < LOWEST_OF_CT) == (second[0] < LOWEST_OF_CT)
 
 
 def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
@@ -72,7 +102,7 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
     volume = reader.prepare(raw).volume
     num_slices = volume.image.shape[2]
     sampled = np.linspace(0, num_slices - 1, min(SAMPLED_SLICES, num_slices)).round().astype(int)
-    shown = _count_classes(volume.label, len(reader.classes))
+    shown = _count_classes(volume.label, len(reader.classes), sparse=reader.sparse)
     return VolumeSurvey(
         facts=facts_of(raw, volume),
         spacing=volume.spacing,
@@ -81,13 +111,17 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
         voxels=tuple(np.sum(shown, axis=0).tolist()) if shown else (),
         class_slices=tuple(np.count_nonzero(shown, axis=0).tolist()) if shown else (),
         keypoints=tuple(_num_keypoints(volume.image[:, :, k]) for k in sampled),
+        annotated=sum(bool(of_slice.any()) for of_slice in shown)
+        if reader.sparse and shown
+        else None,
     )
 
 
-def _count_classes(label: np.ndarray | None, num_classes: int) -> list[np.ndarray]:
+def _count_classes(label: np.ndarray | None, num_classes: int, *, sparse: bool) -> list[np.ndarray]:
     """Voxels of each class, by slice; empty without labels or if the classes are unknown."""
     slices = () if label is None or not num_classes else np.moveaxis(label, 2, 0)
-    return [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
+    counts = [np.bincount(label.ravel(), minlength=num_classes) for label in slices]
+    return [of_slice[:num_classes] for of_slice in counts] if sparse else counts
 
 
 def _num_keypoints(image: np.ndarray) -> int:
@@ -121,6 +155,7 @@ def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
                 "dtype": volume.dtype,
                 "intensities": list(map(_round, volume.intensities)),
                 "voxels": list(volume.voxels),
+                **({} if volume.annotated is None else {"annotated_slices": volume.annotated}),
                 "keypoints": list(volume.keypoints),
             }
             for id, volume in survey.volumes.items()
@@ -153,6 +188,7 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
         "planes": planes(volume.facts for volume in volumes),
         "equal_images": equal_images(volume.facts for volume in volumes),
         "classes": _classes(survey),
+        **({"annotated": _annotated(survey)} if survey.reader.sparse else {}),
         "keypoints_per_slice": {"sampled_slices": len(keypoints), **_spread(keypoints)},
         "suggestion": {
             "max_keypoints": places,
@@ -180,6 +216,18 @@ def _classes(survey: Survey) -> list[dict[str, Any]]:
         }
         for i, name in enumerate(survey.reader.classes)
     ]
+
+
+def _annotated(survey: Survey) -> dict[str, float]:
+    """Annotated slices and voxels of the volumes with labels, and all of both."""
+    labelled = [volume for volume in survey.volumes.values() if volume.annotated is not None]
+    facts = [volume.facts for volume in labelled]
+    return {
+        "slices": sum(volume.annotated or 0 for volume in labelled),
+        "of_slices": sum(fact.num_slices for fact in facts),
+        "voxels": sum(sum(volume.voxels) for volume in labelled),
+        "of_voxels": sum(math.prod(fact.size) * fact.num_slices for fact in facts),
+    }
 
 
 def _spreads(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -222,6 +270,7 @@ def as_text(survey: Survey) -> str:
         ],
         _spread_line("keypoints in a slice", sampled),
         *_class_lines(found["classes"], found["num_labelled"]),
+        *_annotated_lines(found.get("annotated")),
         "",
         f"Keypoints were counted in {sampled['sampled_slices']} slices, at most {SAMPLED_SLICES} "
         "of a volume. Suggested:",
@@ -242,6 +291,17 @@ def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:
         share = f"{of['share']:.2%}"
         lines.append(_line(f"{i} {of['name']}", of["volumes"], of["slices"], share) + never)
     return lines
+
+
+def _annotated_lines(annotated: dict[str, float] | None) -> list[str]:
+    if not annotated or not annotated["of_voxels"]:
+        return []
+    share = annotated["voxels"] / annotated["of_voxels"]
+    return [
+        "",
+        f"Annotated: {annotated['slices']} of {annotated['of_slices']} slices and {share:.2%} of "
+        "the voxels of the volumes with labels; shares of classes are of annotated voxels.",
+    ]
 
 
 def _spread_line(name: str, spread: dict[str, float]) -> str:

@@ -41,6 +41,8 @@ _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "pixel_spacing": (("acdc",), PIXEL),
     "labels": (("folder",), None),
     "classes": (("folder",), None),
+    "ignore_label": (("folder",), None),
+    "blank_slices_unannotated": (_OWN, False),
     "channel": (("nnunet",), None),
     "intensity": (_OWN, None),
     "radius": (_OWN, DEFAULT_RADIUS),
@@ -178,6 +180,12 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="names of the labels' numbers, ascending, without 0 (default: class_1,class_2,...)",
     )
+    folder.add_argument(
+        "--ignore_label",
+        type=int,
+        metavar="N",
+        help="number in the labels of voxels that nobody annotated (nnunet: of the label `ignore`)",
+    )
     nnunet = parser.add_argument_group("nnunet")
     nnunet.add_argument("--channel", help="number or name in dataset.json (default: 0)")
     own = parser.add_argument_group("folder and nnunet")
@@ -186,6 +194,12 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Intensity),
         help="ct: clip to the 1st and 99th percentile of a volume; zscore: leave as it is "
         "(default: ct if the channel is named CT or, in a folder, values fall below -200)",
+    )
+    own.add_argument(
+        "--blank_slices_unannotated",
+        action="store_true",
+        default=None,
+        help="slices whose labels are 0 throughout were not annotated: they are no background",
     )
     own.add_argument(
         "--radius",

@@ -9,6 +9,7 @@ Neighbours follow the CHD rule of the KAF paper, as do the intensities of CT; ot
 clipped.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -25,11 +26,12 @@ from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, read_nifti, slice_plane
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
 from kafjax.errors import UserError
+from kafjax.labels import STORED
 
 DEFAULT_RADIUS = 20
 FIRST_CHANNEL = "_0000"
 _LONGEST_NAME = 120
-_LOWEST_OF_CT = -200  # air is -1000 HU; other scanners' numbers are rarely negative
+LOWEST_OF_CT = -200  # air is -1000 HU; other scanners' numbers are rarely negative
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,23 @@ class OwnReader(Reader):
     classes: tuple[str, ...]
     radius: int = DEFAULT_RADIUS
     intensity: Intensity = "zscore"
+    ignore_label: int | None = None  # the files' number of voxels that nobody annotated
+    blank_slices_unannotated: bool = False  # whether slices without any class were left out
+
+    @property
+    def sparse(self) -> bool:
+        """Whether labels may leave voxels out, which are `STORED` then."""
+        return self.ignore_label is not None or self.blank_slices_unannotated
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is done with the intensities."""
-        return {"intensity": self.intensity}
+        """What is done with the intensities and, if they are sparse, with the labels."""
+        sparse = {
+            "sparse_labels": True,
+            "ignore_label": self.ignore_label,
+            "blank_slices_unannotated": self.blank_slices_unannotated,
+        }
+        return {"intensity": self.intensity, **(sparse if self.sparse else {})}
 
     def plane(self, affine: np.ndarray) -> Plane:
         """Across the coarsest axis, where there is one; else axial."""
@@ -56,6 +70,31 @@ class OwnReader(Reader):
     def prepare(self, volume: Volume) -> Prepared:
         """Clips CT to its 1st and 99th percentile; leaves other images as they are."""
         return INTENSITIES[self.intensity](volume)
+
+    def map_labels(self, raw: np.ndarray) -> np.ndarray:
+        """The files' numbers to classes, and the ignore label to `STORED`."""
+        if self.ignore_label is None:
+            return self._map_classes(raw)
+        ignored = raw == self.ignore_label
+        classes = self._map_classes(np.where(ignored, 0, raw))
+        classes[ignored] = STORED
+        return classes
+
+    def _map_classes(self, raw: np.ndarray) -> np.ndarray:
+        return super().map_labels(raw)
+
+    def read(self, source: Source) -> Volume:
+        """As `Reader.read`; also raises `DatasetError` if sparse labels annotate nothing."""
+        volume = super().read(source)
+        if not self.sparse or volume.label is None or source.label is None:
+            return volume
+        label = volume.label
+        if self.blank_slices_unannotated:
+            label = np.where((label == 0).all((0, 1)), np.uint8(STORED), label)
+        if (label == STORED).all():
+            remedy = "annotate a part of it, or move this file away"
+            raise DatasetError([Fault(source.label, "annotates no voxel", remedy)])
+        return dataclasses.replace(volume, label=label)
 
 
 @dataclass(frozen=True)
@@ -73,10 +112,9 @@ class FolderReader(OwnReader):
         """What is done with the intensities, and each class's number in the label files."""
         return {**super().facts, "label_values": list(self.label_values)}
 
-    def map_labels(self, raw: np.ndarray) -> np.ndarray:
-        """The files' numbers to classes."""
+    def _map_classes(self, raw: np.ndarray) -> np.ndarray:
         if not self.label_values:
-            return super().map_labels(raw)
+            return super()._map_classes(raw)
         values = np.array(self.label_values)
         places = np.minimum(np.searchsorted(values, raw), len(values) - 1)
         if (unknown := values[places] != raw).any():
@@ -123,6 +161,8 @@ def open_folder(
     classes: Sequence[str] = (),
     intensity: Intensity | None = None,
     radius: int = DEFAULT_RADIUS,
+    ignore_label: int | None = None,
+    blank_slices_unannotated: bool = False,
 ) -> FolderReader:
     """The reader of a folder of scans; what is wrong with the two folders is found by `find`.
 
@@ -133,20 +173,36 @@ def open_folder(
         class_<number>.
       intensity: by default `ct` where the first scan's values fall below -200, else `zscore`.
       radius: px within which keypoints of neighbouring slices correspond.
+      ignore_label: the number in label files of voxels that nobody annotated, if any.
+      blank_slices_unannotated: whether slices that show no class were left out, and are not of
+        background.
 
     Raises:
-      UserError: a radius below 1.
+      UserError: a radius or an ignore label below 1.
     """
     if radius < 1:
         raise UserError(f"radius is {radius}; expected 1 px or more")
+    if ignore_label is not None and ignore_label < 1:
+        raise UserError(f"ignore_label is {ignore_label}; expected 1 or more, as 0 is background")
     faults = _folder_faults(raw_dir, labels_dir)
     names: tuple[str, ...] = ("background",)
     values: tuple[int, ...] = ()
     if not faults and labels_dir is not None:
-        names, values, faults = _classes(labels_dir, classes)
+        sparse = ignore_label is not None or blank_slices_unannotated
+        most = MAX_CLASSES - sparse  # `STORED` is no class
+        names, values, faults = _classes(labels_dir, classes, ignore_label, most)
     if intensity is None:
         intensity = "zscore" if faults else _likely_intensity(raw_dir)
-    return FolderReader(names, radius, intensity, labels_dir, values, tuple(faults))
+    return FolderReader(
+        names,
+        radius,
+        intensity,
+        ignore_label,
+        blank_slices_unannotated,
+        labels_dir=labels_dir,
+        label_values=values,
+        faults=tuple(faults),
+    )
 
 
 def match_labels(
@@ -233,16 +289,16 @@ def _folder_faults(raw_dir: Path, labels_dir: Path | None) -> list[Fault]:
 
 
 def _classes(
-    labels_dir: Path, given: Sequence[str]
+    labels_dir: Path, given: Sequence[str], ignore_label: int | None, most: int
 ) -> tuple[tuple[str, ...], tuple[int, ...], list[Fault]]:
     """Names of the classes, their raw labels unless these are 0, 1, 2, ..., and faults."""
     found = {0}
     for path in list_entries(labels_dir).scans:
-        found |= _values_of(path)
+        found |= _values_of(path) - {ignore_label}
     numbers = sorted(found)
     faults = []
-    if len(numbers) > MAX_CLASSES:
-        remedy = f"expected labels of at most {MAX_CLASSES} classes; are these scans?"
+    if len(numbers) > most:
+        remedy = f"expected labels of at most {most} classes; are these scans?"
         faults.append(Fault(labels_dir, f"holds {len(numbers)} different values", remedy))
     if len(numbers) == 1:
         remedy = "expected whole numbers above 0 where a structure is"
@@ -271,7 +327,7 @@ def _values_of(path: Path) -> set[int]:
 def _likely_intensity(raw_dir: Path) -> Intensity:
     for path in list_entries(raw_dir).scans:
         try:
-            return "ct" if read_nifti(path).array.min() < _LOWEST_OF_CT else "zscore"
+            return "ct" if read_nifti(path).array.min() < LOWEST_OF_CT else "zscore"
         except DatasetError:
             continue
     return "zscore"

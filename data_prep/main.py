@@ -145,6 +145,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             channel=arguments.channel,
             intensity=arguments.intensity,
             radius=arguments.radius,
+            blank_slices_unannotated=arguments.blank_slices_unannotated,
         )
     if arguments.dataset == FolderReader.kind:
         return open_folder(
@@ -153,6 +154,8 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             classes=arguments.classes or (),
             intensity=arguments.intensity,
             radius=arguments.radius,
+            ignore_label=arguments.ignore_label,
+            blank_slices_unannotated=arguments.blank_slices_unannotated,
         )
     if arguments.dataset == AcdcReader.kind:
         return AcdcReader(cine=bool(arguments.cine), pixel_spacing=arguments.pixel_spacing)

@@ -29,6 +29,7 @@ from kafjax.errors import UserError
 _FILE = "dataset.json"
 _PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
 _LAYOUT = (_FILE, *(name for part in _PARTS for name in part))
+_IGNORE = "ignore"  # the name of the label of voxels that nobody annotated
 _EXPECTED = "imagesTr/<case>_0000.nii.gz"
 _CONVERT = "nnUNetv2_convert_MSD_dataset and nnUNetv2_convert_old_nnUNet_dataset write version 2"
 
@@ -171,11 +172,13 @@ def open_nnunet(
     channel: str | None = None,
     intensity: Intensity | None = None,
     radius: int | None = None,
+    blank_slices_unannotated: bool = False,
 ) -> NnunetReader:
     """The reader that a folder's `dataset.json` describes; `find` reports the faults in it.
 
     `channel` is a number or a name, by default 0. `intensity` defaults to `ct` for a channel named
-    CT, else to `zscore`. Raises `ValueError` for a radius below 1.
+    CT, else to `zscore`. `blank_slices_unannotated` is `OwnReader`'s. Raises `ValueError` for a
+    radius below 1.
     """
     if radius is not None and radius < 1:
         raise UserError(f"radius is {radius}; expected 1 px or more")
@@ -190,6 +193,8 @@ def open_nnunet(
     name = channels[number] if number < len(channels) else ""
     return NnunetReader(
         classes=_classes(path, description, faults),
+        ignore_label=_ignore_label(description),
+        blank_slices_unannotated=blank_slices_unannotated,
         radius=DEFAULT_RADIUS if radius is None else radius,
         channel=number,
         channel_name=name,
@@ -265,10 +270,18 @@ def _classes(
         labels = description.get("labels")
         problem = _labels_problem(labels)
         if labels is not None and problem is None:
-            return tuple(sorted(labels, key=labels.__getitem__))
+            names = sorted(labels, key=labels.__getitem__)
+            return tuple(name for name in names if name != _IGNORE)
         assert problem is not None
         faults.append(Fault(path, *problem))
     return ()
+
+
+def _ignore_label(description: dict[str, Any] | None) -> int | None:
+    """The number of the ignore label, if there is one; `_classes` reports what is wrong with it."""
+    labels = (description or {}).get("labels")
+    number = labels.get(_IGNORE) if isinstance(labels, dict) else None
+    return number if type(number) is int else None
 
 
 def _labels_problem(labels: Any) -> tuple[str, str] | None:
@@ -281,8 +294,6 @@ def _labels_problem(labels: Any) -> tuple[str, str] | None:
             f"labels are regions ({', '.join(regions)})",
             "regions are not supported; give each label one number and one name",
         )
-    if "ignore" in labels:
-        return "has an ignore label", "it is not supported; label those voxels or leave them 0"
     numbers = list(labels.values())
     if not all(type(number) is int for number in numbers):
         old = f"; {_CONVERT}" if all(name.isdecimal() for name in labels) else ""
@@ -291,6 +302,11 @@ def _labels_problem(labels: Any) -> tuple[str, str] | None:
         return (
             f"labels are numbered {', '.join(map(str, sorted(numbers)))}",
             "expected 0 (the background), 1, 2, ... without gaps",
+        )
+    if _IGNORE in labels and labels[_IGNORE] != max(numbers):
+        return (
+            f"the ignore label is {labels[_IGNORE]}",
+            f"expected {max(numbers)}, the last number, as in nnU-Net",
         )
     if len(numbers) > MAX_CLASSES:
         return f"has {len(numbers)} labels", f"expected at most {MAX_CLASSES}"

@@ -51,7 +51,7 @@ class Volume:
 
     id: str
     image: np.ndarray
-    label: np.ndarray | None  # uint8, classes
+    label: np.ndarray | None  # uint8, classes, or `STORED` where nobody annotated
     spacing: tuple[float, float, float]  # mm, (row, col, slice)
     affine: np.ndarray  # (row, col, slice) index to NIfTI's mm
     sha256: dict[str, str]
@@ -100,6 +100,11 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def prepare(self, volume: Volume) -> Prepared:
         """Applies grid and intensity rules. Raises `DatasetError` for a constant image."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether labels may be `STORED` where nobody annotated."""
+        return False
 
     @property
     def facts(self) -> dict[str, Any]:

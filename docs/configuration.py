@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from kafjax.configs import chd_pretrain
+from kafjax.configs import chd_pretrain, own_finetune
 from kafjax.training.config_checks import check_fields, flatten
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -75,6 +75,11 @@ _SECTIONS = {
     "": ("The run", ""),
     "data": ("Data", ""),
     "model": ("Network", "Numbers in parentheses are sections of [the method](method.md)."),
+    "semi": (
+        "Volumes without labels",
+        "`own_finetune:mean_teacher` and `own_finetune:copy_paste`, or after `scratch,`; "
+        "[how to use them](usage.md#scans-without-labels).",
+    ),
     "augment": (
         "Augmentation",
         "Fine-tuning on CHD and phantoms only crops slices at random: all probabilities are 0. "
@@ -99,7 +104,13 @@ _MEANINGS = {
     "data.patch_size": "Part of a slice that the network sees, pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",
-    "data.include_test": "Pretrain on the test set, nnU-Net's `imagesTs`, too.",
+    "data.include_test": "Train on the test set, nnU-Net's `imagesTs`, too, without its labels.",
+    "data.unlabelled_share": "Fraction of each batch without labels.",
+    "semi.method": "How volumes without labels are used.",
+    "semi.weight": "Largest weight of the loss by the teacher.",
+    "semi.start": "Fraction of the run before that loss counts; only labelled slices until then.",
+    "semi.ramp": "Fraction of the run over which its weight rises.",
+    "semi.box": "Edge of the pasted box, as a fraction of the patch's.",
     "data.validation": "Names of volumes or subjects to validate on, instead of folds.",
     "data.splits_file": "nnU-Net's `splits_final.json`; `data.fold` selects its fold.",
     "data.num_folds": "Number of folds of the labelled subjects.",
@@ -187,6 +198,7 @@ def page() -> str:
         for dataset in DATASETS
     }
     methods = {name: _fields(chd_pretrain.get_config(name)) for name in chd_pretrain.METHODS}
+    methods |= {name: _fields(own_finetune.get_config(name)) for name in own_finetune.SEMI}
     rules = _rules([*runs.values(), *methods.values()])
     comments = _comments()
     if stale := _MEANINGS.keys() - rules.keys():
@@ -203,7 +215,8 @@ def page() -> str:
                 values = " | ".join(_values(path, task, runs, methods) for task in TASKS)
                 parts.append(f"| `{path}` | {text} | {rule} | {values} |")
         parts.append("")
-    return "\n".join([*parts, *_methods(methods)])
+    pretraining = {name: methods[name] for name in chd_pretrain.METHODS}
+    return "\n".join([*parts, *_methods(pretraining)])
 
 
 def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -254,8 +267,12 @@ def _values(
         cell = _value(runs[task, dataset], path)
         if cell != cells[0]:
             cells.append(f"{dataset} {cell}")
-    if task == "pretrain" and path not in fields:
-        cells += [f"{name} {_value(of, path)}" for name, of in methods.items() if path in of]
+    if path not in fields and (task == "pretrain" or cells == ["-"]):
+        cells += [
+            f"{name} {_value(of, path)}"
+            for name, of in methods.items()
+            if path in of and (name in chd_pretrain.METHODS) == (task == "pretrain")
+        ]
     # A dash is written only if there is nothing else.
     return ", ".join(cells[1:] if cells[0] == "-" and len(cells) > 1 else cells)
 

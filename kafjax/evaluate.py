@@ -21,6 +21,9 @@ def _run_from_command_line() -> None:
     labels = define_path("labels", None, "Their references; without, only volumes in mm^3.")
     output = define_path("output", None, "Of the results. Default: that of --predictions.")
     classes = flags.DEFINE_list("classes", [], "Names of the predictions' numbers 1, 2, ...")
+    ignore_label = flags.DEFINE_integer(
+        "ignore_label", None, "Number in --labels of voxels that nobody annotated.", lower_bound=1
+    )
     split = flags.DEFINE_enum("split", "validation", SPLITS, "Which volumes of the run.")
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
@@ -39,7 +42,11 @@ def _run_from_command_line() -> None:
             from kafjax.inference.folders import evaluate_folders
 
             evaluate_folders(
-                predictions.value, labels.value, output=output.value, classes=classes.value
+                predictions.value,
+                labels.value,
+                output=output.value,
+                classes=classes.value,
+                ignore_label=ignore_label.value,
             )
             return
         evaluate_run(

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, ScalarLike
 
+from kafjax.labels import IGNORED
+
 # The supervised contrastive loss of Khosla et al. is scaled by temperature / base temperature.
 BASE_TEMPERATURE = 0.07
 
@@ -183,6 +185,7 @@ def cross_entropy(
     label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
+    ignoring: bool = False,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy over all pixels.
@@ -191,17 +194,20 @@ def cross_entropy(
       logits: of d classes.
       label: class numbers below d.
       class_weights: d numbers that weight each pixel by its class in the mean.
-      axis_name: the mapped axis over which a batch is spread, if any. With class weights every
-        device gets the loss of the global batch; without, the loss of its own part, and the mean
-        over devices is the same.
+      ignoring: the label may have pixels `IGNORED`, which do not count. 0 if all are.
+      axis_name: the mapped axis over which a batch is spread, if any. With class weights or
+        `ignoring` every device gets the loss of the global batch; without, the loss of its own
+        part, and the mean over devices is the same.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # Integer labels would need a gather, whose gradient, a scatter, is slow to compile and run.
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     of_pixel = optax.softmax_cross_entropy(logits, of_label)
-    if class_weights is None:
+    if class_weights is None and not ignoring:
         return jnp.mean(of_pixel)
-    weights = of_label @ jnp.asarray(class_weights, logits.dtype)
+    # An ignored pixel is of no class, so its weight is 0.
+    of_class = jnp.ones(logits.shape[-1]) if class_weights is None else jnp.asarray(class_weights)
+    weights = of_label @ of_class.astype(logits.dtype)
     total, weight = _global_sum((jnp.sum(weights * of_pixel), jnp.sum(weights)), axis_name)
     return total / jnp.maximum(weight, jnp.finfo(logits.dtype).tiny)
 
@@ -211,6 +217,7 @@ def dice_loss(
     label: Integer[Array, "b h w"],
     *,
     class_weights: Sequence[float] | None = None,
+    ignoring: bool = False,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
     """The mean of one minus the soft Dice of each foreground class over the whole batch.
@@ -224,12 +231,15 @@ def dice_loss(
       logits: of d classes.
       label: class numbers below d.
       class_weights: d numbers that weight the mean; the background's is not used.
+      ignoring: the label may have pixels `IGNORED`, which no sum covers.
       axis_name: the mapped axis over which a batch is spread, if any. Every device then gets the
         loss of the global batch.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     of_label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)[..., 1:]
     probabilities = jax.nn.softmax(logits)[..., 1:]
+    if ignoring:
+        probabilities *= (label != IGNORED)[..., None]
     pixels = (0, 1, 2)
     common, both = _global_sum(
         (
@@ -243,6 +253,24 @@ def dice_loss(
         return jnp.mean(loss)
     weights = jnp.asarray(class_weights, loss.dtype)[1:]
     return jnp.sum(weights * loss) / jnp.sum(weights)
+
+
+def consistency(
+    logits: Float[Array, "b h w d"],
+    target: Float[Array, "b h w d"],
+) -> Float[Array, ""]:
+    """Mean over pixels of the squared distance between two predictions' probabilities.
+
+    The consistency cost of Tarvainen and Valpola (NeurIPS 2017), summed over classes.
+
+    Args:
+      logits: the student's.
+      target: the teacher's logits.
+    """
+    student, teacher = (
+        jax.nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (logits, target)
+    )
+    return jnp.mean(jnp.sum((student - teacher) ** 2, axis=-1))
 
 
 def _global_sum(sums: Any, axis_name: str | None) -> Any:

@@ -1,7 +1,8 @@
 """Segmentation metrics: pooled Dice and surface distances.
 
 Labels and predictions are integer class numbers, 0 the background; results are for the classes
-1..d-1, in order. Volumes are arrays of any number of axes, with a spacing in mm for each.
+1..d-1, in order. Where a label is negative nobody annotated, and nothing counts. Volumes are arrays
+of any number of axes, with a spacing in mm for each.
 
 Pooled Dice is the paper's (docs/method.md section 8): pixels are first counted over all slices of
 all volumes. Counts are integers and add up, so batches, devices and their order do not matter. The
@@ -29,7 +30,7 @@ def count_pixels(
 
     Args:
       prediction: int [b, ...], class numbers.
-      label: int [b, ...], the same shape.
+      label: int [b, ...], the same shape; pixels below 0 are not annotated and do not count.
       num_classes: d, with the background.
       valid: bool [b]; false samples do not count.
 
@@ -40,6 +41,7 @@ def count_pixels(
     classes = jnp.arange(num_classes)
     predicted = jnp.asarray(prediction)[..., None] == classes
     labelled = jnp.asarray(label)[..., None] == classes
+    predicted &= jnp.asarray(label)[..., None] >= 0
     if valid is not None:
         real = jnp.asarray(valid).reshape(-1, *[1] * (predicted.ndim - 1))
         predicted, labelled = predicted & real, labelled & real
@@ -78,7 +80,8 @@ class ClassMetrics(NamedTuple):
     """One class of one volume.
 
     Attributes:
-      dice: in [0, 1]; NaN where neither the prediction nor the label has the class.
+      dice: in [0, 1]; NaN where neither the prediction nor the label has the class. HD95 and ASSD
+        are also NaN where a part of the volume is not annotated: its surfaces are not known.
       hd95: mm, the greater of the two directed 95th percentiles of the distances between surfaces.
       assd: mm, the mean of all those distances, both ways.
       empty: neither has the class; dice, hd95 and assd are NaN.
@@ -114,10 +117,12 @@ def volume_metrics(
             f"prediction {prediction.shape}, label {label.shape} and spacing {tuple(spacing)}; "
             "expected equal shapes, and a spacing for each axis"
         )
-    return [
-        _class_metrics(prediction == number, label == number, np.asarray(spacing, float))
-        for number in range(1, num_classes)
+    known = label >= 0
+    found = [
+        _class_metrics((prediction == i) & known, label == i, np.asarray(spacing, float))
+        for i in range(1, num_classes)
     ]
+    return found if known.all() else [m._replace(hd95=np.nan, assd=np.nan) for m in found]
 
 
 def _class_metrics(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> ClassMetrics:

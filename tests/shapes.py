@@ -11,7 +11,7 @@ import numpy as np
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeCallHintViolation
 
-MODULES = ("assignment", "augment", "intensity", "losses", "models")
+MODULES = ("assignment", "augment", "components", "intensity", "losses", "mixing", "models")
 
 
 def check_signatures() -> None:

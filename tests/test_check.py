@@ -209,3 +209,14 @@ def test_json_that_cannot_be_written_is_one_line(phantom_raw, tmp_path, capsys):
     path = tmp_path / "none" / "found.json"
     status, _, errors = check(capsys, "--dataset", "chd", "--raw_dir", phantom_raw, "--json", path)
     assert (status, errors) == (1, [f"error: {path}: No such file or directory"])
+
+
+def test_unlabelled_volumes_of_another_modality_are_found(tmp_path):
+    write_nnunet(tmp_path, unlabelled=("case_003", "case_004"), channels=("scan",))
+    path = tmp_path / "imagesTr" / "case_004_0000.nii.gz"
+    image = np.asarray(nib.load(path).dataobj)
+    save(path, (image - image.min()).astype(np.int16))  # no longer in HU
+    _, faults = survey_dataset(open_nnunet(tmp_path), tmp_path, num_workers=0)
+    (found,) = faults
+    assert (found.path.name, found.stops) == ("case_004_0000.nii.gz", False)
+    assert "are unlike those of every labelled volume" in found.found

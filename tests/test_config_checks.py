@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from kafjax.config_files import shipped_names
-from kafjax.configs import chd_pretrain, phantom_finetune, phantom_pretrain
+from kafjax.configs import chd_pretrain, own_finetune, phantom_finetune, phantom_pretrain
 from kafjax.training.config_checks import check_fields
 
 CONFIGS = shipped_names()
@@ -26,6 +26,61 @@ def test_every_config_passes(name: str) -> None:
     for method in chd_pretrain.METHODS if name.endswith("pretrain") else ():
         check_fields(get_config(method))
     check_fields(get_config())
+
+
+@pytest.mark.parametrize("variant", ["mean_teacher", "copy_paste", "scratch,copy_paste"])
+def test_variants_with_unlabelled_volumes_pass(variant: str) -> None:
+    config = own_finetune.get_config(variant)
+    check_fields(config)
+    assert ("init_from" in config) == ("scratch" not in variant)
+    assert config.batch_size == 2 * own_finetune.get_config().batch_size
+
+
+@pytest.mark.parametrize("variant", ["mean_teacher,copy_paste", "scratch,pretrained", "scratches"])
+def test_other_variants_are_refused(variant: str) -> None:
+    with pytest.raises(ValueError, match=r"is '(scratch|mean_teacher,)"):
+        own_finetune.get_config(variant)
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "line"),
+    [
+        (
+            "copy_paste",
+            {"data__unlabelled_share": 0.25},
+            "config.semi.method is 'copy_paste', expected mean_teacher, or "
+            "config.data.unlabelled_share=0.5 for copy_paste, which pairs slices",
+        ),
+        (
+            "mean_teacher",
+            {"data__unlabelled_share": 0.01},
+            "config.data.unlabelled_share is 0.01, expected a share that leaves labelled and "
+            "unlabelled slices in a batch",
+        ),
+        (
+            "mean_teacher",
+            {"optimizer__average_decay": 0.0},
+            "config.optimizer.average_decay is 0.0, expected above 0 for a config with "
+            "config.semi: the averaged weights are the teacher",
+        ),
+        (
+            "mean_teacher",
+            {"semi__box": 0.5},
+            "config.semi.box is not a field of task 'segment', expected no such field",
+        ),
+        (
+            "pretrained",
+            {"data__unlabelled_share": 0.5},
+            "config.data.unlabelled_share is not a field of task 'segment', expected no such field",
+        ),
+    ],
+)
+def test_a_mistake_of_semi_supervision_is_told(
+    variant: str, fields: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        check_fields(changed(own_finetune.get_config(variant), **fields))
+    assert str(error.value) == line
 
 
 @pytest.mark.parametrize(

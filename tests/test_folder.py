@@ -14,6 +14,7 @@ from data_prep.prepare import prepare_dataset
 from data_prep.readers import reader_of
 from data_prep.subjects import read_subjects
 from kafjax.data.dataset import labelled_volumes, open_dataset, volumes_for_test
+from kafjax.data.splits import Split
 from kafjax.training.preflight import split_run
 from tests.raw_layouts import heart, save, write_nnunet
 from tests.runs import tiny_config
@@ -194,4 +195,4 @@ def test_a_test_set_is_on_no_side_unless_asked(tmp_path: Path) -> None:
     assert split_run(config, dataset).train == tuple(dataset.volumes)
     config.data.update({"fold": None, "num_labeled": None})
     del config.data["include_test"]
-    assert split_run(config, dataset) == (("case_001", "case_002"), ())
+    assert split_run(config, dataset) == Split(("case_001", "case_002"), ())

@@ -162,7 +162,7 @@ def test_readers_of_other_kinds_come_from_metadata_too():
     ("changes", "found"),
     [
         ({"labels": {"background": 0, "tumour": [1, 2]}}, r"labels are regions \(tumour\)"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "has an ignore label"),
+        ({"labels": {"background": 0, "ignore": 1, "a": 2}}, "the ignore label is 1; expected 2"),
         ({"labels": {"background": 0, "a": 2}}, "labels are numbered 0, 2"),
         ({"labels": {"0": "background", "1": "a"}}, "nnUNetv2_convert_MSD_dataset"),
         ({"labels": {"background": 0, "a": True}}, "labels is"),

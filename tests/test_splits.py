@@ -17,6 +17,7 @@ from kafjax.data.splits import (
     split_by_names,
     split_volumes,
     subject_of,
+    unlabelled_volumes,
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
@@ -205,3 +206,15 @@ def test_nnunets_splits_file_is_read(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"splits_file is .*expected nnU-Net's splits_final"):
             read_splits_file(path, 0)
+
+
+def test_unlabelled_volumes_are_all_others_of_subjects_that_are_not_held_out() -> None:
+    volumes = ["p1_frame1", "p1_frame2", "p2_frame1", "p2_frame2", "p3", "p4", "p5", "t1"]
+    split = Split(("p1_frame1",), ("p2_frame1",))
+    subject = group_subjects(volumes, [["p3", "p2_frame2"], ["p4", "t1"]])
+    found = unlabelled_volumes(volumes, split, apart=["t1"], subject=subject)
+    # p3 is a scan of p2, which is validated on, and p4 one of the test set.
+    assert found == ("p1_frame2", "p5")
+    assert unlabelled_volumes(volumes, split, apart=[], subject=subject) == (
+        *("p1_frame2", "p4", "p5", "t1"),
+    )

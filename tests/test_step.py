@@ -217,6 +217,7 @@ class Line:
     """Fits a number; counts how often its loss is traced."""
 
     traces = 0
+    has_teacher = False
 
     def init(self):
         return {"params": {"w": np.float32(3)}, "batch_stats": {}}
@@ -225,6 +226,31 @@ class Line:
         self.traces += 1
         loss = ((params["w"] - batch["x"]) ** 2).mean()
         return loss, ({"loss": loss}, batch_stats)
+
+
+class Taught(Line):
+    """Fits the teacher's number in place of the batch's."""
+
+    has_teacher = True
+
+    def loss(self, params, batch_stats, batch, teacher):
+        distance = params["w"] - jax.lax.stop_gradient(teacher["params"]["w"]) - batch["x"]
+        return (distance**2).mean(), ({"loss": (distance**2).mean()}, batch_stats)
+
+
+def test_the_teacher_is_the_average_before_the_step() -> None:
+    task, optimizer = Taught(), make_optimizer(tiny_config(Path("a/b/c")).optimizer)
+    update = make_update(task, optimizer, average_decay=0.5)
+    state = replicate(init_state(task, optimizer, averages=True))
+    weight = average = 3.0
+    for step in range(4):
+        state, metrics = update(state, *step_inputs({"x": np.ones(8, np.float32)}, 0.1))
+        np.testing.assert_allclose(to_host(metrics)["loss"], (weight - average - 1) ** 2, rtol=1e-5)
+        host = to_host(state)
+        weight = float(host.params["w"])
+        kept = min(0.5, (1 + step) / (10 + step))
+        average = kept * average + (1 - kept) * weight
+        np.testing.assert_allclose(host.average["params"]["w"], average, rtol=1e-5)
 
 
 def test_later_steps_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:

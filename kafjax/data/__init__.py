@@ -13,11 +13,13 @@ __all__, __getattr__ = public(
         ".samples": (
             "make_pair",
             "make_labelled",
+            "make_unlabelled",
         ),
         ".batches": (
             "BatchOptions",
             "pretraining_batches",
             "segmentation_batches",
+            "semi_supervised_batches",
             "evaluation_batches",
         ),
         ".dataset_files": (

@@ -16,6 +16,7 @@ import numpy as np
 from kafjax.cores import usable_cores
 from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
 from kafjax.errors import UserError
+from kafjax.labels import IGNORED, STORED
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Slice:
     """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
 
     `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
-    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w], or None
-    if not requested.
+    `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w], `IGNORED`
+    where nobody annotated, or None if not requested.
     """
 
     image: np.ndarray
@@ -92,6 +93,9 @@ class SliceDataset:
         keypoints = features["keypoints"].astype(np.int32)
         image = np.subtract(features["image"], features["mean"], dtype=np.float32)
         image /= np.float32(features["std"])
+        label = features["label"][..., 0].astype(np.int32) if with_label else None
+        if label is not None and self.metadata.get("sparse_labels"):
+            label[label == STORED] = IGNORED
         return Slice(
             image=image,
             keypoints=keypoints,
@@ -100,7 +104,7 @@ class SliceDataset:
             index=features["slice_index"],
             num_slices=features["num_slices"],
             spacing=features["spacing"],
-            label=features["label"][..., 0].astype(np.int32) if with_label else None,
+            label=label,
         )
 
     def read_volume(self, name: str) -> list[Slice]:
@@ -156,6 +160,27 @@ def labelled_volumes(dataset: SliceDataset) -> tuple[str, ...]:
     """The volumes that have labels, in order of name."""
     facts = dataset.metadata["volumes"]
     return tuple(name for name in select_volumes(dataset) if facts[name]["labelled"])
+
+
+def records_of(
+    dataset: SliceDataset, volumes: Sequence[str] | None = None, *, annotated: bool | None = None
+) -> list[int]:
+    """Global record numbers of volumes' slices, in order of volume and slice.
+
+    Args:
+      dataset: contains the volumes.
+      volumes: names, all by default.
+      annotated: only slices with annotated pixels, or only those without.
+
+    Raises:
+      ValueError: unknown or repeated names.
+    """
+    found: list[int] = []
+    for name in select_volumes(dataset, volumes):
+        records, facts = dataset.volumes[name], dataset.metadata["volumes"][name]
+        known = {records[i] for i in facts.get("annotated", range(len(records)))}
+        found += [r for r in records if annotated is None or (r in known) == annotated]
+    return found
 
 
 def volumes_for_test(dataset: SliceDataset) -> tuple[str, ...]:

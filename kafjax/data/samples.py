@@ -22,6 +22,7 @@ from kafjax.data.patches import (
     patch_origin,
     patch_origin_around,
 )
+from kafjax.labels import IGNORED
 
 Batch = dict[str, np.ndarray]
 
@@ -94,7 +95,7 @@ def make_labelled(
     assert labelled.label is not None
     origin = patch_origin(labelled.label.shape, patch_size, rng)
     view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
 
 
 def make_foreground(
@@ -128,10 +129,32 @@ def make_foreground(
     else:
         origin = patch_origin(labelled.label.shape, patch_size, rng)
     view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(view, labelled, origin, patch_size, (sample, record, seed))
+    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
+
+
+def make_unlabelled(
+    dataset: SliceDataset,
+    sample: int,
+    record: int,
+    *,
+    patch_size: PatchSize,
+    seed: int,
+    patch_keypoints: int | None = None,
+) -> Batch:
+    """One slice cropped at random for (seed, sample), whose label, if it has one, is not read.
+
+    Returns the fields of `make_labelled`; every pixel of the label is `IGNORED`.
+    """
+    rng = np.random.default_rng((seed, sample))
+    unlabelled = dataset.read(record)
+    origin = patch_origin(unlabelled.image.shape[:2], patch_size, rng)
+    view, _ = _crop(dataset, unlabelled, origin, patch_size, patch_keypoints, rng)
+    label = np.full(patch_size, IGNORED, np.int32)
+    return {**view, "label": label, **_numbers(sample, record, seed)}
 
 
 def _labelled_sample(
+    dataset: SliceDataset,
     view: Batch,
     labelled: Slice,
     origin: np.ndarray,
@@ -140,10 +163,19 @@ def _labelled_sample(
 ) -> Batch:
     """The fields of `make_labelled`; `numbers` are the sample, the record and the seed."""
     assert labelled.label is not None
-    sample, record, seed = numbers
+    # Padding is background, or in datasets with sparse labels not annotated: it would outweigh what
+    # is.
+    outside = IGNORED if dataset.metadata.get("sparse_labels") else 0
     return {
         **view,
-        "label": cut_patch(labelled.label, origin, patch_size),
+        "label": cut_patch(labelled.label - outside, origin, patch_size) + outside,
+        **_numbers(*numbers),
+    }
+
+
+def _numbers(sample: int, record: int, seed: int | None) -> Batch:
+    """A sample's numbers, as fields."""
+    return {
         "record": np.array(record, np.int32),
         "sample": np.array(sample % 2**32, np.uint32),
         "seed": np.array((seed or 0) % 2**32, np.uint32),

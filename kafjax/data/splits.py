@@ -28,10 +28,14 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Split(NamedTuple):
-    """Names of the volumes to train on and to validate on; no subject is on both sides."""
+    """Names of the volumes to train on and to validate on; no subject is on both sides.
+
+    `unlabelled` are trained on without their labels, in semi-supervised runs.
+    """
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
 
 
 def subject_of(volume: str) -> str:
@@ -203,6 +207,21 @@ def split_by_names(
         tuple(v for name in subjects for v in sorted(chosen) if subject[v] == name),
         tuple(sorted(held_out)),
     )
+
+
+def unlabelled_volumes(
+    volumes: Sequence[str], split: Split, *, apart: Sequence[str], subject: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The volumes to train on without labels: all others of subjects that are not held out.
+
+    Args:
+      volumes: names of all volumes.
+      split: of the labelled ones.
+      apart: names of volumes, such as the test set, that are held out with their subjects.
+      subject: of each volume, see `group_subjects`.
+    """
+    held_out = {subject[volume] for volume in (*split.validation, *apart)}
+    return tuple(v for v in sorted(volumes) if v not in split.train and subject[v] not in held_out)
 
 
 def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[list[str], list[str]]:

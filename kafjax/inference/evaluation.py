@@ -118,7 +118,7 @@ def evaluate(
 def _predict_labelled(
     predictor: Predictor, dataset: SliceDataset, name: str
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """A volume's predicted classes and labels, uint8 [row, col, slice], and its spacing in mm."""
+    """A volume's predicted classes, uint8 [row, col, slice], labels, int16, and spacing in mm."""
     slices = dataset.read_volume(name)
     views = [(s.image, s.keypoints, s.mask) for s in slices]
     found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
@@ -345,7 +345,7 @@ def format_table(results: Results) -> str:
 
 
 def _label(slices: Sequence[Slice]) -> np.ndarray:
-    return np.stack([s.label for s in slices if s.label is not None], axis=-1).astype(np.uint8)
+    return np.stack([s.label for s in slices if s.label is not None], axis=-1).astype(np.int16)
 
 
 def _mean_and_std(values: list[float]) -> dict[str, float | None]:

@@ -32,6 +32,7 @@ from kafjax.inference.evaluation import (
     write_results,
 )
 from kafjax.inference.volumes import count_mm3, write_volumes
+from kafjax.labels import IGNORED
 from kafjax.paths import expand
 from kafjax.segmentation_metrics import count_pixels, volume_metrics
 from kafjax.workdir.environment import describe_environment
@@ -47,6 +48,7 @@ def evaluate_folders(
     output: str | os.PathLike[str] | None = None,
     classes: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
+    ignore_label: int | None = None,
 ) -> Results | None:
     """Scores a folder of predictions, prints a table and writes it.
 
@@ -57,6 +59,8 @@ def evaluate_folders(
       classes: names of the files' numbers in ascending order, without 0; if there are not as many,
         of 1, 2, ..., and higher numbers are background. By default class_<number>.
       numbers: of the background and the classes in the files, if known.
+      ignore_label: the number in the references of voxels that nobody annotated, which do not
+        count.
 
     Returns:
       What `evaluation.json` holds; None without `labels`.
@@ -79,14 +83,14 @@ def evaluate_folders(
         if not faults:
             for line in notes:
                 print(f"note: {line}", flush=True)
-    seen, more = _numbers(found, pairs, classes)
+    seen, more = _numbers(found, pairs, classes, ignore_label)
     numbers = seen if numbers is None else numbers
     if faults := [*faults, *more]:
         raise DatasetError(faults)
     names = tuple(classes) or tuple(f"class_{number}" for number in numbers[1:])
     target = folder if output is None else expand(output)
     target.mkdir(parents=True, exist_ok=True)
-    results, mm3 = _compare(found, pairs, numbers, names)
+    results, mm3 = _compare(found, pairs, numbers, names, ignore_label)
     write_volumes(mm3, target / "volumes.csv")
     if results is None:
         print(f"{folder}: {len(found)} predictions; volumes: {target / 'volumes.csv'}")
@@ -145,7 +149,10 @@ def _scans(folder: Path, *, beside: bool = False) -> tuple[dict[str, Path], list
 
 
 def _numbers(
-    predictions: Mapping[str, Path], pairs: Mapping[str, Path | None], classes: Sequence[str]
+    predictions: Mapping[str, Path],
+    pairs: Mapping[str, Path | None],
+    classes: Sequence[str],
+    ignore_label: int | None,
 ) -> tuple[list[int], list[Fault]]:
     """The classes' numbers, the background first, and all faults of the files."""
     numbers = {0}
@@ -161,7 +168,7 @@ def _numbers(
             values = np.unique(file.array)
             if problem := label_problem(values):
                 faults.append(Fault(place, problem, "expected whole numbers of classes"))
-            numbers |= set(map(int, values))
+            numbers |= set(map(int, values)) - {ignore_label}
         if len(files) == 2:
             faults += grid_faults(*files[1], *files[0], of="the reference")
     if classes and len(numbers) != len(classes) + 1:
@@ -178,6 +185,7 @@ def _compare(
     pairs: Mapping[str, Path | None],
     numbers: Sequence[int],
     names: Sequence[str],
+    ignore_label: int | None,
 ) -> tuple[Results | None, dict[str, dict[str, Any]]]:
     """Results as of a run, and the volumes of all predictions."""
     counts = np.zeros((len(numbers), 3), np.int64)
@@ -187,7 +195,11 @@ def _compare(
         spacing = nib.affines.voxel_sizes(predicted.affine)
         found = _as_classes(predicted, numbers)
         reference = pairs[stem]
-        label = None if reference is None else _as_classes(read_nifti(reference), numbers)
+        label = None
+        if reference is not None:
+            drawn = read_nifti(reference)
+            label = _as_classes(drawn, numbers).astype(np.int16)
+            label[drawn.array == ignore_label] = IGNORED
         mm3[stem] = count_mm3(found, label, names, spacing)
         if label is None:
             continue

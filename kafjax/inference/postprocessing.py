@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
     Attributes:
       prediction: class numbers, any integer type, three axes.
-      label: of the same shape.
+      label: of the same shape; negative where nobody annotated.
       voxel: mm^3 of an element.
     """
 
@@ -72,6 +72,8 @@ def choose_rules(
     """
     smallest = np.full(len(classes), np.inf)
     for label, voxel in labels:
+        if label.min(initial=0) < 0:
+            continue  # structures are annotated in part, so their sizes are not known
         sizes = [np.bincount(_components(label == i + 1))[1:] for i in range(len(classes))]
         smallest = np.minimum(smallest, [voxel * min(of, default=np.inf) for of in sizes])
     candidates: list[list[str | float | None]] = [
@@ -82,9 +84,10 @@ def choose_rules(
     for example in examples:
         for i, rules_of_class in enumerate(candidates):
             mask, label = example.prediction == i + 1, example.label == i + 1
+            known = example.label >= 0
             for j, rule in enumerate(rules_of_class):
                 kept = mask if rule is None else _kept(mask, rule, example.voxel)
-                dice[i][j].append(_dice(kept, label))
+                dice[i][j].append(_dice(kept & known, label))
     rules: Rules = {}
     for name, rules_of_class, of_class in zip(classes, candidates, dice, strict=True):
         means = [_mean(of_rule) for of_rule in of_class]

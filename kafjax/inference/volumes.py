@@ -20,11 +20,14 @@ def count_mm3(
 
     Args:
       prediction: class numbers.
-      label: of the same shape, or None.
+      label: of the same shape, or None; also its volumes are None if a part is negative, which
+        nobody annotated.
       classes: names of the classes 1, 2, ...
       spacing: mm between elements along each axis.
     """
     voxel = float(np.prod(spacing))
+    if label is not None and label.min(initial=0) < 0:
+        label = None
     found, there = (
         None if a is None else np.bincount(a.ravel(), minlength=len(classes) + 1) * voxel
         for a in (prediction, label)

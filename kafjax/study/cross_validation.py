@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 
-from kafjax.data.batches import steps_per_epoch
 from kafjax.data.dataset import open_dataset
 from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
@@ -34,7 +33,7 @@ from kafjax.study.plan import Row, Study, Table
 from kafjax.study.results import write_results
 from kafjax.study.runs import complete_scores, find_runs, plan_runs, run_config
 from kafjax.training.loop import train
-from kafjax.training.preflight import open_run_split
+from kafjax.training.preflight import open_run_split, run_epoch
 from kafjax.workdir.lock import LockedError, locked
 from kafjax.workdir.workdir import Workdir
 
@@ -129,7 +128,7 @@ def _check_splits(study: Study) -> None:
     for run in study.runs:
         try:
             split = open_run_split(run_config(config, run), Workdir(study.root / run.name), dataset)
-            steps_per_epoch(dataset, config.batch_size, split.names.train)
+            run_epoch(config, dataset, split.names)
         except UserError as error:
             faults[f"fold {run.fold}, M = {run.num_labeled}: {error}"] = None
     if faults:

@@ -46,14 +46,21 @@ def sample_keys(batch: Batch) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(root, batch["sample"])
 
 
-def make_transform(function: Callable[..., Any], config: Any) -> Callable[..., Any]:
+def make_transform(
+    function: Callable[..., Any], config: Any, *, with_intensity: bool = True
+) -> Callable[..., Any]:
     """`augment_view` or `augment_pair` with the options of `config.augment`."""
     transform = augment.AugmentConfig(**_ranges(config.augment.transform))
-    fields = config.augment.get("intensity")  # absent in runs of older versions
-    changes = fields is not None and fields.probability > 0
-    intensity = IntensityConfig(**_ranges(fields)) if changes else None
+    intensity = make_intensity(config) if with_intensity else None
     mode = config.augment.keypoints
     return functools.partial(function, mode=mode, config=transform, intensity=intensity)
+
+
+def make_intensity(config: Any) -> IntensityConfig | None:
+    """The intensity changes of `config.augment`, or None if they change nothing."""
+    fields = config.augment.get("intensity")  # absent in runs of older versions
+    changes = fields is not None and fields.probability > 0
+    return IntensityConfig(**_ranges(fields)) if changes else None
 
 
 def _ranges(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +146,7 @@ class Task(abc.ABC):
       frozen: modules of the network that stay fixed.
       best_metric: the metric that selects the best checkpoint, and
       best_mode: whether its largest or smallest value is best.
+      has_teacher: whether `loss` takes the averaged variables as a fourth argument.
 
     Raises:
       ValueError: a config field has an invalid value.
@@ -147,6 +155,7 @@ class Task(abc.ABC):
     frozen: ClassVar[tuple[str, ...]] = ()
     best_metric: ClassVar[str] = "loss"
     best_mode: ClassVar[Literal["max", "min"]] = "min"
+    has_teacher: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, axis_name: str | None = None):
         self._config = config

@@ -5,6 +5,7 @@ docs/method.md sections 6 to 8. Batches are those of
 Imports no reader, like `kafjax.tasks.pretraining`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kafjax import augment, losses
+from kafjax.labels import IGNORED
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
 from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 
@@ -50,12 +52,20 @@ class Segmentation(Task):
     best_metric = "validation_dice"
     best_mode = "max"
 
+    @property
+    def _ignores(self) -> bool:
+        """Whether pixels of a label may be `IGNORED`."""
+        return bool(self._config.data.get("sparse_labels"))
+
     def __init__(self, config: Any, *, axis_name: str | None = None):
         super().__init__(config, axis_name=axis_name)
         self._num_classes = config.model.num_classes
         self._transform = None
         if changes_anything(config.augment):
-            self._transform = make_transform(augment.augment_view, config)
+            self._transform = self._make_transform(config)
+
+    def _make_transform(self, config: Any) -> Callable[..., Any]:
+        return make_transform(augment.augment_view, config)
 
     def batches(
         self,
@@ -83,13 +93,16 @@ class Segmentation(Task):
 
         def one(key: jax.Array, image: Any, keypoints: Any, mask: Any, label: Any) -> Any:
             assert self._transform is not None
-            return self._transform(key, image, keypoints, mask, label=label[..., None])
+            return self._transform(key, image, keypoints, mask, label=label[..., None] - outside)
 
+        # Outside the slice is background, or, where labels are sparse, more than is annotated.
+        outside = IGNORED if self._config.data.get("sparse_labels") else 0
         fields = ("image", "keypoints", "keypoint_mask", "label")
         image, keypoints, mask, label = jax.vmap(one)(
             sample_keys(batch), *(batch[field] for field in fields)
         )
-        moved = dict(zip(fields, (image, keypoints, mask, label[..., 0]), strict=True))
+        label = label[..., 0] + outside
+        moved = dict(zip(fields, (image, keypoints, mask, label), strict=True))
         return {**batch, **moved}
 
     def loss(
@@ -102,25 +115,39 @@ class Segmentation(Task):
         """
         batch = self.augment(batch)
         logits, batch_stats = self.apply(params, batch_stats, batch)
+        total, metrics = self._supervise(logits, batch)
+        return total, (metrics, batch_stats)
+
+    def _supervise(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The loss by labels, and a step's metrics."""
         terms = self._terms(logits, batch["label"])
-        weights = self._config.loss.weights
-        total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+        total = self._weigh(terms)
         counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
-        if self._axis_name is not None:
-            counts = jax.lax.psum(counts, self._axis_name)
-        dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(counts)), nan=1.0)
+        dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(self._sum(counts))), nan=1.0)
         metrics = {
             "loss": total,
             **({f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}),
             "dice": dice,
             "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
         }
-        return total, (metrics, batch_stats)
+        return total, metrics
+
+    def _sum(self, counts: jax.Array) -> jax.Array:
+        """The sum over devices."""
+        return counts if self._axis_name is None else jax.lax.psum(counts, self._axis_name)
+
+    def _weigh(self, terms: Metrics) -> jax.Array:
+        weights = self._config.loss.weights
+        return sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
 
     def _terms(self, logits: jax.Array, label: jax.Array) -> Metrics:
         """The unweighted losses with a non-zero weight."""
         config = self._config.loss
-        options = {"class_weights": config.class_weights, "axis_name": self._axis_name}
+        options = {
+            "class_weights": config.class_weights,
+            "ignoring": self._ignores,
+            "axis_name": self._axis_name,
+        }
         named = {"cross_entropy": losses.cross_entropy, "dice": losses.dice_loss}
         return {
             name: loss(logits, label, **options)

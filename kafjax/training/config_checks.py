@@ -18,6 +18,7 @@ from kafjax.losses import CONTRASTIVE_METHODS, MIN_LOCAL_EDGE, SEGMENTATION_LOSS
 from kafjax.models import DTYPES, LOCAL_MODELS, MODELS, NORMS, PRETRAINING_HEADS
 from kafjax.tasks.base import HEADS_OF_TASKS
 from kafjax.tasks.registry import TASKS
+from kafjax.tasks.semi_supervised import METHODS
 
 OPTIMIZERS = ("sgd", "adam")
 _MAX_KEYPOINTS = 2**15 - 1  # records count them in int16
@@ -153,11 +154,22 @@ _AUGMENT = {
         for name in kind.__dataclass_fields__
     },
 }
+# Rules of semi-supervised runs' fields: all or none.
+_SEMI = {
+    "data.include_test": _FLAG,
+    "data.unlabelled_share": _number(0, 1),
+    "semi.method": _choice(METHODS),
+    "semi.weight": _POSITIVE,
+    "semi.start": _number(0, 0.9),
+    "semi.ramp": _number(0, 1),
+}
+_BOX = {"semi.box": Rule("a number above 0, below 1", lambda x: _is_number(x) and 0 < x < 1)}
 # Rules of optional fields, by task.
 _OF_DATASET = {  # filled in from the dataset
     "data.max_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
+    "data.sparse_labels": _or_none(_FLAG),
 }
 _ANYWHERE = {
     **_OF_DATASET,
@@ -196,6 +208,8 @@ def check_fields(config: Any) -> None:
         needed["augment"] = Rule("none", lambda value: value is None)
     else:
         needed |= _AUGMENT
+    if task == "segment" and any(path == "semi" or path.startswith("semi.") for path in fields):
+        needed |= {**_SEMI, **({} if fields.get("semi.method") == "mean_teacher" else _BOX)}
     head = {"model.head": _choice((HEADS_OF_TASKS[task],))}
     known = {**_OPTIONAL[task], **head, **needed}
     faults = [_line(path, fields, rule) for path, rule in needed.items() if path not in fields]
@@ -268,6 +282,18 @@ _TOGETHER: dict[str, Rule] = {
     "data.validation": Rule(
         "none where config.data.splits_file is given",
         lambda f: not (f["data.validation"] and f.get("data.splits_file")),
+    ),
+    "data.unlabelled_share": Rule(
+        "a share that leaves labelled and unlabelled slices in a batch",
+        lambda f: 0 < round(f["data.unlabelled_share"] * f["batch_size"]) < f["batch_size"],
+    ),
+    "semi.method": Rule(
+        "mean_teacher, or config.data.unlabelled_share=0.5 for copy_paste, which pairs slices",
+        lambda f: f["semi.method"] != "copy_paste" or f["data.unlabelled_share"] == 0.5,
+    ),
+    "optimizer.average_decay": Rule(
+        "above 0 for a config with config.semi: the averaged weights are the teacher",
+        lambda f: "semi.method" not in f or f["optimizer.average_decay"] > 0,
     ),
     "optimizer.final_learning_rate": Rule(
         "no more than config.optimizer.learning_rate",

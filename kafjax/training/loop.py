@@ -19,21 +19,22 @@ import numpy as np
 import optax
 
 from kafjax.checkpoint.checkpointer import Checkpointer
-from kafjax.data.batches import BatchOptions, steps_per_epoch
 from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
 from kafjax.files import checksum, flatten
 from kafjax.processes import check_same, together
 from kafjax.tasks.base import Task
-from kafjax.tasks.registry import TASKS
+from kafjax.tasks.registry import make_task
 from kafjax.training.cadence import Cadence
 from kafjax.training.config_checks import check_fields
 from kafjax.training.plateau import Plateau, describe_plateau
 from kafjax.training.preflight import (
+    batch_options,
     check_devices,
     complete_config,
     open_run_dataset,
     open_run_split,
+    run_epoch,
 )
 from kafjax.training.step import (
     AXIS_NAME,
@@ -148,8 +149,8 @@ def _make_run(
 ) -> _Run:
     if "init_from" in config and not workdir.checkpoints.exists():
         check_architecture(config.init_from, config)
-    task = TASKS[config.task](config, axis_name=AXIS_NAME)
-    epoch = steps_per_epoch(dataset, config.batch_size, split.train)
+    task = make_task(config, axis_name=AXIS_NAME)
+    epoch = run_epoch(config, dataset, split)
     schedule_steps = config.num_epochs * epoch
     num_steps = min(config.num_steps or schedule_steps, schedule_steps)
     return _Run(
@@ -177,7 +178,7 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
     plateau = Plateau(config, [row for row in read_metrics(run.workdir) if row["step"] <= start])
     saves = _Saves(checkpointer, start, every=config.every.checkpoint)
     in_flight: collections.deque[_InFlight] = collections.deque()
-    options = _batch_options(config)
+    options = batch_options(config)
     validation = Validation(task, run.dataset, options, run.split.validation)
     update = make_update(task, run.optimizer, average_decay=config.optimizer.average_decay)
     state = replicate(state)
@@ -244,19 +245,6 @@ def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dic
         if jax.process_index() == 0:
             print(f"Starting from {run.config.init_from}:\n{report}", flush=True)
     return state, {}
-
-
-def _batch_options(config: Any) -> BatchOptions:
-    return BatchOptions(
-        batch_size=config.batch_size,
-        patch_size=tuple(config.data.patch_size),
-        patch_keypoints=config.data.patch_keypoints,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
-        foreground_share=config.data.get("foreground_share", 0.0),
-    )
 
 
 def _open_writer(run: _Run, start: int) -> MetricWriter:

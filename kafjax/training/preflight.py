@@ -5,6 +5,7 @@ shards, the devices and their estimated memory, the workdir and its disk, and th
 `kafjax.training.loop` makes the same checks one after the other.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -16,12 +17,13 @@ import jax
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import saved_steps
-from kafjax.data.batches import steps_per_epoch
+from kafjax.data.batches import BatchOptions, steps_per_epoch
 from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
     labelled_volumes,
     open_dataset,
+    records_of,
     volumes_for_test,
 )
 from kafjax.data.patches import count_places
@@ -32,10 +34,11 @@ from kafjax.data.splits import (
     read_splits_file,
     split_by_names,
     split_volumes,
+    unlabelled_volumes,
 )
 from kafjax.errors import UserError
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
-from kafjax.tasks.registry import TASKS
+from kafjax.tasks.registry import make_task
 from kafjax.training.config_checks import check_fields
 from kafjax.training.step import make_optimizer
 from kafjax.training.transfer import start_from
@@ -123,8 +126,8 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with missing fields filled in from the dataset.
 
     These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`)
-    and, for segmentation, the number of classes; and the network's head, from the task:
-    `FROM_DATASET`.
+    and, for segmentation, the number of classes and whether labels are sparse; and the network's
+    head, from the task: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -135,6 +138,8 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
         if complete.data.get("patch_keypoints") is None:
             size = tuple(complete.data.patch_size)
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
+        if config.task == "segment" and dataset.metadata.get("sparse_labels"):
+            complete.data.sparse_labels = True
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
     check_fields(complete)  # again, with the values filled in
@@ -177,7 +182,31 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
     `validation` names, those of a fold of `splits_file` (nnU-Net's splits_final.json) or of the
     paper's folds, or none if `fold` is None. `num_labeled` subjects are chosen from the others.
     Equal images count as one subject, except in the paper's protocol, whose folds are fixed.
+    Semi-supervised runs use all other volumes without labels, except those of held-out subjects and
+    images equal to theirs.
     """
+    split = _split_labelled(config, dataset)
+    if "semi" not in config:
+        return split
+    metadata = dataset.metadata
+    volumes = tuple(dataset.volumes)
+    unlabelled = unlabelled_volumes(
+        volumes,
+        split,
+        apart=() if config.data.get("include_test") else volumes_for_test(dataset),
+        subject=group_subjects(volumes, metadata.get("equal_images", ()), metadata.get("subjects")),
+    )
+    if not unlabelled and not records_of(dataset, split.train, annotated=False):
+        raise UserError(
+            f"{dataset.directory}: no volume is left to train on without labels, next to "
+            f"{len(split.train)} to train on and {len(split.validation)} to validate on; expected "
+            "one, fewer labelled ones (config.data.num_labeled), or a config without config.semi"
+        )
+    return split._replace(unlabelled=unlabelled)
+
+
+def _split_labelled(config: Any, dataset: SliceDataset) -> Split:
+    """`split_run` without the unlabelled volumes."""
     data, metadata = config.data, dataset.metadata
     apart = () if data.get("include_test") else volumes_for_test(dataset)
     if "fold" not in data:
@@ -204,17 +233,48 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
     return split_volumes(volumes, fold=data.fold, num_folds=data.num_folds, **common)
 
 
+def run_epoch(config: Any, dataset: SliceDataset, split: Split) -> int:
+    """Steps of one pass over the run's labelled slices, or of pretraining over all.
+
+    Raises `ValueError` if they do not fill one batch.
+    """
+    labelled = config.task == "segment"
+    size = batch_options(config).num_labelled
+    return steps_per_epoch(dataset, size, split.train, labelled=labelled)
+
+
+def batch_options(config: Any) -> BatchOptions:
+    """The options of the run's batches in this process."""
+    return BatchOptions(
+        batch_size=config.batch_size,
+        patch_size=tuple(config.data.patch_size),
+        patch_keypoints=config.data.get("patch_keypoints"),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        foreground_share=config.data.get("foreground_share", 0.0),
+        unlabelled_share=config.data.get("unlabelled_share", 0.0),
+    )
+
+
 def check_devices(config: Any) -> str:
     """The devices in words; `ValueError` if they, and microbatches, do not divide the batch."""
-    devices, parts = jax.device_count(), config.num_microbatches
-    if config.batch_size % (devices * parts):
+    devices, parts, together = jax.device_count(), config.num_microbatches, _kept_together(config)
+    if config.batch_size % (devices * parts * together):
         times = f" times num_microbatches {parts}" if parts > 1 else ""
+        times += " times 2, for pairs of slices" if together > 1 else ""
         raise UserError(
             f"config.batch_size is {config.batch_size}, "
             f"expected a multiple of the {devices} devices{times}"
         )
     kind = jax.local_devices()[0].device_kind
     return f"{devices} x {kind}, {config.batch_size // devices} samples per device"
+
+
+def _kept_together(config: Any) -> int:
+    """The number of a batch's slices that must be on one device, in one microbatch."""
+    return 2 if "semi" in config and config.semi.method == "copy_paste" else 1
 
 
 def estimate_memory(config: Any, dataset: SliceDataset) -> int:
@@ -226,10 +286,11 @@ def estimate_memory(config: Any, dataset: SliceDataset) -> int:
     and 8 % more for two UNets of 26 and 158 MiB, 48 % more for pretraining a KAF-UNet of 249 MiB.
     """
     share = max(1, config.batch_size // jax.device_count())
-    part = max(1, share // config.num_microbatches)
+    part = max(_kept_together(config), share // config.num_microbatches)
+    part -= part % _kept_together(config)
     alone = config.copy_and_resolve_references()
     alone.num_microbatches = 1
-    task = TASKS[config.task](alone)
+    task = make_task(alone)
     sample = task.sample(dataset, next(iter(dataset.volumes.values()))[0])
     batch = {
         name: jax.ShapeDtypeStruct((part, *value.shape), value.dtype)
@@ -258,13 +319,14 @@ def _see_dataset(dataset: SliceDataset) -> str:
 def _see_volumes(config: Any, workdir: Workdir, dataset: SliceDataset) -> str:
     """Counts steps, and reads a record of each of the run's volumes."""
     split = open_run_split(config, workdir, dataset).names
-    steps = steps_per_epoch(dataset, config.batch_size, split.train)
-    for name in (*split.train, *split.validation):
+    steps = run_epoch(config, dataset, split)
+    for name in itertools.chain(*split):
         dataset.read(dataset.volumes[name][0])
     total = min(config.num_steps or math.inf, steps * config.num_epochs)
+    without = f"{len(split.unlabelled)} without labels, " if split.unlabelled else ""
     return (
-        f"{len(split.train)} to train on, {len(split.validation)} to validate on; {steps} steps an "
-        f"epoch, {total:.0f} in all"
+        f"{len(split.train)} to train on, {without}{len(split.validation)} to validate on; {steps} "
+        f"steps an epoch, {total:.0f} in all"
     )
 
 

@@ -183,7 +183,10 @@ def make_update(
         state: TrainState, batch: Any, learning_rate: jax.Array, stop: jax.Array
     ) -> tuple[TrainState, Any]:
         gradient = jax.value_and_grad(task.loss, has_aux=True)
-        (_, (metrics, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
+        teacher = (state.average,) if task.has_teacher else ()
+        (_, (metrics, batch_stats)), grads = gradient(
+            state.params, state.batch_stats, batch, *teacher
+        )
         if jax.lax.axis_size(AXIS_NAME) > 1:  # else XLA copies all gradients
             grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), AXIS_NAME)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

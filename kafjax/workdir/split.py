@@ -25,6 +25,7 @@ class RunSplit(NamedTuple):
       train: for each training volume, in order, the digest of its content.
       validation: the same for the validation volumes.
       others: names of the dataset's other volumes at that time.
+      unlabelled: as `train`, the volumes trained on without labels; they are among the others.
     """
 
     dataset: dict[str, str]
@@ -32,16 +33,17 @@ class RunSplit(NamedTuple):
     train: dict[str, str]
     validation: dict[str, str]
     others: tuple[str, ...]
+    unlabelled: dict[str, str]
 
     @property
     def names(self) -> Split:
         """The names of the volumes."""
-        return Split(tuple(self.train), tuple(self.validation))
+        return Split(tuple(self.train), tuple(self.validation), tuple(self.unlabelled))
 
     @property
     def digest(self) -> str:
         """Differs between runs with different volumes, contents, classes or sides."""
-        return checksum({name: getattr(self, name) for name in ("classes", "train", "validation")})
+        return checksum({name: getattr(self, name) for name in ("classes", *Split._fields)})
 
 
 def describe_split(split: Split, dataset: SliceDataset) -> RunSplit:
@@ -53,6 +55,7 @@ def describe_split(split: Split, dataset: SliceDataset) -> RunSplit:
         train={name: contents[name] for name in split.train},
         validation={name: contents[name] for name in split.validation},
         others=tuple(n for n in dataset.volumes if n not in {*split.train, *split.validation}),
+        unlabelled={name: contents[name] for name in split.unlabelled},
     )
 
 
@@ -72,6 +75,7 @@ def read_split(workdir: Workdir) -> RunSplit | None:
             train=dict(found["train"]),
             validation=dict(found["validation"]),
             others=tuple(found["others"]),
+            unlabelled=dict(found.get("unlabelled", {})),  # runs of earlier versions have none
         )
     except FileNotFoundError:
         return None

@@ -45,6 +45,7 @@ FROM_DATASET = (
     "data.max_keypoints",
     "data.patch_keypoints",
     "data.radius",
+    "data.sparse_labels",
     "model.num_classes",
     "model.head",
 )
