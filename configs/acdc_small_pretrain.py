@@ -20,7 +20,7 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.num_epochs = 3
     config.data.update(
-        # A slice has 62 keypoints in the median, and one of 250 more than 112.
+        # A slice has 62 keypoints in the median, one of 12 more than 96.
         {"name": "acdc_small", "patch_size": (96, 96), "patch_keypoints": 96, "num_threads": 1}
     )
     config.model.update({"filters": 8, "num_attention_layers": 2, "embedding": 64})
