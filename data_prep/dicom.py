@@ -3,8 +3,8 @@
 DICOM has no checksum, but the slices of a series repeat their grid: a slice that differs from the
 others is a fault, named by its file, and so are missing and doubled slices. Positions order the
 slices, whatever their numbers and names. A series with a tilted gantry is neither resampled nor
-straightened: its affine is sheared, as its voxels are. SimpleITK decodes the values, compressed or
-not, and applies each slice's own slope and intercept; pydicom reads everything else.
+straightened: its affine is sheared, as its voxels are. Each slice has its own slope and intercept.
+pydicom reads the files; SimpleITK decodes JPEG of all kinds.
 
 Nothing of the patient, the study's description or the dates is read into a message.
 
@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import logging
 import os
 import warnings
@@ -43,6 +44,7 @@ from kafjax.errors import import_extra
 ENDINGS = (".dcm", ".ima")
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 _DIRECTORY = "1.2.840.10008.1.3.10"
+_OWN_CODECS = ("1.2.840.10008.1.2.5",)  # of pydicom, which needs no library for RLE
 _MAGIC = b"DICM"
 _PREAMBLE = 128
 # Equal in all slices of a series.
@@ -51,7 +53,7 @@ _SHARED = (
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "PixelSpacing", "TransferSyntaxUID"),
 )
-_SCALING = ("RescaleSlope", "RescaleIntercept")
+_SCALING = {"RescaleSlope": 1, "RescaleIntercept": 0}  # with what a slice without them has
 _SCALED_BY_SLICE = ("PT", "NM")  # modalities whose scaling changes from slice to slice
 _SAME_PLACE = 1e-3  # mm
 _SAME_DIRECTION = 1e-4  # of unit vectors
@@ -152,8 +154,7 @@ def read_series(path: Path) -> Scan:
     for file, header in zip(files, (series.headers[i] for i in order), strict=True):
         try:
             stored = read_bytes(file)
-            _check_pixels(file, stored, header)
-            slices.append(_decode(file, header))
+            slices.append(_decode(file, stored, header))
         except DatasetError as error:
             faults += error.faults
             continue
@@ -248,6 +249,8 @@ def _open_image(path: Path) -> tuple[Any, Fault | None]:
         return None, Fault(path, f"its header is damaged ({_short(error)})", FETCH_AGAIN)
     if kind == _DIRECTORY:
         return None, None
+    if "SOPClassUID" not in header:
+        return None, Fault(path, "its header breaks off, or is damaged", FETCH_AGAIN)
     if kind == SEGMENTATION:
         return None, finding(path, "holds segmentations, not a scan", "it is not used")
     if not is_image:
@@ -421,46 +424,58 @@ def _gaps(files: Sequence[Path], positions: np.ndarray, normal: np.ndarray) -> l
     ]
 
 
-def _check_pixels(file: Path, stored: bytes, header: Any) -> None:
-    """Whether the values are all there. Raises `DatasetError`."""
+def _decode(file: Path, stored: bytes, header: Any) -> np.ndarray:
+    """A slice's values [column, row], scaled. Raises `DatasetError` if they are not all there."""
     pydicom = import_extra("pydicom")
-    from pydicom import encaps
-    from pydicom.filebase import DicomBytesIO
-
     try:
         with without_remarks():
-            whole = pydicom.dcmread(DicomBytesIO(stored))
+            whole = pydicom.dcmread(io.BytesIO(stored))
             pixels = whole.get("PixelData")
-            compressed = whole.file_meta.TransferSyntaxUID.is_encapsulated
-            frames = list(encaps.generate_frames(pixels, number_of_frames=1)) if compressed else []
+            syntax = whole.file_meta.TransferSyntaxUID
+            if syntax.is_encapsulated and pixels is not None:
+                _check_frame(file, pixels)
+            elif pixels is not None:
+                _check_length(file, len(pixels), header)
+            if pixels is not None and (syntax in _OWN_CODECS or not syntax.is_encapsulated):
+                slope, intercept = (whole.get(name, usual) for name, usual in _SCALING.items())
+                return whole.pixel_array.T * float(slope) + float(intercept)
+    except DatasetError:
+        raise
     except Exception as error:  # pydicom's parsers raise any exception for a damaged file
         found = f"its values cannot be read ({_short(error)})"
         raise scan_error(file, found, FETCH_AGAIN) from error
     if pixels is None:
         raise scan_error(file, "has no values (PixelData)", FETCH_AGAIN)
-    if compressed:
-        tail = frames[0].rstrip(b"\0") if len(frames) == 1 else b""
-        jpeg = tail.startswith(b"\xff\xd8") or tail.startswith(b"\xff\x4f")
-        if len(frames) != 1 or (jpeg and not tail.endswith(b"\xff\xd9")):
-            raise scan_error(file, "its compressed values are truncated", FETCH_AGAIN)
-        return
+    return _decompress(file, header)
+
+
+def _check_length(file: Path, length: int, header: Any) -> None:
     expected = int(header.Rows) * int(header.Columns) * int(header.BitsAllocated) // 8
-    if len(pixels) not in (expected, expected + expected % 2):
-        found = f"holds {len(pixels)} bytes of values; its header says {expected}"
+    if length not in (expected, expected + expected % 2):
+        found = f"holds {length} bytes of values; its header says {expected}"
         raise scan_error(file, found, FETCH_AGAIN)
 
 
-def _decode(file: Path, header: Any) -> np.ndarray:
-    """A slice's values [column, row], scaled. Raises `DatasetError`."""
+def _check_frame(file: Path, pixels: bytes) -> None:
+    """Decoders fill up an image that breaks off: its end must be there."""
+    from pydicom import encaps
+
+    frames = [frame.rstrip(b"\0") for frame in encaps.generate_frames(pixels, number_of_frames=1)]
+    is_jpeg = frames[:1] and frames[0].startswith((b"\xff\xd8", b"\xff\x4f"))
+    if len(frames) != 1 or (is_jpeg and not frames[0].endswith(b"\xff\xd9")):
+        raise scan_error(file, "its compressed values are truncated", FETCH_AGAIN)
+
+
+def _decompress(file: Path, header: Any) -> np.ndarray:
     sitk = import_extra("SimpleITK")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")
-        array = sitk.GetArrayFromImage(image)
     except UnicodeError as error:
         raise scan_error(file, "its path is not UTF-8", "rename it") from error
     except (RuntimeError, TypeError) as error:
         raise scan_error(file, "its values cannot be decoded", FETCH_AGAIN) from error
+    array = sitk.GetArrayFromImage(image)
     if array.shape != (1, int(header.Rows), int(header.Columns)):
         raise scan_error(file, f"its values have the shape {array.shape}", FETCH_AGAIN)
     return array[0].T

@@ -44,6 +44,7 @@ _ORIGIN = ("Offset", "Position", "Origin")
 _SPACING = ("ElementSpacing", "ElementSize")
 _BYTE_ORDER = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 _VALUES = "ElementDataFile"
+_HERE = "local"  # instead of a file's name
 _ONLY = {  # values that change how the rest is read
     "ObjectType": ("Image",),
     "NDims": ("3",),
@@ -63,10 +64,11 @@ def read_metaimage(path: Path) -> Scan:
     grid = _grid(path, fields)
     digest = hashlib.sha256(stored)
     content = stored[header_bytes:]
-    if (name := fields[_VALUES]) not in ("LOCAL", "Local", "local"):
+    if fields[_VALUES].lower() != _HERE:
+        values = data_file(path, _VALUES, fields[_VALUES])
         if content:
             raise scan_error(path, f"has {len(content)} bytes after its header", FETCH_AGAIN)
-        content = read_bytes(data_file(path, _VALUES, name))
+        content = read_bytes(values)
         digest.update(content)
     if _flag(path, fields, "CompressedData"):
         content = _inflate(path, fields, content, grid)
@@ -82,7 +84,7 @@ def metaimage_grid(path: Path) -> Grid:
 def metaimage_files(path: Path) -> tuple[Path, ...]:
     """The file itself, and that of its values if they lie in another one."""
     name = _parse(path, read_bytes(path))[0][_VALUES]
-    return (path,) if name.lower() == "local" else (path, data_file(path, _VALUES, name))
+    return (path,) if name.lower() == _HERE else (path, data_file(path, _VALUES, name))
 
 
 def _parse(path: Path, content: bytes) -> tuple[dict[str, str], int]:
