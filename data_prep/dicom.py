@@ -235,7 +235,9 @@ def _open_image(path: Path) -> tuple[Any, Fault | None]:
             return None, finding(path, "is not used", "expected the files of a DICOM series")
         if path.name.upper() in ("DICOMDIR", "LOCKFILE", "VERSION", "README", "LICENSE"):
             return None, finding(path, "is not used", "expected the files of a DICOM series")
-        return None, Fault(path, "is not a DICOM file, or a damaged one", f"{FETCH_AGAIN}, or move it away")
+        return None, Fault(
+            path, "is not a DICOM file, or a damaged one", f"{FETCH_AGAIN}, or move it away"
+        )
     pydicom = import_extra("pydicom")
     try:
         with without_remarks():
@@ -293,7 +295,9 @@ def _odd_scaling(series: Series) -> list[Fault]:
         values = [str(header.get(name)) for header in series.headers]
         usual = Counter(values).most_common(1)[0][0]
         faults += [
-            finding(path, f"its {name} is {value}, {usual} in most slices", "each slice keeps its own")
+            finding(
+                path, f"its {name} is {value}, {usual} in most slices", "each slice keeps its own"
+            )
             for path, value in zip(series.files, values, strict=True)
             if value != usual
         ]
@@ -410,7 +414,9 @@ def _gaps(files: Sequence[Path], positions: np.ndarray, normal: np.ndarray) -> l
     usual = float(np.median(steps))
     allowed = max(_ROUNDING_MM, _ROUNDING * usual)
     for i in np.flatnonzero(np.abs(steps - usual) > allowed):
-        between = f"between it and {files[i + 1].name} are {steps[i]:.6g} mm, usually {usual:.6g} mm"
+        between = (
+            f"between it and {files[i + 1].name} are {steps[i]:.6g} mm, usually {usual:.6g} mm"
+        )
         missing = round(float(steps[i]) / usual) - 1
         found = f"{missing} slices are missing: {between}" if missing > 0 else between
         faults.append(Fault(files[i], found, "add what is missing, or leave the series out"))

@@ -56,9 +56,7 @@ class Entries:
         return self.stems.get(path, file_stem(path))
 
 
-def list_entries(
-    folder: Path, *, used: Collection[str] = (), dicom: bool = False
-) -> Entries:
+def list_entries(folder: Path, *, used: Collection[str] = (), dicom: bool = False) -> Entries:
     """Lists a folder; a missing folder counts as empty.
 
     Args:
@@ -80,10 +78,11 @@ def list_entries(
     stems: dict[Path, str] = {}
     loose: list[Path] = []
     described = {file_stem(Path(name)) for name in names if is_scan_name(name)}
+    headers = {file_stem(Path(name)) for name in names if name.endswith((".mhd", ".nhdr"))}
     wanted = {name.lower(): name for name in used if name not in names}
     for name in names:
         path = folder / name
-        if name in used or _is_harmless(path, described):
+        if name in used or _is_harmless(path, described, headers):
             continue
         if name.lower() in wanted:
             remedy = f"rename it to {wanted[name.lower()]}: capitals matter"
@@ -142,10 +141,10 @@ def _is_loose(path: Path) -> bool:
     return (path.name.endswith(".dcm") or is_dicom(path)) and not is_segmentation(path)
 
 
-def _is_harmless(path: Path, described: Collection[str]) -> bool:
+def _is_harmless(path: Path, described: Collection[str], headers: Collection[str]) -> bool:
     """Whether an operating system left the entry, or it belongs to a scan."""
-    for ending in (".json", *_VALUES):
-        if path.name.endswith(ending) and path.name.removesuffix(ending) in described:
+    for ending, names in ((".json", described), *((ending, headers) for ending in _VALUES)):
+        if path.name.endswith(ending) and path.name.removesuffix(ending) in names:
             return os.path.isfile(path)
     return _OF_SYSTEMS.fullmatch(path.name) is not None
 

@@ -24,6 +24,7 @@ from data_prep.faults import DatasetError, Fault, finding
 from data_prep.formats import read_scan
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, slice_plane
+from data_prep.segmentations import is_segmentation
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
 from kafjax.errors import UserError
 
@@ -109,6 +110,10 @@ class FolderReader(OwnReader):
         broken |= broken_labels
         sources = []
         for stem, path in scans.items():
+            if is_segmentation(path):
+                remedy = "give the series itself in a folder, and this file among the labels"
+                faults.append(Fault(path, "holds segmentations, not a scan", remedy))
+                continue
             id = split_name(stem)
             case = None if id == stem else stem
             source = Source(id, path, label_of.get(stem), case=case)

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.dicom import is_dicom, read_series, series_digest, series_grid, series_of
+from data_prep.dicom import (
+    find_series,
+    is_dicom,
+    read_series,
+    series_digest,
+    series_grid,
+    series_of,
+)
+from data_prep.faults import Fault
 from data_prep.metaimage import metaimage_files, metaimage_grid, read_metaimage
 from data_prep.nifti import open_header, read_nifti, turned_like
 from data_prep.nrrd import nrrd_files, nrrd_grid, read_nrrd
@@ -85,6 +93,16 @@ def digest(path: Path) -> str:
             while chunk := stream.read(1 << 20):
                 found.update(chunk)
     return found.hexdigest()
+
+
+def is_series(path: Path) -> bool:
+    """Whether a path opens a DICOM series: a folder, or one of its images."""
+    return _format(path) is _SERIES
+
+
+def notes(path: Path) -> list[Fault]:
+    """Findings about the files next to a series' own, such as localizers."""
+    return [f for f in find_series(path)[1] if not f.stops] if path.is_dir() else []
 
 
 def _format(path: Path) -> _Format:

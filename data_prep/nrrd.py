@@ -82,9 +82,7 @@ def read_nrrd(path: Path) -> Scan:
         try:
             content = bz2.decompress(content)
         except (OSError, ValueError) as error:
-            raise scan_error(
-                path, f"its bzip2 stream is damaged ({error})", FETCH_AGAIN
-            ) from error
+            raise scan_error(path, f"its bzip2 stream is damaged ({error})", FETCH_AGAIN) from error
     elif encoding != "raw":
         raise scan_error(path, f"its encoding is {encoding!r}", "save it as raw or gzip")
     array = as_array(path, content, grid.dtype, grid.shape)

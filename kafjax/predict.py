@@ -18,7 +18,13 @@ def _run_from_command_line() -> None:
     workdirs = define_paths(
         "workdir", None, "Workdirs of segmentation runs, averaged.", required=True
     )
-    source = define_path("input", None, "A NIfTI file, or a folder of them.", required=True)
+    source = define_path(
+        "input",
+        None,
+        "A scan (NIfTI, NRRD, MetaImage, a folder of DICOM or one of its files), or a folder of "
+        "scans.",
+        required=True,
+    )
     target = define_path("output", None, "The labels' file, or a folder.", required=True)
     options = {
         "probabilities": flags.DEFINE_bool(
@@ -34,6 +40,20 @@ def _run_from_command_line() -> None:
             "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
         ),
         "batch_size": flags.DEFINE_integer("batch_size", None, "Default: the run's."),
+        "ending": flags.DEFINE_string(
+            "format",
+            None,
+            "Of labels in a folder: .nii.gz, .nii, .seg.nrrd, .nrrd, .mha or .dcm. Default: the "
+            "scan's.",
+        ),
+        "keep_header": flags.DEFINE_bool(
+            "keep_header",
+            False,
+            "Copy the scan's header too; may hold names and dates of the patient.",
+        ),
+        "label_text": define_path(
+            "label_text", None, "Also write the classes to this file, for ITK-SNAP."
+        ),
         "overwrite": flags.DEFINE_bool("overwrite", False, "Replace existing results."),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pydicom
-import SimpleITK as sitk
+import SimpleITK
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -48,13 +48,13 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
 
 def write_itk(path: Path, array: np.ndarray, affine: np.ndarray, *, compress: bool = True) -> Path:
     """NRRD or MetaImage, by SimpleITK."""
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.T))
     lps = _LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    sitk.WriteImage(image, str(path), compress)
+    SimpleITK.WriteImage(image, str(path), compress)
     return path
 
 

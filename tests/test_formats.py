@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 from nibabel import orientations
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
@@ -124,11 +124,11 @@ def test_affines_are_those_of_simpleitk_and_nibabel(tmp_path: Path) -> None:
             np.abs(np.linalg.det(scan.affine[:3, :3])), 1.5 * 1.75 * 4, rtol=1e-5
         )
         if format == "dicom":
-            reader = sitk.ImageSeriesReader()
+            reader = SimpleITK.ImageSeriesReader()
             reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(path)))
             there = reader.Execute()
         else:
-            there = sitk.ReadImage(str(path))
+            there = SimpleITK.ReadImage(str(path))
         for voxel in ((0, 0, 0), (7, 0, 0), (0, 8, 1), (3, 2, 4)):
             x, y, z = there.TransformIndexToPhysicalPoint(voxel)
             found = scan.affine @ [*voxel, 1]
@@ -180,8 +180,8 @@ def _transcode(path: Path, header: Any, syntax: str) -> None:
         header.compress(JPEGLSLossless)
         header.save_as(path)
         return
-    image = sitk.GetImageFromArray(header.pixel_array[None])
-    writer = sitk.ImageFileWriter()
+    image = SimpleITK.GetImageFromArray(header.pixel_array[None])
+    writer = SimpleITK.ImageFileWriter()
     writer.SetFileName(str(path.with_suffix(".tmp.dcm")))
     writer.UseCompressionOn()
     writer.SetCompressor(syntax.upper())
@@ -203,7 +203,11 @@ def test_each_slice_has_its_own_slope_and_intercept(tmp_path: Path) -> None:
     assert not find_series(folder)[1]
     odd = write_dicom(tmp_path / "ct", image, affine_of(), scaling=scaling)
     np.testing.assert_allclose(read_scan(odd).array, image)
-    assert {fault.path.name for fault in find_series(odd)[1]} == {"IM0001.dcm", "IM0002.dcm", "IM0003.dcm"}
+    assert {fault.path.name for fault in find_series(odd)[1]} == {
+        "IM0001.dcm",
+        "IM0002.dcm",
+        "IM0003.dcm",
+    }
 
 
 def test_a_tilted_gantry_shears_the_affine_and_moves_no_value(tmp_path: Path) -> None:
@@ -218,18 +222,27 @@ def test_a_tilted_gantry_shears_the_affine_and_moves_no_value(tmp_path: Path) ->
 def test_series_of_a_folder_are_told_apart(tmp_path: Path) -> None:
     image, _ = phantom()
     folder = write_dicom(tmp_path / "in" / "anna", image, affine_of(), number=3)
-    assert list(open_folder(folder.parent).find(folder.parent)[0])[0].id == "anna"
+    (source,), _ = open_folder(folder.parent).find(folder.parent)
+    assert source.id == "anna"
     for i, path in enumerate(sorted(folder.iterdir())):
         path.rename(folder / f"x{i}")  # names without ending, mixed with those of the second series
     write_dicom(folder, image + 1, affine_of(), number=5)
     write_dicom(folder, image[:, :, :1], affine_of(OBLIQUE), number=1, order=[99])
     (folder / "DICOMDIR").write_text("not read")
     sources, faults = open_folder(folder.parent).find(folder.parent)
-    assert {source.id: source.image.name for source in sources} == {"anna_3": "x0", "anna_5": "IM0000.dcm"}
-    assert {fault.path.name: fault.stops for fault in faults} == {"IM0099.dcm": False, "DICOMDIR": False}
+    assert {source.id: source.image.name for source in sources} == {
+        "anna_3": "x0",
+        "anna_5": "IM0000.dcm",
+    }
+    assert {fault.path.name: fault.stops for fault in faults} == {
+        "IM0099.dcm": False,
+        "DICOMDIR": False,
+    }
     np.testing.assert_array_equal(read_scan(folder / "x3").array, image)
     np.testing.assert_array_equal(read_scan(folder / "IM0002.dcm").array, image + 1)
-    assert "holds 2 series (3: 5 images such as x0; 5: 5 images such as IM0000.dcm)" in fault_of(folder)
+    assert "holds 2 series (3: 5 images such as x0; 5: 5 images such as IM0000.dcm)" in fault_of(
+        folder
+    )
     assert digest(folder / "x3") == read_scan(folder / "x0").sha256
 
 
@@ -303,7 +316,11 @@ def _edit(**elements: Any) -> Any:
         (_edit(BitsStored=12), "IM0002", "its BitsStored is 12, 16 in most slices"),
         (_edit(PhotometricInterpretation="MONOCHROME1"), "IM0002", "its PhotometricInter"),
         (_edit(FrameOfReferenceUID=generate_uid()), "IM0002", "its FrameOfReferenceUID differs"),
-        (_edit(SeriesInstanceUID=generate_uid()), "IM0002", "is alone in its series, but has the grid"),
+        (
+            _edit(SeriesInstanceUID=generate_uid()),
+            "IM0002",
+            "is alone in its series, but has the grid",
+        ),
         (_edit(RescaleIntercept=None), "IM0002", "its RescaleIntercept is missing"),
         (_edit(NumberOfFrames=4), "IM0002", "holds 4 frames"),
     ],
