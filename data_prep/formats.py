@@ -22,7 +22,7 @@ from data_prep.metaimage import metaimage_files, metaimage_grid, read_metaimage
 from data_prep.nifti import open_header, read_nifti, turned_like
 from data_prep.nrrd import nrrd_files, nrrd_grid, read_nrrd
 from data_prep.scan import Grid, Scan
-from data_prep.segmentations import fill_grid, is_segmentation, read_segmentation
+from data_prep.segmentations import is_segmentation, read_segmentation
 
 
 class _Format(NamedTuple):
@@ -67,14 +67,14 @@ def read_labels(path: Path, image: Grid | Scan | None = None) -> Scan:
     """Reads labels, with their axes turned to those of their image; raises as `read_scan`.
 
     Tools store one grid with its axes in another order or direction: a converter from DICOM often
-    flips the rows. DICOM segmentations, which may cover a part only, are filled up with background.
+    flips the rows. DICOM segmentations, which may cover a part only, are laid on the whole grid.
     """
-    labels = read_scan(path)
     if image is None:
-        return labels
-    labels = turned_like(labels, image.affine)
-    shape = image.array.shape if isinstance(image, Scan) else image.shape
-    return fill_grid(labels, image.affine, shape) if is_segmentation(path) else labels
+        return read_scan(path)
+    if is_segmentation(path):
+        grid = image if isinstance(image, Grid) else image.grid
+        return read_segmentation(path, grid)
+    return turned_like(read_scan(path), image.affine)
 
 
 def open_grid(path: Path) -> Grid:

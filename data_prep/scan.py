@@ -22,6 +22,14 @@ _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SMALLEST_VOXEL = 1e-9  # mm^3, of an affine that can be inverted
 
 
+class Grid(NamedTuple):
+    """A scan's grid, from its header alone."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    dtype: np.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """A volume: values in the file's axis order, affine [4, 4], SHA-256 of the file's bytes."""
@@ -30,13 +38,10 @@ class Scan:
     affine: np.ndarray
     sha256: str
 
-
-class Grid(NamedTuple):
-    """A scan's grid, from its header alone."""
-
-    shape: tuple[int, ...]
-    affine: np.ndarray
-    dtype: np.dtype
+    @property
+    def grid(self) -> Grid:
+        """Shape, affine and type."""
+        return Grid(self.array.shape, self.affine, self.array.dtype)
 
 
 def scan_error(path: Path, found: str, remedy: str) -> DatasetError:

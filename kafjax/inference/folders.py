@@ -5,7 +5,8 @@
 Files match by name, whatever tool wrote them and in whatever format: with or without a channel's
 `_0000`, and `x_image` with `x_label`. A prediction lies on its reference's grid, by shape and
 affine; its axes may have another order or direction. Writes `evaluation.json` and `.csv`, as
-`kafjax.inference.evaluation` does for a run, and `volumes.csv`. Without `--labels` only the volumes. Needs the extra `data`.
+`kafjax.inference.evaluation` does for a run, and `volumes.csv`. Without `--labels` only the
+volumes. Needs the extra `data`.
 """
 
 import os
