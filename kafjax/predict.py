@@ -1,5 +1,7 @@
 """Segments raw volumes: `kafjax predict --workdir RUN[,RUN2...] --input X --output Y`.
 
+Or with a packed model: `kafjax predict --model model.kafjax --input X --output Y`.
+
 `kafjax.inference.prediction` documents the details.
 """
 
@@ -15,9 +17,8 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import define_path, define_paths, run_app
 
-    workdirs = define_paths(
-        "workdir", None, "Workdirs of segmentation runs, averaged.", required=True
-    )
+    workdirs = define_paths("workdir", None, "Workdirs of segmentation runs, averaged.")
+    models = define_paths("model", None, "Files of `kafjax pack`, instead or as well.")
     source = define_path(
         "input",
         None,
@@ -63,7 +64,8 @@ def _run_from_command_line() -> None:
         # As an exception, so that partial output is removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         given: dict[str, Any] = {name: holder.value for name, holder in options.items()}
-        predict_files(workdirs.value, source.value, target.value, **given)
+        runs = [*(workdirs.value or ()), *(models.value or ())]
+        predict_files(runs, source.value, target.value, **given)
 
     run_app(command)
 

@@ -38,6 +38,7 @@ from kafjax.inference.label_files import (
     write_labels,
     write_probabilities,
 )
+from kafjax.inference.model_file import is_model, read_model
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.predictor import Predictor, View, load_predictor
@@ -88,7 +89,7 @@ def load_volume_predictor(
     """Loads the networks of one or several segmentation runs for raw volumes.
 
     Args:
-      workdirs: of the runs.
+      workdirs: of the runs, or packed models.
       step: of the checkpoints; by default each run's best by validation.
       mirror: see `VolumePredictor`.
       data_dir: folder of the runs' dataset, if it has moved and the workdirs do not describe it.
@@ -99,14 +100,19 @@ def load_volume_predictor(
         prepared datasets.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    rules = common_rules(
-        [
-            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
-            for workdir, predictor in zip(workdirs, predictors, strict=True)
-        ]
-    )
-    return VolumePredictor(predictors, preparation, mirror, rules)
+    predictors: list[Predictor] = []
+    rules: list[Rules] = []
+    for workdir in workdirs:
+        if is_model(workdir):
+            if step is not None:
+                raise UserError(f"{workdir}: a packed model has one checkpoint; leave --step out")
+            model = read_model(workdir)
+            predictors += model.predictors(batch_size=batch_size)
+            rules += model.rules
+        else:
+            predictors.append(load_predictor(workdir, step=step, batch_size=batch_size))
+            rules.append(rules_of_run(Workdir(workdir), predictors[-1], data_dir=data_dir))
+    return VolumePredictor(tuple(predictors), preparation, mirror, common_rules(rules))
 
 
 def predict_volume(
@@ -243,8 +249,8 @@ def predict_files(
     """Segments a scan, or all in a folder, and prints the written files.
 
     Args:
-      workdirs: of the runs; see `load_volume_predictor`, also for `step`, `data_dir` and
-        `batch_size`.
+      workdirs: of the runs, or packed models; see `load_volume_predictor`, also for `step`,
+        `data_dir` and `batch_size`.
       source: a file, a DICOM series' folder or one of its files, or a folder of scans; `~` is the
         home folder.
       target: the labels' file, or a folder for files named like the sources.
@@ -302,8 +308,13 @@ def _read_preparations(
     workdirs: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
 ) -> Preparation:
     if not workdirs:
-        raise UserError("no workdir is given; expected that of a segmentation run, or several")
-    found = {os.fspath(w): read_preparation(w, data_dir=data_dir) for w in workdirs}
+        raise UserError("no run is given; expected --workdir of one or several, or --model")
+    found = {
+        os.fspath(w): read_model(w).preparation
+        if is_model(w)
+        else read_preparation(w, data_dir=data_dir)
+        for w in workdirs
+    }
     check_alike(found)
     return next(iter(found.values()))
 
