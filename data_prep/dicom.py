@@ -55,6 +55,12 @@ _SHARED = (
 )
 _SCALING = {"RescaleSlope": 1, "RescaleIntercept": 0}  # with what a slice without them has
 _SCALED_BY_SLICE = ("PT", "NM")  # modalities whose scaling changes from slice to slice
+_USED = (
+    *(name for name in _SHARED if name != "TransferSyntaxUID"),
+    *_SCALING,
+    *("SeriesInstanceUID", "SeriesNumber", "SOPInstanceUID", "NumberOfFrames"),
+    *("ImageOrientationPatient", "ImagePositionPatient", "ModalityLUTSequence"),
+)
 _SAME_PLACE = 1e-3  # mm
 _SAME_DIRECTION = 1e-4  # of unit vectors
 # Positions are rounded; a slice may lie this far from its place.
@@ -91,25 +97,8 @@ def find_series(folder: Path) -> tuple[list[Series], list[Fault]]:
     Images that are alone in their series, such as localizers, are found but make no series, unless
     there is nothing else.
     """
-    headers, faults = [], []
-    for path in _walk(folder):
-        header, fault = _open_image(path)
-        if header is not None:
-            headers.append((path, header))
-        if fault is not None:
-            faults.append(fault)
-    groups: dict[tuple[Path, str], list[tuple[Path, Any]]] = defaultdict(list)
-    for path, header in headers:
-        groups[path.parent, str(header.get("SeriesInstanceUID", ""))].append((path, header))
-    series = [
-        Series(str(slices[0][1].get("SeriesNumber") or ""), *map(tuple, zip(*slices, strict=True)))
-        for slices in groups.values()
-    ]
-    several = [one for one in series if len(one.files) > 1]
-    faults += [_lone_image(one, several) for one in series if len(one.files) == 1 and several]
-    for one in several:
-        faults += _odd_scaling(one)
-    return sorted(several or series, key=_order), faults
+    found, faults = _find_series(folder, *_state(folder))
+    return list(found), list(faults)
 
 
 def series_of(path: Path) -> Series:
@@ -118,7 +107,7 @@ def series_of(path: Path) -> Series:
     Raises `DatasetError`: no series there, several in a folder, or a fault of its files' headers.
     """
     folder = path if path.is_dir() else path.parent
-    found, faults = _find_again(folder, *_state(folder))
+    found, faults = find_series(folder)
     if path != folder:
         _, fault = _open_image(path)
         if fault is not None:
@@ -198,11 +187,29 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-# A scan is found, surveyed and read: its headers are parsed once for all of them.
-@functools.lru_cache(maxsize=4)
-def _find_again(folder: Path, *state: Any) -> tuple[list[Series], list[Fault]]:
+# A scan is listed, found, surveyed and read: its headers are parsed once for all of them.
+@functools.lru_cache(maxsize=256)
+def _find_series(folder: Path, *state: Any) -> tuple[list[Series], list[Fault]]:
     del state
-    return find_series(folder)
+    headers, faults = [], []
+    for path in _walk(folder):
+        header, fault = _open_image(path)
+        if header is not None:
+            headers.append((path, header))
+        if fault is not None:
+            faults.append(fault)
+    groups: dict[tuple[Path, str], list[tuple[Path, Any]]] = defaultdict(list)
+    for path, header in headers:
+        groups[path.parent, str(header.get("SeriesInstanceUID", ""))].append((path, header))
+    series = [
+        Series(str(slices[0][1].get("SeriesNumber") or ""), *map(tuple, zip(*slices, strict=True)))
+        for slices in groups.values()
+    ]
+    several = [one for one in series if len(one.files) > 1]
+    faults += [_lone_image(one, several) for one in series if len(one.files) == 1 and several]
+    for one in several:
+        faults += _odd_scaling(one)
+    return sorted(several or series, key=_order), faults
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -241,7 +248,9 @@ def _open_image(path: Path) -> tuple[Any, Fault | None]:
     pydicom = import_extra("pydicom")
     try:
         with without_remarks():
-            header = pydicom.dcmread(path, stop_before_pixels=True)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_USED))
+            for name in _USED:  # parsed only now
+                header.get(name)
             kind = str(header.file_meta.get("MediaStorageSOPClassUID", ""))
             is_image = "Rows" in header or "Image Storage" in pydicom.uid.UID(kind).name
             frames = int(header.get("NumberOfFrames") or 1)

@@ -170,6 +170,14 @@ def test_dicom_segmentations_refer_to_their_slices(tmp_path: Path) -> None:
     assert segread(path).PatientName == PRIVATE[0]
 
 
+def test_a_scan_without_any_class_has_segmentations_too(tmp_path: Path) -> None:
+    image, labels = phantom()
+    scan = write_dicom(tmp_path / "d", image, affine_of())
+    path = tmp_path / "seg.dcm"
+    write_labels(path, labels * 0, scan=scan, grid=open_grid(scan), classes=KIDNEYS)
+    assert not read_labels(path, open_grid(scan)).array.any()
+
+
 def test_label_descriptions_are_as_itk_snap_reads_them(tmp_path: Path) -> None:
     write_descriptions(tmp_path / "labels.txt", Classes(("a b", 'c"d'), (1, 7)))
     lines = (tmp_path / "labels.txt").read_text().splitlines()

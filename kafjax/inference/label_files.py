@@ -51,7 +51,7 @@ _EMPTY = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime"),
     *("StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
-_TISSUE = ("85756007", "SCT", "Tissue")  # what a class is beyond its name is not known
+_SERIES_NUMBER = 1000  # seldom a scanner's
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def write_labels(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(".dcm"):
-        content = _segmentation(array, scan, grid, classes, keep_header=keep_header)
+        content = _segmentation(array, scan, classes, keep_header=keep_header)
     elif path.name.endswith(".nrrd"):
         segments = _segments(classes, array) if path.name.endswith(".seg.nrrd") else {}
         content = _nrrd(array, grid.affine, segments)
@@ -249,60 +249,61 @@ def _list(numbers: Sequence[float] | np.ndarray) -> str:
     return " ".join(repr(float(x) + 0.0) for x in numbers)
 
 
-def _segmentation(
-    array: np.ndarray, scan: Path, grid: Grid, classes: Classes, *, keep_header: bool
-) -> bytes:
-    """DICOM segmentations of a series, with a segment for each class that the labels have."""
-    hd, pydicom = import_extra("highdicom"), import_extra("pydicom")
-    from highdicom.seg import Segmentation, SegmentDescription
-
+def _segmentation(array: np.ndarray, scan: Path, classes: Classes, *, keep_header: bool) -> bytes:
+    """DICOM segmentations of a series, with a segment for each class."""
     if not is_series(scan):
         remedy = "give an output of .nii.gz, .seg.nrrd or .mha"
         raise scan_error(scan, "is no DICOM series, which .dcm refers to", remedy)
-    with dicom.without_remarks():
-        slices = [
-            pydicom.dcmread(file, stop_before_pixels=True) for file in dicom.sorted_files(scan)
-        ]
-        if not keep_header:
-            slices = [_anonymous(header) for header in slices]
-        tissue = hd.sr.CodedConcept(*_TISSUE)
-        algorithm = hd.AlgorithmIdentificationSequence(
-            name="kafjax",
-            version=kafjax.__version__,
-            family=hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
-        )
-        segments = [
-            SegmentDescription(
-                segment_number=i,
-                segment_label=name[:64],
-                segmented_property_category=tissue,
-                segmented_property_type=tissue,
-                algorithm_type="AUTOMATIC",
-                algorithm_identification=algorithm,
-                display_color=hd.color.CIELabColor.from_rgb(*colour),
-            )
-            for i, (name, colour) in enumerate(zip(classes.names, classes.colours, strict=True), 1)
-        ]
-        order = np.array([0, *classes.numbers])
-        numbers = np.searchsorted(order, array).astype(np.uint8)
-        made = Segmentation(
-            source_images=slices,
-            pixel_array=np.ascontiguousarray(np.transpose(numbers, (2, 1, 0))),
-            segmentation_type="BINARY",
-            segment_descriptions=segments,
-            series_instance_uid=hd.UID(),
-            series_number=1000,
-            sop_instance_uid=hd.UID(),
-            instance_number=1,
-            manufacturer="kafjax",
-            manufacturer_model_name="kafjax",
-            software_versions=kafjax.__version__,
-            device_serial_number="0",
-            content_label="SEGMENTATION",
-        )
-        stream = io.BytesIO()
-        made.save_as(stream)
+    hd, pydicom = import_extra("highdicom"), import_extra("pydicom")
+    files = dicom.sorted_files(scan)
+    numbers = np.searchsorted([0, *classes.numbers], array).astype(np.uint8)
+    stream = io.BytesIO()
+    try:
+        with dicom.without_remarks():
+            slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+            hd.seg.Segmentation(
+                source_images=slices if keep_header else list(map(_anonymous, slices)),
+                pixel_array=np.ascontiguousarray(np.transpose(numbers, (2, 1, 0))),
+                segmentation_type="BINARY",
+                segment_descriptions=_segment_descriptions(classes),
+                series_instance_uid=hd.UID(),
+                series_number=_SERIES_NUMBER,
+                sop_instance_uid=hd.UID(),
+                instance_number=1,
+                manufacturer="kafjax",
+                manufacturer_model_name="kafjax",
+                software_versions=kafjax.__version__,
+                device_serial_number="0",
+                content_label="SEGMENTATION",
+            ).save_as(stream)
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
+        found = f"its slices lack what segmentations refer to ({type(error).__name__})"
+        raise scan_error(scan, found, "give an output of .nii.gz or .seg.nrrd") from error
     return stream.getvalue()
+
+
+def _segment_descriptions(classes: Classes) -> list[Any]:
+    hd = import_extra("highdicom")
+    from pydicom.sr.codedict import codes
+
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="kafjax", version=kafjax.__version__, family=codes.cid7162.ArtificialIntelligence
+    )
+    return [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],  # no longer in DICOM
+            # What a class is, beyond its name, is not known.
+            segmented_property_category=codes.SCT.Tissue,
+            segmented_property_type=codes.SCT.Tissue,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            display_color=hd.color.CIELabColor.from_rgb(*colour),
+        )
+        for number, (name, colour) in enumerate(
+            zip(classes.names, classes.colours, strict=True), start=1
+        )
+    ]
 
 
 def _anonymous(header: Any) -> Any:
