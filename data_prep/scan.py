@@ -139,8 +139,10 @@ def numbers(path: Path, field: str, text: str, count: int) -> np.ndarray:
 
 
 def data_file(path: Path, field: str, name: str) -> Path:
-    """The file next to a header that holds its values. Raises `DatasetError`."""
+    """The file next to a header that holds its values. Raises `DatasetError` if it is not there."""
     if not name or Path(name).name != name or "%" in name or name.split()[0] in ("LIST", "SKIP"):
         remedy = "expected one file in the same folder; save it as a single file"
         raise scan_error(path, f"its {field} is {name!r}", remedy)
+    if not path.with_name(name).is_file():
+        raise scan_error(path, f"its file of values, {name}, is not there", "copy both files")
     return path.with_name(name)

@@ -359,6 +359,7 @@ def test_a_damaged_series_names_the_slice(
         (b"DimSize = 8 9 5", b"DimSize = 8 9 0", "its DimSize is '8 9 0'"),
         (b"MET_SHORT", b"MET_SHOOT", "its ElementType is 'MET_SHOOT'"),
         (b"ElementDataFile = LOCAL", b"ElementDataFile = ../a", "its ElementDataFile is '../a'"),
+        (b"ElementDataFile = LOCAL", b"ElementDataFile = LOCAM", "LOCAM, is not there"),
         (b"OrderMSB = False", b"OrderMSB = Galse", "is 'Galse'"),
     ],
 )

@@ -128,6 +128,11 @@ def _judge(path: Path, original: Scan, lines: list[str]) -> tuple[str, str]:
 
 
 def _said(errors: str, path: Path) -> list[str]:
-    """The lines that name a file, or a folder or what is in it, except for equal images."""
-    lines = [line for line in errors.splitlines() if f"{path}:" in line or f"{path}/" in line]
+    """The lines that name a scan, one of its slices, or its labels, except for equal images.
+
+    A header with another grid is only noticed by its labels; the line names both.
+    """
+    label = path.parents[1] / "labels" / f"{path.name.split('.')[0]}.nii"
+    places = (f"{path}:", f"{path}/", f"{label}:")
+    lines = [line for line in errors.splitlines() if any(place in line for place in places)]
     return [line for line in lines if "has the same values as" not in line]
