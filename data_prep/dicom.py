@@ -414,7 +414,7 @@ def _gaps(files: Sequence[Path], positions: np.ndarray, normal: np.ndarray) -> l
     """Faults of slices, in order, that are doubled, missing or off the line of the others."""
     steps = np.diff(positions @ normal)
     faults = []
-    for i in np.flatnonzero(steps < _SAME_PLACE):
+    for i in np.flatnonzero(steps < _SAME_PLACE).tolist():
         found = f"lies at the place of {files[i].name}"
         remedy = "move one away; give each of several images of a place its own series"
         faults.append(Fault(files[i + 1], found, remedy))
@@ -422,7 +422,7 @@ def _gaps(files: Sequence[Path], positions: np.ndarray, normal: np.ndarray) -> l
         return faults
     usual = float(np.median(steps))
     allowed = max(_ROUNDING_MM, _ROUNDING * usual)
-    for i in np.flatnonzero(np.abs(steps - usual) > allowed):
+    for i in np.flatnonzero(np.abs(steps - usual) > allowed).tolist():
         between = (
             f"between it and {files[i + 1].name} are {steps[i]:.6g} mm, usually {usual:.6g} mm"
         )

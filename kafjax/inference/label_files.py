@@ -114,7 +114,7 @@ def write_probabilities(
 
 def write_descriptions(path: Path, classes: Classes) -> None:
     """Writes the classes as label descriptions that ITK-SNAP opens."""
-    rows = [(0, 0, 0, 0, 0, 0, 0, "Clear Label")]
+    rows: list[tuple[object, ...]] = [(0, 0, 0, 0, 0, 0, 0, "Clear Label")]
     for number, colour, name in zip(classes.numbers, classes.colours, classes.names, strict=True):
         rows.append((number, *colour, 1, 1, 1, name.replace('"', "'")))
     lines = ["# ITK-SnAP Label Description File", "# IDX R G B opacity visible mesh label"]

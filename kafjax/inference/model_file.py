@@ -273,7 +273,8 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
 
 def _size(path: Path, name: str, part: Mapping[str, Any]) -> int:
     """The bytes of a part, by its type and shape."""
-    shape, dtype = part.get("shape"), part.get("dtype")
+    shape: Any = part.get("shape")
+    dtype = part.get("dtype")
     numbers = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     if dtype not in _DTYPES or not numbers or not isinstance(part.get("sha256"), str):
         raise _refused(path, f"{name} is of type {dtype!r} and shape {shape!r}", _FETCH_AGAIN)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -203,7 +204,7 @@ def predict_file(
             kept[:, :, i] = probabilities
     labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
     scan, grid = request.source.image, open_grid(request.source.image)
-    of_scan = {"scan": scan, "grid": grid, "keep_header": keep_header}
+    of_scan: dict[str, Any] = {"scan": scan, "grid": grid, "keep_header": keep_header}
     plane = reader.plane(grid.affine)
     # Labels last: their presence means that everything is written.
     if request.probabilities is not None and kept is not None:

@@ -81,7 +81,7 @@ class _Entry(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """Of a file; a series has none."""
+        """The ending of a file's name; a series has none."""
         return self.path.name.removeprefix(self.stem) if is_scan_name(self.path.name) else ""
 
 
