@@ -1,6 +1,6 @@
 """Anyone's scans in a plain folder, and labels, where there are some, in another one.
 
-    SCANS/anna.nii.gz, SCANS/ben.nii.gz, ...
+    SCANS/anna.nii.gz, SCANS/ben.nrrd, SCANS/cleo/ (a DICOM series), ...
     LABELS/anna.nii.gz               of the same name; a scan without is a volume without labels
 
 The name of a label file is its scan's, with or without the scan's `_0000`, nnU-Net's first channel.
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.entries import SCAN_ENDINGS, list_entries, unused_folder
+from data_prep.entries import SCANS, list_entries, unused_folder
 from data_prep.faults import DatasetError, Fault, finding
+from data_prep.formats import read_scan
 from data_prep.intensity import INTENSITIES, Intensity
-from data_prep.nifti import Plane, read_nifti, slice_plane
+from data_prep.nifti import Plane, slice_plane
+from data_prep.segmentations import is_segmentation
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
 from kafjax.errors import UserError
 from kafjax.labels import STORED
@@ -138,7 +140,7 @@ class FolderReader(OwnReader):
         scans, broken, more = _files_by_stem(raw_dir, used=used)
         faults += more
         if not scans:
-            faults.append(Fault(raw_dir, "holds no scan", "expected files .nii.gz or .nii"))
+            faults.append(Fault(raw_dir, "holds no scan", f"expected {SCANS}"))
         labels, broken_labels, more = _files_by_stem(self.labels_dir)
         faults += more
         label_of, more = match_labels(scans, labels)
@@ -146,6 +148,10 @@ class FolderReader(OwnReader):
         broken |= broken_labels
         sources = []
         for stem, path in scans.items():
+            if is_segmentation(path):
+                remedy = "give the series itself in a folder, and this file among the labels"
+                faults.append(Fault(path, "holds segmentations, not a scan", remedy))
+                continue
             id = split_name(stem)
             case = None if id == stem else stem
             source = Source(id, path, label_of.get(stem), case=case)
@@ -228,12 +234,6 @@ def match_labels(
     return found, faults
 
 
-def file_stem(path: Path) -> str:
-    """A scan's name without its ending."""
-    ending = next((e for e in SCAN_ENDINGS if path.name.lower().endswith(e)), "")
-    return path.name[: len(path.name) - len(ending)]
-
-
 def split_name(case: str) -> str:
     """A split's name for a case: letters, digits and underscores, another one for each case.
 
@@ -259,15 +259,15 @@ def _escape(character: str) -> str:
 def _files_by_stem(
     folder: Path | None, *, used: Sequence[str] = ()
 ) -> tuple[dict[str, Path], frozenset[Path], list[Fault]]:
-    """The NIfTI files of a folder by name without ending, those that cannot be read, and faults."""
+    """The scans of a folder by name without ending, those that cannot be read, and faults."""
     if folder is None:
         return {}, frozenset(), []
-    entries = list_entries(folder, used=used)
+    entries = list_entries(folder, used=used, dicom=True)
     faults = [*entries.faults]
-    faults += [unused_folder(path, "scans, .nii.gz or .nii") for path in entries.folders]
+    faults += [unused_folder(path, SCANS) for path in entries.folders]
     files: dict[str, Path] = {}
     for path in entries.scans:
-        stem = file_stem(path)
+        stem = entries.stem(path)
         if stem in files:
             found = f"has the name of {files[stem].name}"
             faults.append(Fault(path, found, "rename one of them, or move it away"))
@@ -293,7 +293,7 @@ def _classes(
 ) -> tuple[tuple[str, ...], tuple[int, ...], list[Fault]]:
     """Names of the classes, their raw labels unless these are 0, 1, 2, ..., and faults."""
     found = {0}
-    for path in list_entries(labels_dir).scans:
+    for path in list_entries(labels_dir, dicom=True).scans:
         found |= _values_of(path) - {ignore_label}
     numbers = sorted(found)
     faults = []
@@ -318,16 +318,16 @@ def _classes(
 def _values_of(path: Path) -> set[int]:
     """The numbers in a label file; none of one whose faults `Reader.read` reports."""
     try:
-        values = np.unique(read_nifti(path).array)
+        values = np.unique(read_scan(path).array)
     except DatasetError:
         return set()
     return set() if label_problem(values) else set(map(int, values))
 
 
 def _likely_intensity(raw_dir: Path) -> Intensity:
-    for path in list_entries(raw_dir).scans:
+    for path in list_entries(raw_dir, dicom=True).scans:
         try:
-            return "ct" if read_nifti(path).array.min() < LOWEST_OF_CT else "zscore"
+            return "ct" if read_scan(path).array.min() < LOWEST_OF_CT else "zscore"
         except DatasetError:
             continue
     return "zscore"

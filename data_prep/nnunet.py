@@ -1,4 +1,4 @@
-"""The raw layout of nnU-Net (version 2): `dataset.json` and folders of NIfTI files.
+"""The raw layout of nnU-Net (version 2): `dataset.json` and folders of scans.
 
     RAW/dataset.json                     channel_names, labels, file_ending
     RAW/imagesTr/case_0000.nii.gz        the case's channel 0; case_0001.nii.gz its channel 1, ...
@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.entries import SCAN_ENDINGS, list_entries, misplaced, unused_folder
+from data_prep.entries import NIFTI_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
 from data_prep.folder import DEFAULT_RADIUS, OwnReader, split_name
 from data_prep.intensity import Intensity
 from data_prep.volumes import MAX_CLASSES, Source
 from kafjax.errors import UserError
 
+ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".mhd")
 _FILE = "dataset.json"
 _PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
 _LAYOUT = (_FILE, *(name for part in _PARTS for name in part))
@@ -40,7 +41,7 @@ class NnunetReader(OwnReader):
 
     channel: int = 0
     channel_name: str = ""
-    ending: str = SCAN_ENDINGS[0]
+    ending: str = NIFTI_ENDINGS[0]
     num_channels: int = 1
     faults: tuple[Fault, ...] = ()
 
@@ -55,7 +56,7 @@ class NnunetReader(OwnReader):
     def find(self, raw_dir: Path) -> tuple[list[Source], list[Fault]]:
         """The cases of both folders of images, by name."""
         faults = list(self.faults)
-        if self.ending not in SCAN_ENDINGS or not raw_dir.is_dir():
+        if self.ending not in ENDINGS or not raw_dir.is_dir():
             return [], faults
         faults += _outside(raw_dir)
         sources: list[Source] = []
@@ -315,10 +316,10 @@ def _labels_problem(labels: Any) -> tuple[str, str] | None:
 
 def _ending(path: Path, description: dict[str, Any] | None, faults: list[Fault]) -> str:
     if description is None:
-        return SCAN_ENDINGS[0]
+        return ENDINGS[0]
     ending = description.get("file_ending")
-    if ending not in SCAN_ENDINGS:
-        remedy = f"expected {' or '.join(SCAN_ENDINGS)}; save the volumes as NIfTI"
+    if ending not in ENDINGS:
+        remedy = f"expected {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}; save the volumes as NIfTI"
         faults.append(Fault(path, _found("file_ending", description), remedy))
     return str(ending)
 

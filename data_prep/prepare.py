@@ -26,6 +26,7 @@ from data_prep import builder
 from data_prep.builder import Options, Plan, WrittenShard
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
+from data_prep.formats import digest
 from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, inspect
 from data_prep.workers import WorkerDied, map_in_processes
@@ -157,7 +158,7 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
         if source.id in volumes and volumes[source.id].get("test", False) != source.test
     ]
     there = {id: volume["sources"] for id, volume in volumes.items()}
-    sha256 = functools.cache(_sha256)  # a cine's frames share their file
+    sha256 = functools.cache(digest)  # a cine's frames share their file
     here = {source.id: {p.name: sha256(p) for p in source.files} for source in sources}
     return differences + [
         f"{id}: its files {_change(there.get(id), here.get(id))}"

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from data_prep.entries import file_stem
 from data_prep.faults import Fault
-from data_prep.folder import FIRST_CHANNEL, file_stem
+from data_prep.folder import FIRST_CHANNEL
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.files import read_text

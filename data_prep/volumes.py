@@ -15,7 +15,9 @@ import nibabel as nib
 import numpy as np
 
 from data_prep.faults import DatasetError, Fault
-from data_prep.nifti import Nifti, Plane, read_nifti, to_slices
+from data_prep.formats import read_labels, read_scan
+from data_prep.nifti import Plane, to_slices
+from data_prep.scan import Scan
 from kafjax.errors import UserError
 
 MAX_EDGE = np.iinfo(np.int16).max  # keypoints are stored as int16
@@ -148,7 +150,7 @@ class Reader(abc.ABC):
         sha256 = {path.name: file.sha256 for path, file in files.items()}
         return _volume(source, image, classes, self.plane(image.affine), sha256)
 
-    def _classes(self, path: Path, label: Nifti) -> tuple[np.ndarray | None, list[Fault]]:
+    def _classes(self, path: Path, label: Scan) -> tuple[np.ndarray | None, list[Fault]]:
         found = label_problem(label.array)
         if not found:
             try:
@@ -182,18 +184,21 @@ def facts_of(raw: Volume, prepared: Volume) -> Facts:
     )
 
 
-def _read_all(source: Source) -> tuple[dict[Path, Nifti], list[Fault]]:
-    files: dict[Path, Nifti] = {}
+def _read_all(source: Source) -> tuple[dict[Path, Scan], list[Fault]]:
+    files: dict[Path, Scan] = {}
     faults: list[Fault] = []
     for path in source.files:
         try:
-            files[path] = read_nifti(path, frame=source.frame if path == source.image else None)
+            if path == source.image:
+                files[path] = read_scan(path, frame=source.frame)
+            else:
+                files[path] = read_labels(path, files.get(source.image))
         except DatasetError as error:
             faults += error.faults
     return files, faults
 
 
-def _image_faults(source: Source, image: Nifti) -> list[Fault]:
+def _image_faults(source: Source, image: Scan) -> list[Fault]:
     path, values = source.image, image.array
     where = "" if source.frame is None else f"frame {source.frame + 1}: "
     if max(values.shape) > MAX_EDGE:
@@ -208,7 +213,7 @@ def _image_faults(source: Source, image: Nifti) -> list[Fault]:
 
 
 def grid_faults(
-    image_path: Path, image: Nifti, path: Path, label: Nifti, *, of: str = "the image"
+    image_path: Path, image: Scan, path: Path, label: Scan, *, of: str = "the image"
 ) -> list[Fault]:
     """Why labels do not lie on the grid of an image, or of other labels, by shape and affine."""
     if image.array.shape != label.array.shape:
@@ -242,7 +247,7 @@ def label_problem(values: np.ndarray) -> str:
 
 def _volume(
     source: Source,
-    image: Nifti,
+    image: Scan,
     classes: np.ndarray | None,
     plane: Plane,
     sha256: dict[str, str],

@@ -126,11 +126,16 @@ def _advice(error: Exception) -> str:
     return out_of_memory(error)
 
 
-def run_app(command: Callable[[], int | None]) -> None:
-    """Parses the defined flags and runs a command, with XLA set up."""
+def run_app(command: Callable[..., int | None], *, with_arguments: bool = False) -> None:
+    """Parses the defined flags and runs a command, with XLA set up.
 
-    def main(_: list[str]) -> None:
+    Args:
+      command: what to run.
+      with_arguments: whether it takes the list of arguments without dashes.
+    """
+
+    def main(argv: list[str]) -> None:
         set_up_xla()
-        run_command(command)
+        run_command(command, *([argv[1:]] if with_arguments else []))
 
     app.run(main, flags_parser=parse_flags)

@@ -7,6 +7,7 @@ traceback. Any other error that ends a command is reported as a fault of kafjax.
 import importlib
 import sys
 import traceback
+from typing import Any
 
 import kafjax
 
@@ -17,7 +18,12 @@ TRY_AGAIN = 75  # EX_TEMPFAIL
 # XLA's errors when a process, or the network to it, is lost.
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL")
 # Modules that only some commands need, and the extra in setup.cfg that installs them.
-_EXTRAS = {"cv2": "data", "nibabel": "data", "torch": "torch"}
+_EXTRAS = {
+    "cv2": "data",
+    "nibabel": "data",
+    "torch": "torch",
+    **dict.fromkeys(("SimpleITK", "pydicom", "highdicom"), "formats"),
+}
 
 
 class UserError(ValueError):
@@ -37,6 +43,16 @@ def missing_extra(error: ModuleNotFoundError) -> str:
     """How to install a missing module of an extra; empty for other modules."""
     extra = _EXTRAS.get(error.name or "")
     return f"{error.name} is missing; expected: pip install 'kafjax[{extra}]'" if extra else ""
+
+
+def import_extra(module: str) -> Any:
+    """A module of an extra. Raises `UserError`, which says how to install it, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if advice := missing_extra(error):
+            raise UserError(advice) from error
+        raise
 
 
 def require_extra(extra: str) -> None:

@@ -1,5 +1,7 @@
 """Segments raw volumes: `kafjax predict --workdir RUN[,RUN2...] --input X --output Y`.
 
+Or with a packed model: `kafjax predict --model model.kafjax --input X --output Y`.
+
 `kafjax.inference.prediction` documents the details.
 """
 
@@ -15,10 +17,15 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import define_path, define_paths, run_app
 
-    workdirs = define_paths(
-        "workdir", None, "Workdirs of segmentation runs, averaged.", required=True
+    workdirs = define_paths("workdir", None, "Workdirs of segmentation runs, averaged.")
+    models = define_paths("model", None, "Files of `kafjax pack`, instead or as well.")
+    source = define_path(
+        "input",
+        None,
+        "A scan (NIfTI, NRRD, MetaImage, a folder of DICOM or one of its files), or a folder of "
+        "scans.",
+        required=True,
     )
-    source = define_path("input", None, "A NIfTI file, or a folder of them.", required=True)
     target = define_path("output", None, "The labels' file, or a folder.", required=True)
     options = {
         "probabilities": flags.DEFINE_bool(
@@ -34,6 +41,20 @@ def _run_from_command_line() -> None:
             "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
         ),
         "batch_size": flags.DEFINE_integer("batch_size", None, "Default: the run's."),
+        "ending": flags.DEFINE_string(
+            "format",
+            None,
+            "Of labels in a folder: .nii.gz, .nii, .seg.nrrd, .nrrd, .mha or .dcm. Default: the "
+            "scan's.",
+        ),
+        "keep_header": flags.DEFINE_bool(
+            "keep_header",
+            False,
+            "Copy the scan's header too; may hold names and dates of the patient.",
+        ),
+        "label_text": define_path(
+            "label_text", None, "Also write the classes to this file, for ITK-SNAP."
+        ),
         "overwrite": flags.DEFINE_bool("overwrite", False, "Replace existing results."),
     }
 
@@ -43,7 +64,8 @@ def _run_from_command_line() -> None:
         # As an exception, so that partial output is removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         given: dict[str, Any] = {name: holder.value for name, holder in options.items()}
-        predict_files(workdirs.value, source.value, target.value, **given)
+        runs = [*(workdirs.value or ()), *(models.value or ())]
+        predict_files(runs, source.value, target.value, **given)
 
     run_app(command)
 

@@ -15,6 +15,7 @@ from tests.campaigns import (
     degenerate,
     disks,
     folders,
+    formats,
     hostile,
     paths,
     runs,
@@ -42,6 +43,9 @@ def assert_held(tallies: list[Tally]) -> None:
     "campaign",
     [
         volumes.run_preparation,
+        formats.run_nrrd,
+        formats.run_metaimage,
+        formats.run_dicom,
         folders.run_entries,
         folders.run_texts,
         folders.run_headers,

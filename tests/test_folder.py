@@ -96,7 +96,7 @@ def test_every_fault_of_both_folders_has_a_line(folders: tuple[Path, Path]) -> N
         "dora.nii.gz": "has no scan of its name",
         "ben_0000.nii": "is a second label file of ben_0000.nii.gz",
         "anna.nii.gz": "has the name of anna.nii",
-        "notes.dcm": "is an image of another format",
+        "scans": "holds 1 DICOM files itself, such as notes.dcm",
     }
 
 

@@ -172,7 +172,7 @@ def test_readers_of_other_kinds_come_from_metadata_too():
         ({"channel_names": None}, "has no channel_names"),
         ({"channel_names": None, "modality": {"0": "CT"}}, "nnUNetv2_convert_MSD_dataset"),
         ({"channel_names": {"1": "CT"}}, "channel_names is"),
-        ({"file_ending": ".png"}, r"file_ending is '.png'; expected .nii.gz or .nii"),
+        ({"file_ending": ".png"}, r"file_ending is '.png'; expected .nii.gz, .nii, .nrrd, "),
         ({"file_ending": None}, "has no file_ending"),
         ({"dataset": {"case_001": {}}}, "lists its files under 'dataset'"),
     ],

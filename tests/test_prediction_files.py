@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from kafjax.inference.prediction_files import Request, list_requests, write_like
+from kafjax.inference.label_files import write_like
+from kafjax.inference.prediction_files import Request, list_requests
 
 
 def names(requests: list[Request]) -> list[tuple[str, str, str]]:
@@ -67,7 +68,7 @@ def test_four_digits_are_a_channel_and_how_to_say_otherwise(tmp_path: Path) -> N
 
 
 def test_links_folders_and_capitals_are_named_and_stop_no_other(tmp_path: Path) -> None:
-    folder = make(tmp_path / "in", "a.nii.gz", "b.NII.GZ", "c.mha")
+    folder = make(tmp_path / "in", "a.nii.gz", "b.NII.GZ", "c.mgz")
     (folder / "d.nii.gz").symlink_to("nowhere")
     (folder / "e.nii.gz").mkdir()
     make(folder / "more", "f.nii.gz")
@@ -76,7 +77,7 @@ def test_links_folders_and_capitals_are_named_and_stop_no_other(tmp_path: Path) 
     assert names(requests) == [("a.nii.gz", "a", "a.nii.gz")]
     assert {fault.path.name: fault.found for fault in left_out} == {
         "b.NII.GZ": "its ending has capitals",
-        "c.mha": "is an image of another format",
+        "c.mgz": "is an image of another format",
         "d.nii.gz": "is a link to nowhere, which does not exist",
         "e.nii.gz": "is a folder with the name of a scan",
         "more": "is a folder that is not used, with 1 scans",
@@ -138,7 +139,7 @@ def test_places_that_would_lose_files_are_refused(tmp_path: Path) -> None:
     assert listed(one, tmp_path / "x" / "y.nii").requests[0].labels == tmp_path / "x" / "y.nii"
 
 
-@pytest.mark.parametrize("name", ["l.mha", "l.nrrd", "l.NII.GZ", "l.nii.bz2", "l.png", "l.json"])
+@pytest.mark.parametrize("name", ["l.mgz", "l.nhdr", "l.NII.GZ", "l.nii.bz2", "l.png", "l.json"])
 def test_an_output_of_another_format_is_never_a_folder(name: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "in", "a.nii.gz")
     for source in (folder, folder / "a.nii.gz"):

@@ -15,7 +15,9 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import define_path, run_app
 
-    images = define_path("images", None, "Folder of scans, .nii.gz or .nii.", required=True)
+    images = define_path(
+        "images", None, "Folder of scans, files or folders of DICOM.", required=True
+    )
     labels = define_path("labels", None, "Folder of labels with the scans' names.")
     output = define_path("output", None, "Folder of all results.", required=True)
     minutes = flags.DEFINE_float("minutes", None, "Of the whole. Default: up to a night.")

@@ -21,6 +21,7 @@ from typing import Any
 
 from data_prep.builder import Options
 from data_prep.check import survey_dataset
+from data_prep.entries import is_scan_name
 from data_prep.faults import DatasetError, findings_text, refuse
 from data_prep.prepare import prepare_dataset
 from kafjax.auto.plan import Plan, config_of, make_plan, read_plan, write_plan
@@ -223,7 +224,7 @@ class _Walk:
         if not self._plan.has_labels:
             return "\n".join(["No labels: pretrained only.", *lines])
         target = self._folder / "predictions"
-        count = sum(path.name.endswith((".nii", ".nii.gz")) for path in target.iterdir())
+        count = sum(is_scan_name(path.name) for path in target.iterdir())
         lines.append(f"predictions: {count} label files in {target}; volumes in volumes.csv")
         for split in self._splits():
             scores = read_scores(Workdir(self._folder / "finetune"), split)

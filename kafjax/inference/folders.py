@@ -1,11 +1,12 @@
-"""Scores anyone's predictions: a folder of NIfTI labels against a folder of reference labels.
+"""Scores anyone's predictions: a folder of labels against a folder of reference labels.
 
     kafjax evaluate --predictions DIR --labels DIR [--output DIR]
 
-Files match by name, whatever tool wrote them: with or without a channel's `_0000`, and `x_image`
-with `x_label`. A prediction lies on its reference's grid, by shape and affine. Writes
-`evaluation.json` and `.csv`, as `kafjax.inference.evaluation` does for a run, and `volumes.csv`.
-Without `--labels` only the volumes. Needs the extra `data`.
+Files match by name, whatever tool wrote them and in whatever format: with or without a channel's
+`_0000`, and `x_image` with `x_label`. A prediction lies on its reference's grid, by shape and
+affine; its axes may have another order or direction. Writes `evaluation.json` and `.csv`, as
+`kafjax.inference.evaluation` does for a run, and `volumes.csv`. Without `--labels` only the
+volumes. Needs the extra `data`.
 """
 
 import os
@@ -18,10 +19,10 @@ import nibabel as nib
 import numpy as np
 import tqdm
 
-from data_prep.entries import list_entries
+from data_prep.entries import SCANS, file_stem, list_entries
 from data_prep.faults import DatasetError, Fault
-from data_prep.folder import file_stem
-from data_prep.nifti import Nifti, read_nifti
+from data_prep.formats import read_labels, read_scan
+from data_prep.scan import Scan
 from data_prep.volumes import MAX_CLASSES, grid_faults, label_problem
 from kafjax.errors import UserError
 from kafjax.files import printable
@@ -53,7 +54,7 @@ def evaluate_folders(
     """Scores a folder of predictions, prints a table and writes it.
 
     Args:
-      predictions: folder of NIfTI files of whole numbers.
+      predictions: folder of files of whole numbers, of any format.
       labels: folder of the references; without it only volumes are measured.
       output: folder of the results, by default that of the predictions.
       classes: names of the files' numbers in ascending order, without 0; if there are not as many,
@@ -129,9 +130,9 @@ def match_names(
 
 
 def _scans(folder: Path, *, beside: bool = False) -> tuple[dict[str, Path], list[Fault]]:
-    """The NIfTI files of a folder by name without ending, and what cannot be read of it."""
+    """The scans of a folder by name without ending, and what cannot be read of it."""
     if not folder.is_dir():
-        return {}, [Fault(folder, "is not a folder", "expected a folder of NIfTI files")]
+        return {}, [Fault(folder, "is not a folder", "expected a folder of labels")]
     entries = list_entries(folder)
     # Tables and notes may lie there: only what is named as a scan matters.
     faults = [fault for fault in entries.faults if fault.path in entries.broken]
@@ -144,8 +145,16 @@ def _scans(folder: Path, *, beside: bool = False) -> tuple[dict[str, Path], list
     if not beside:
         files = {stem: p for stem, p in files.items() if not stem.endswith("_probabilities")}
     if not files:
-        faults.append(Fault(folder, "holds no scan", "expected files .nii.gz or .nii"))
+        faults.append(Fault(folder, "holds no scan", f"expected {SCANS}"))
     return files, faults
+
+
+def _read_pair(path: Path, reference: Path | None) -> list[tuple[Path, Scan]]:
+    """A prediction on the axes of its reference, and the reference. Raises `DatasetError`."""
+    if reference is None:
+        return [(path, read_labels(path))]
+    there = read_scan(reference)
+    return [(path, read_labels(path, there)), (reference, there)]
 
 
 def _numbers(
@@ -160,7 +169,7 @@ def _numbers(
     for stem, path in predictions.items():
         reference = pairs[stem]
         try:
-            files = [(p, read_nifti(p)) for p in (path, reference) if p is not None]
+            files = _read_pair(path, reference)
         except DatasetError as error:
             faults += error.faults
             continue
@@ -191,13 +200,12 @@ def _compare(
     counts = np.zeros((len(numbers), 3), np.int64)
     metrics, mm3 = {}, {}
     for stem, path in tqdm.tqdm(predictions.items(), unit="volume", disable=None):
-        predicted = read_nifti(path)
+        (_, predicted), *there = _read_pair(path, pairs[stem])
         spacing = nib.affines.voxel_sizes(predicted.affine)
         found = _as_classes(predicted, numbers)
-        reference = pairs[stem]
         label = None
-        if reference is not None:
-            drawn = read_nifti(reference)
+        if there:
+            drawn = there[0][1]
             label = _as_classes(drawn, numbers).astype(np.int16)
             label[drawn.array == ignore_label] = IGNORED
         mm3[stem] = count_mm3(found, label, names, spacing)
@@ -214,7 +222,7 @@ def _compare(
     return {**summary, "environment": describe_environment()}, mm3
 
 
-def _as_classes(file: Nifti, numbers: Sequence[int]) -> np.ndarray:
+def _as_classes(file: Scan, numbers: Sequence[int]) -> np.ndarray:
     """Class numbers 0, 1, 2, ... of a file's values; values that are no class are background."""
     values = np.array(numbers)
     places = np.minimum(np.searchsorted(values, file.array), len(values) - 1)

@@ -1,11 +1,11 @@
-"""Segments raw volumes with trained runs: NIfTI in, NIfTI labels out, on the source's grid.
+"""Segments raw volumes with trained runs; labels come on the source's grid, in its format.
 
-    kafjax predict --workdir RUN[,RUN2...] --input scan.nii.gz|FOLDER --output PATH|FOLDER
+    kafjax predict --workdir RUN[,RUN2...] --input SCAN|FOLDER --output PATH|FOLDER
 
 A volume is prepared like the training volumes of its dataset: the same intensities, grid and
 keypoints. Class probabilities are averaged over several runs, such as folds, and mirrored slices.
-Labels and probabilities are mapped back to the source's grid and axis order, with its header except
-type and scaling, so that they overlay the source in any viewer.
+Labels and probabilities are mapped back to the source's grid and axis order, so that they overlay
+the source in any viewer (`kafjax.inference.label_files`).
 
 Volumes are [row, col, slice], reoriented by `data_prep.nifti`, spacing in mm in that order;
 keypoints are (row, col). `d` is the number of classes. Needs the extra `data`.
@@ -17,22 +17,31 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tqdm
 from scipy import ndimage
 
 from data_prep import sift
-from data_prep.faults import DatasetError
-from data_prep.nifti import from_slices, open_header
+from data_prep.faults import DatasetError, findings_text
+from data_prep.formats import notes, open_grid
+from data_prep.nifti import from_slices
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.evaluation import rules_of_run
+from kafjax.inference.label_files import (
+    Classes,
+    write_descriptions,
+    write_labels,
+    write_probabilities,
+)
+from kafjax.inference.model_file import is_model, read_model
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
-from kafjax.inference.prediction_files import Request, list_requests, write_like
+from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.predictor import Predictor, View, load_predictor
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
@@ -81,7 +90,7 @@ def load_volume_predictor(
     """Loads the networks of one or several segmentation runs for raw volumes.
 
     Args:
-      workdirs: of the runs.
+      workdirs: of the runs, or packed models.
       step: of the checkpoints; by default each run's best by validation.
       mirror: see `VolumePredictor`.
       data_dir: folder of the runs' dataset, if it has moved and the workdirs do not describe it.
@@ -92,14 +101,19 @@ def load_volume_predictor(
         prepared datasets.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    rules = common_rules(
-        [
-            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
-            for workdir, predictor in zip(workdirs, predictors, strict=True)
-        ]
-    )
-    return VolumePredictor(predictors, preparation, mirror, rules)
+    predictors: list[Predictor] = []
+    rules: list[Rules] = []
+    for workdir in workdirs:
+        if is_model(workdir):
+            if step is not None:
+                raise UserError(f"{workdir}: a packed model has one checkpoint; leave --step out")
+            model = read_model(workdir)
+            predictors += model.predictors(batch_size=batch_size)
+            rules += model.rules
+        else:
+            predictors.append(load_predictor(workdir, step=step, batch_size=batch_size))
+            rules.append(rules_of_run(Workdir(workdir), predictors[-1], data_dir=data_dir))
+    return VolumePredictor(tuple(predictors), preparation, mirror, common_rules(rules))
 
 
 def predict_volume(
@@ -161,11 +175,13 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
         return list(threads.map(view, range(volume.image.shape[2])))
 
 
-def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "") -> None:
-    """Segments a NIfTI file; writes labels and, if requested, probabilities.
+def predict_file(
+    request: Request, predictor: VolumePredictor, *, title: str = "", keep_header: bool = False
+) -> None:
+    """Segments a scan; writes labels and, if requested, probabilities.
 
-    Shows progress by slice under `title`. Raises `DatasetError` for an unusable file and `OSError`
-    if results cannot be written.
+    Shows progress by slice under `title`; `keep_header` is as in `kafjax.inference.label_files`.
+    Raises `DatasetError` for an unusable file and `OSError` if results cannot be written.
     """
     reader = predictor.reader
     volume = reader.read(request.source)
@@ -187,12 +203,21 @@ def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "
         if kept is not None:
             kept[:, :, i] = probabilities
     labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
-    like = open_header(request.source.image)
-    plane = reader.plane(like.affine)
+    scan, grid = request.source.image, open_grid(request.source.image)
+    of_scan: dict[str, Any] = {"scan": scan, "grid": grid, "keep_header": keep_header}
+    plane = reader.plane(grid.affine)
     # Labels last: their presence means that everything is written.
     if request.probabilities is not None and kept is not None:
-        write_like(request.probabilities, from_slices(kept, like.affine, plane), like)
-    write_like(request.labels, from_slices(labels, like.affine, plane), like)
+        kept = from_slices(kept, grid.affine, plane)
+        write_probabilities(request.probabilities, kept, **of_scan)
+    labels = from_slices(labels, grid.affine, plane)
+    write_labels(request.labels, labels, classes=classes_of(reader), **of_scan)
+
+
+def classes_of(reader: Reader) -> Classes:
+    """The foreground classes of a dataset, with the numbers that its label files have."""
+    numbers = reader.raw_labels(np.arange(len(reader.classes), dtype=np.uint8))
+    return Classes(tuple(reader.classes[1:]), tuple(numbers[1:].tolist()))
 
 
 def _note_plane(path: Path, volume: Volume, predictor: VolumePredictor) -> None:
@@ -218,17 +243,24 @@ def predict_files(
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
+    ending: str | None = None,
+    keep_header: bool = False,
+    label_text: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Segments a NIfTI file, or all in a folder, and prints the written files.
+    """Segments a scan, or all in a folder, and prints the written files.
 
     Args:
-      workdirs: of the runs; see `load_volume_predictor`, also for `step`, `data_dir` and
-        `batch_size`.
-      source: a file or a folder; `~` is the home folder.
+      workdirs: of the runs, or packed models; see `load_volume_predictor`, also for `step`,
+        `data_dir` and `batch_size`.
+      source: a file, a DICOM series' folder or one of its files, or a folder of scans; `~` is the
+        home folder.
       target: the labels' file, or a folder for files named like the sources.
       probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
       mirror: see `VolumePredictor`.
       overwrite: replace existing results instead of skipping them.
+      ending: of labels in a folder, such as `.seg.nrrd`; by default of the scan's format.
+      keep_header: see `kafjax.inference.label_files`.
+      label_text: also write the classes to this file, as ITK-SNAP reads them.
 
     Raises:
       ValueError: a mistake in the arguments; or entries that are not usable scans, all listed after
@@ -236,11 +268,21 @@ def predict_files(
     """
     preparation = _read_preparations(workdirs, data_dir)
     source, target = map(expand, (source, target))
-    requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
+    requests, left_out = list_requests(
+        source, target, preparation, probabilities=probabilities, ending=ending
+    )
     todo = [request for request in requests if overwrite or not request.done]
     if len(todo) < len(requests):
         print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results exist.")
-    faults = [f"  {fault}" for fault in left_out]
+    # Files next to a series, such as localizers, leave no scan out.
+    inside = [fault for fault in left_out if not fault.stops and fault.path.parent != source]
+    faults = [f"  {fault}" for fault in left_out if fault not in inside]
+    if len(requests) == 1 and requests[0].source.image == source:
+        inside += notes(source)
+    for line in findings_text(inside):
+        print(f"note: {printable(line)}", file=sys.stderr, flush=True)
+    if label_text is not None:
+        write_descriptions(expand(label_text), classes_of(reader_of(preparation)))
     if todo:
         predictor = load_volume_predictor(
             workdirs, step=step, mirror=mirror, data_dir=data_dir, batch_size=batch_size
@@ -248,7 +290,10 @@ def predict_files(
         for number, request in enumerate(todo, start=1):
             try:
                 predict_file(
-                    request, predictor, title=f"{number}/{len(todo)} {request.source.image.name}"
+                    request,
+                    predictor,
+                    title=f"{number}/{len(todo)} {request.source.image.name}",
+                    keep_header=keep_header,
                 )
             except DatasetError as error:
                 faults += [f"  {fault}" for fault in str(error).splitlines()]
@@ -264,8 +309,13 @@ def _read_preparations(
     workdirs: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
 ) -> Preparation:
     if not workdirs:
-        raise UserError("no workdir is given; expected that of a segmentation run, or several")
-    found = {os.fspath(w): read_preparation(w, data_dir=data_dir) for w in workdirs}
+        raise UserError("no run is given; expected --workdir of one or several, or --model")
+    found = {
+        os.fspath(w): read_model(w).preparation
+        if is_model(w)
+        else read_preparation(w, data_dir=data_dir)
+        for w in workdirs
+    }
     check_alike(found)
     return next(iter(found.values()))
 

@@ -1,23 +1,25 @@
 """The files of prediction: finding scans, naming results, and writing them.
 
-A result has the source's name, or the case's for nnU-Net's `case_0000`. Its header is the source's
-except type and scaling: orientation, affine, units and description are kept.
+A result has the source's name, or the case's for nnU-Net's `case_0000`, and by default the source's
+format: `kafjax.inference.label_files` writes it on the source's grid.
 """
 
-import gzip
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.dicom import holds_dicom, is_dicom
 from data_prep.entries import (
     OTHER_IMAGES,
     SCAN_ENDINGS,
+    SCANS,
+    file_stem,
     is_scan_name,
     list_entries,
     scan_problem,
@@ -25,15 +27,15 @@ from data_prep.entries import (
 )
 from data_prep.faults import DatasetError, Fault
 from data_prep.folder import split_name
-from data_prep.nifti import open_header, read_nifti
+from data_prep.formats import is_series, open_grid, read_labels
+from data_prep.segmentations import is_segmentation
 from data_prep.volumes import Source
 from kafjax.errors import UserError
-from kafjax.files import replacing
+from kafjax.inference.label_files import OUTPUT_ENDINGS
 from kafjax.workdir.preparation import Preparation
 
-# Level 1 takes a third of the time of the default and hardly more space.
-_DEFLATE_LEVEL = 1
-_SUFFIX = re.compile(r"\.nii(\.gz)?$")
+# The format of a result, where it is not the scan's own; a series has none.
+_RESULT_ENDINGS = {"": ".dcm", ".dcm": ".dcm", ".nhdr": ".nrrd", ".mhd": ".mha"}
 # Endings that no folder has.
 _FILE_ENDINGS = (
     *(*SCAN_ENDINGS, *OTHER_IMAGES, ".gz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".png", ".jpg"),
@@ -73,103 +75,134 @@ class Listing(NamedTuple):
     left_out: list[Fault]
 
 
+class _Entry(NamedTuple):
+    path: Path
+    stem: str  # its name without ending
+
+    @property
+    def ending(self) -> str:
+        """The ending of a file's name; a series has none."""
+        return self.path.name.removeprefix(self.stem) if is_scan_name(self.path.name) else ""
+
+
 class _Name(NamedTuple):
     volume_id: str  # as preparation names the volume
-    result: str  # without suffix
+    result: str  # without ending
 
 
 def list_requests(
-    source: Path, target: Path, preparation: Preparation, *, probabilities: bool = False
+    source: Path,
+    target: Path,
+    preparation: Preparation,
+    *,
+    probabilities: bool = False,
+    ending: str | None = None,
 ) -> Listing:
     """The scan, or those of a folder sorted by name, with the paths of their results.
 
     Each entry of a folder is a scan, belongs to one (labels, other channels and cines by their
-    names; results of an earlier prediction into the same folder), or is skipped with a reason.
+    names; results of an earlier prediction into the same folder), or is skipped with a reason. A
+    folder with DICOM images is one scan; so is one with such folders, if the target is a file.
+
+    Args:
+      source: a scan or a folder of scans.
+      target: a file for one scan, or a folder.
+      preparation: of the runs' dataset.
+      probabilities: whether they are requested too.
+      ending: of the results in a folder; by default of the scan's format.
 
     Raises:
       ValueError: nothing to predict, or an impossible output.
     """
-    _check_target(target, folder_given=source.is_dir())
+    if not os.path.lexists(source):
+        raise UserError(f"{source}: no such file or folder")
+    one = not source.is_dir() or _is_one_series(source, target)
+    _check_target(target, ending, folder_given=not one)
     faults: list[Fault] = []
-    if not source.is_dir():
-        paths = [source]
-        if not os.path.lexists(source):
-            raise UserError(f"{source}: no such file or folder")
-        if not is_scan_name(source.name):
-            raise UserError(f"{source}: not a .nii.gz or .nii file")
-        if problem := scan_problem(source):
-            raise DatasetError([problem])
+    if one:
+        entries = [_only_entry(source)]
     else:
-        paths, faults = _list_folder(source, target, preparation)
-        if not paths and not faults:
-            raise UserError(f"{source}: holds no scan; expected .nii.gz or .nii files")
+        entries, faults = _list_folder(source, target, preparation)
+        if not entries and not faults:
+            raise UserError(f"{source}: holds no scan; expected {SCANS}")
     requests = []
-    for path in paths:
-        if name := _name(path, preparation):
-            requests.append(_request(path, name, target, probabilities=probabilities))
-        elif not _belongs_to_one_of(path, paths, preparation):
-            faults.append(_no_scan(path, preparation))
+    for entry in entries:
+        if name := _name(entry, preparation):
+            requests.append(_request(entry, name, target, ending, probabilities=probabilities))
+        elif not _belongs_to_one_of(entry, entries, preparation):
+            faults.append(_no_scan(entry, preparation))
     requests = _without_results(requests, preparation)
     wrong = _wrong_places(requests)
     faults += wrong.values()
     return Listing([request for request in requests if request not in wrong], faults)
 
 
-def write_like(path: Path, array: np.ndarray, like: Any) -> None:
-    """Writes a NIfTI file atomically, with another file's header.
-
-    Args:
-      path: `.nii` or `.nii.gz`; its folder is created.
-      array: [x, y, z] or [x, y, z, d] in the axis order of `like`.
-      like: nibabel image that provides file type, affine and header.
-    """
-    header = like.header.copy()
-    header.set_data_dtype(array.dtype)
-    image = type(like)(array, like.affine, header)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        if path.suffix == ".gz":
-            # No name and time, so that the same labels give the same bytes.
-            with gzip.GzipFile("", "wb", _DEFLATE_LEVEL, file, mtime=0) as stream:
-                image.to_stream(stream)
-        else:
-            image.to_stream(file)
+def _is_one_series(folder: Path, target: Path) -> bool:
+    """Whether a folder is a scan: of DICOM images, or of folders of such for a target of a file."""
+    try:
+        files = [path for path in folder.iterdir() if path.is_file()]
+    except OSError:
+        return False
+    if any(is_dicom(path) and not is_segmentation(path) for path in files):
+        return True
+    return (
+        target.name.endswith(OUTPUT_ENDINGS)
+        and not any(is_scan_name(path.name) for path in files)
+        and holds_dicom(folder)
+    )
 
 
-def _check_target(target: Path, *, folder_given: bool) -> None:
+def _only_entry(source: Path) -> _Entry:
+    if source.is_dir() or (is_dicom(source) and not is_segmentation(source)):
+        return _Entry(source, source.name if source.is_dir() else file_stem(source))
+    if not is_scan_name(source.name):
+        raise UserError(f"{source}: is not a scan; expected {SCANS}")
+    if problem := scan_problem(source):
+        raise DatasetError([problem])
+    return _Entry(source, file_stem(source))
+
+
+def _check_target(target: Path, ending: str | None, *, folder_given: bool) -> None:
+    endings = f"{', '.join(OUTPUT_ENDINGS[:-1])} or {OUTPUT_ENDINGS[-1]}"
+    if ending not in (None, *OUTPUT_ENDINGS):
+        raise UserError(f"format is {ending!r}; expected {endings}")
     if target.is_dir():
         return
     if folder_given and (is_scan_name(target.name) or target.exists()):
         raise UserError(f"output is {target}; expected a folder, as the input is one")
-    if target.name.endswith(SCAN_ENDINGS):
+    if target.name.endswith(OUTPUT_ENDINGS):
+        if ending is not None and not target.name.endswith(ending):
+            raise UserError(f"output is {target}, but format is {ending}; leave one of them out")
         return
     if target.name.lower().endswith(_FILE_ENDINGS):
         raise UserError(
-            f"output is {target}, a file's name; expected one that ends in "
-            f"{' or '.join(SCAN_ENDINGS)}, or a folder: make it first if that is its name"
+            f"output is {target}, a file's name; expected one that ends in {endings}, or a "
+            "folder: make it first if that is its name"
         )
     if target.exists():
-        raise UserError(f"output is {target}, a file; expected {' or '.join(SCAN_ENDINGS)}")
+        raise UserError(f"output is {target}, a file; expected {endings}")
 
 
 def _list_folder(
     source: Path, target: Path, preparation: Preparation
-) -> tuple[list[Path], list[Fault]]:
-    """Readable entries named as scans, and the faults of all others."""
+) -> tuple[list[_Entry], list[Fault]]:
+    """Readable scans, and the faults of all other entries."""
     described = _DESCRIPTIONS.get(preparation["kind"], ())
-    entries = list_entries(source, used=[n for n in described if (source / n).is_file()])
+    entries = list_entries(
+        source, used=[n for n in described if (source / n).is_file()], dicom=True
+    )
     faults = list(entries.faults)
     results = target.resolve()
     for folder in entries.folders:
         if not results.is_relative_to(folder.resolve()):
-            faults.append(unused_folder(folder, "scans, .nii.gz or .nii"))
-    return [path for path in entries.scans if path not in entries.broken], faults
+            faults.append(unused_folder(folder, SCANS))
+    sound = [path for path in entries.scans if path not in entries.broken]
+    return [_Entry(path, entries.stem(path)) for path in sound], faults
 
 
-def _name(path: Path, preparation: Preparation) -> _Name | None:
+def _name(entry: _Entry, preparation: Preparation) -> _Name | None:
     """A scan's names; None if it is not a scan by the dataset's naming rules."""
-    stem = _SUFFIX.sub("", path.name)
-    kind = preparation["kind"]
+    stem, kind = entry.stem, preparation["kind"]
     if kind == "chd" and (match := _CHD.fullmatch(stem)):
         return _Name(f"ct_{int(match[1])}", stem) if match[2] == "image" else None
     if kind == "acdc" and _ACDC_OTHERS.fullmatch(stem):
@@ -183,41 +216,47 @@ def _name(path: Path, preparation: Preparation) -> _Name | None:
     return _Name(stem, stem)
 
 
-def _belongs_to_one_of(path: Path, paths: Iterable[Path], preparation: Preparation) -> bool:
+def _belongs_to_one_of(entry: _Entry, entries: Iterable[_Entry], preparation: Preparation) -> bool:
     """Whether a non-scan is the labels, cine or another channel of an existing scan."""
-    stem, kind = _SUFFIX.sub("", path.name), preparation["kind"]
+    stem, kind = entry.stem, preparation["kind"]
     if kind == "chd":
         scan = stem.replace("label", "image")
     elif kind == "acdc":
         scan = rf"{stem[:-3]}_frame\d+" if stem.endswith("_4d") else stem.removesuffix("_gt")
     else:
         scan = re.escape(f"{stem[:-4]}{preparation['channel']:04d}")
-    return any(re.fullmatch(scan, _SUFFIX.sub("", other.name)) for other in paths)
+    return any(re.fullmatch(scan, other.stem) for other in entries)
 
 
-def _no_scan(path: Path, preparation: Preparation) -> Fault:
-    stem = _SUFFIX.sub("", path.name)
+def _no_scan(entry: _Entry, preparation: Preparation) -> Fault:
+    path, stem = entry.path, entry.stem
     if preparation["kind"] == "nnunet":
         channel = preparation["channel"]
-        right = f"{stem}_{channel:04d}{path.name.removeprefix(stem)}"
+        right = f"{stem}_{channel:04d}{entry.ending}"
         found = f"belongs to channel {int(stem[-4:])} by its name, the runs use channel {channel}"
         return Fault(path, found, f"rename it to {right} if the number is the scan's own")
     found = f"its name is not a scan's in the {preparation['kind']} layout"
     return Fault(path, found, "rename it if it is one")
 
 
-def _request(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Request:
+def _request(
+    entry: _Entry, name: _Name, target: Path, ending: str | None, *, probabilities: bool
+) -> Request:
     labels = target
-    if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
-        suffix = path.name.removeprefix(_SUFFIX.sub("", path.name))
-        labels = target / f"{name.result}{suffix}"
+    if target.is_dir() or not target.name.endswith(OUTPUT_ENDINGS):
+        own = _RESULT_ENDINGS.get(entry.ending, entry.ending)
+        labels = target / f"{name.result}{ending or own}"
     return Request(
-        Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
+        Source(name.volume_id, entry.path),
+        labels,
+        _probabilities(labels) if probabilities else None,
     )
 
 
 def _probabilities(labels: Path) -> Path:
-    return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
+    """Next to the labels; NIfTI, as other formats have no place for classes."""
+    ending = ".nii" if labels.name.endswith(".nii") else ".nii.gz"
+    return labels.with_name(f"{file_stem(labels)}_probabilities{ending}")
 
 
 def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
@@ -240,15 +279,17 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
 def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
     """Whether a file holds labels or probabilities on a scan's grid."""
     try:
-        found, header = open_header(path), open_header(scan)
-        if found.shape[:3] != header.shape or not np.allclose(found.affine, header.affine):
-            return False
-        kind = found.get_data_dtype().newbyteorder("=")
-        if kind == np.float32:
-            return found.shape[3:] == (len(values),)
-        return kind.kind == "u" and bool(np.isin(read_nifti(path).array, values).all())
+        found, grid = open_grid(path), open_grid(scan)
+        if found.dtype == np.float32:
+            on_grid = found.shape == (*grid.shape, len(values))
+            return on_grid and np.allclose(found.affine, grid.affine)
+        labels = read_labels(path, grid)
     except DatasetError:
         return False
+    if labels.array.shape != grid.shape or not np.allclose(labels.affine, grid.affine, atol=1e-3):
+        return False
+    known = range(len(values)) if path.suffix == ".dcm" else values
+    return labels.array.dtype.kind == "u" and bool(np.isin(labels.array, known).all())
 
 
 def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
@@ -271,4 +312,11 @@ def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
                 wrong[request] = Fault(
                     request.source.image, found, "choose another output, or rename it"
                 )
+        scan = request.source.image
+        if is_segmentation(scan):
+            remedy = "give its series, in a folder"
+            wrong[request] = Fault(scan, "holds segmentations, not a scan", remedy)
+        elif request.labels.name.endswith(".dcm") and not is_series(scan):
+            remedy = "choose another output"
+            wrong[request] = Fault(scan, "is no DICOM series, which .dcm refers to", remedy)
     return wrong

@@ -68,6 +68,7 @@ class Predictor:
         self.step = step
         self._batch_size = batch_size
         self._patch_size: PatchSize = tuple(config.data.patch_size)
+        self.variables = variables
         self._predict = make_predict(Segmentation(config), variables)
 
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:

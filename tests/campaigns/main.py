@@ -30,6 +30,9 @@ from tests.campaigns.campaign import Settings, Tally, as_json, as_markdown
 CAMPAIGNS = {
     "volumes": ("tests.campaigns.volumes", "run_preparation"),
     "prediction": ("tests.campaigns.volumes", "run_prediction"),
+    "nrrd": ("tests.campaigns.formats", "run_nrrd"),
+    "metaimage": ("tests.campaigns.formats", "run_metaimage"),
+    "dicom": ("tests.campaigns.formats", "run_dicom"),
     "entries": ("tests.campaigns.folders", "run_entries"),
     "texts": ("tests.campaigns.folders", "run_texts"),
     "headers": ("tests.campaigns.folders", "run_headers"),

@@ -9,7 +9,8 @@ import numpy as np
 
 from data_prep.faults import DatasetError
 from data_prep.main import main as prepare
-from data_prep.nifti import Nifti, read_nifti
+from data_prep.nifti import read_nifti
+from data_prep.scan import Scan
 from kafjax.errors import UserError
 from tests.campaigns import tiny
 from tests.campaigns.campaign import Settings, Tally
@@ -101,7 +102,7 @@ def _judge(path: Path, original: Path, lines: list[str]) -> tuple[str, str]:
     return ("harmless", "") if _same(found, read_nifti(original)) else ("silent", path.name)
 
 
-def _same(a: Nifti, b: Nifti) -> bool:
+def _same(a: Scan, b: Scan) -> bool:
     arrays = ((a.array, b.array), (a.affine, b.affine))
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in arrays)
 
