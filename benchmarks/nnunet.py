@@ -31,20 +31,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from benchmarks import report
 from benchmarks.curves import collect
 from benchmarks.flags import integers
+from benchmarks.nnunet_files import Case, find_sources, link_case
 from benchmarks.workers import NO_CACHE
-from data_prep.nnunet import open_nnunet
-from data_prep.readers import reader_of
-from data_prep.volumes import Source
 from kafjax.config_files import load_config
 from kafjax.cores import usable_cores
-from kafjax.data.input_pipeline import SliceDataset, open_dataset
+from kafjax.data.input_pipeline import open_dataset
 from kafjax.data.splits import Split
 from kafjax.errors import UserError
 from kafjax.files import write_text
@@ -56,9 +52,6 @@ from kafjax.workdir.workdir import Workdir
 
 NNUNET = "nnunet"
 _SIDE = Path(__file__).with_name("nnunet_side.py")
-_DATASET = "Dataset001_benchmark"
-# A channel's name chooses nnU-Net's normalisation.
-_CHANNELS = {"acdc": "MRI", "chd": "CT"}
 
 
 @dataclass(frozen=True)
@@ -83,36 +76,6 @@ class Run:
         return f"fold{self.fold}_M{self.num_labeled}"
 
 
-class Case(NamedTuple):
-    """A split's files: to train nnU-Net on, to predict, and the references."""
-
-    split: Split
-    folder: Path
-
-    @property
-    def images(self) -> Path:
-        """Unseen volumes by their raw names, for kafjax."""
-        return self.folder / "images"
-
-    @property
-    def labels(self) -> Path:
-        """Their references."""
-        return self.folder / "labels"
-
-    @property
-    def raw(self) -> Path:
-        """nnU-Net's raw dataset: labelled volumes in imagesTr, unseen ones in imagesTs."""
-        return self.folder / "raw" / _DATASET
-
-    def environment(self, results: Path) -> dict[str, str]:
-        """nnU-Net's folders."""
-        return {
-            "nnUNet_raw": str(self.folder / "raw"),
-            "nnUNet_preprocessed": str(self.folder / "preprocessed"),
-            "nnUNet_results": str(results),
-        }
-
-
 class Benchmark:
     """Makes the runs of a command line."""
 
@@ -126,7 +89,7 @@ class Benchmark:
         """Trains, predicts and scores one run, unless it is finished."""
         folder = self.output / "runs" / run.name
         done = folder / "result.json"
-        asked = {"config": list(run.config), "clock": self.arguments.clock}
+        asked = self._asked(run)
         if done.exists():
             found = json.loads(done.read_text())["asked"]
             if found != asked:
@@ -189,13 +152,17 @@ class Benchmark:
     def train_ours(self, run: Run, case: Case, folder: Path) -> dict[str, Any]:
         """Trains kafjax and predicts; its report."""
         timing = self.time_ours(run)
-        steps = int((60 * run.minutes - timing["first_step_seconds"]) / timing["step_seconds"])
+        step = timing["step_seconds"]
+        rest = timing["seconds"] - timing["steps"] * step  # imports, compilation, checkpoint
+        steps = int((60 * run.minutes - rest) / step)
         if steps < 1:
             raise UserError(
-                f"{run.name}: starting takes {timing['first_step_seconds']:.0f} s and a step "
-                f"{timing['step_seconds']:.2g} s; expected more minutes"
+                f"{run.name}: a step takes {step:.2g} s and all else {rest:.0f} s; expected more "
+                "minutes"
             )
         facts = self._train(run, folder / "train", folder, steps)
+        # Long runs tell the pace better than the few timed steps.
+        self._write_timing(run, {**timing, "step_seconds": facts["mean_step_seconds"] or step})
         split = read_split(Workdir(folder / "train"))
         assert split is not None
         if split.names != case.split:
@@ -211,18 +178,28 @@ class Benchmark:
         return facts
 
     def time_ours(self, run: Run) -> dict[str, Any]:
-        """The times of a side's start and step; measured once for each M."""
-        folder = self.output / "timing" / f"{run.side}_M{run.num_labeled}"
-        place, asked = folder / "timing.json", [*run.config, self.arguments.clock]
-        if place.exists() and (found := json.loads(place.read_text()))["asked"] == asked:
+        """The times of a side's start and step, measured for each M; later those of its runs."""
+        folder = self._timing_folder(run)
+        place = folder / "timing.json"
+        if place.exists() and (found := json.loads(place.read_text()))["asked"] == self._asked(run):
             return found
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         print(f"{run.side}: timing", flush=True)
         timing = self._train(run, folder / "train", folder, None)
         shutil.rmtree(folder / "train")
-        write_text(place, json.dumps({"asked": asked, **timing}))
+        self._write_timing(run, timing)
         return timing
+
+    def _write_timing(self, run: Run, timing: Mapping[str, Any]) -> None:
+        place = self._timing_folder(run) / "timing.json"
+        write_text(place, json.dumps({**timing, "asked": self._asked(run)}))
+
+    def _timing_folder(self, run: Run) -> Path:
+        return self.output / "timing" / f"{run.side}_M{run.num_labeled}"
+
+    def _asked(self, run: Run) -> dict[str, Any]:
+        return {"config": list(run.config), "clock": self.arguments.clock}
 
     def _train(self, run: Run, workdir: Path, folder: Path, steps: int | None) -> dict[str, Any]:
         config, *fields = (part.replace("{seed}", str(run.seed)) for part in run.config)
@@ -250,53 +227,6 @@ class Benchmark:
             link_case(case, self.sources, self.dataset)
             (case.folder / "linked").touch()
         return case
-
-
-def find_sources(dataset: SliceDataset, raw_dir: Path) -> dict[str, Source]:
-    """The raw files of a dataset's volumes by name."""
-    is_nnunet = dataset.metadata["kind"] == "nnunet"
-    reader = open_nnunet(raw_dir) if is_nnunet else reader_of(dataset.metadata)
-    sources, _ = reader.find(raw_dir)
-    found = {source.id: source for source in sources}
-    if missing := [name for name in dataset.volumes if name not in found]:
-        raise UserError(f"{raw_dir}: has no file of {', '.join(missing)}")
-    return found
-
-
-def link_case(case: Case, sources: Mapping[str, Source], dataset: SliceDataset) -> None:
-    """Links the files of a split, and describes nnU-Net's dataset.
-
-    Raises:
-      UserError: files have different endings, or labels other than 0, 1, ... that nnU-Net needs.
-    """
-    used = [sources[name] for name in (*case.split.train, *case.split.validation)]
-    endings = {"".join(path.suffixes[-2:]) for source in used for path in source.files}
-    classes = np.arange(len(dataset.classes), dtype=np.uint8)
-    numbers = list(reader_of(dataset.metadata).raw_labels(classes))
-    if len(endings) > 1 or numbers != list(range(len(dataset.classes))):
-        raise UserError(
-            f"files end in {', '.join(sorted(endings))} and their labels are {numbers}; nnU-Net "
-            f"needs one ending and 0 to {len(dataset.classes) - 1}: convert them first"
-        )
-    ending = endings.pop()
-    for name, number in (("Tr", case.split.train), ("Ts", case.split.validation)):
-        for source in map(sources.__getitem__, number):
-            assert source.label is not None
-            _link(source.image, case.raw / f"images{name}" / f"{source.id}_0000{ending}")
-            if name == "Tr":
-                _link(source.label, case.raw / "labelsTr" / f"{source.id}{ending}")
-            else:
-                _link(source.image, case.images / source.image.name)
-                _link(source.label, case.labels / source.label.name)
-    kind = dataset.metadata["kind"]
-    channel = _CHANNELS.get(kind, dataset.metadata.get("channel_name") or "MRI")
-    description = {
-        "channel_names": {"0": channel},
-        "labels": {name: number for number, name in enumerate(dataset.classes)},
-        "numTraining": len(case.split.train),
-        "file_ending": ending,
-    }
-    write_text(case.raw / "dataset.json", json.dumps(description, indent=1))
 
 
 def call(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -330,11 +260,6 @@ def pretraining_seconds(workdir: Workdir) -> float:
                 before = row["step"]
         start = Workdir(start).read_config().get("init_from")
     return seconds
-
-
-def _link(source: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(source.resolve())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
