@@ -1,4 +1,4 @@
-"""The files of a split for `benchmarks.nnunet`: links to the raw volumes to train on and predict."""
+"""The files of a split for `benchmarks.nnunet`: links to raw volumes to train on and predict."""
 
 import json
 from collections.abc import Mapping
