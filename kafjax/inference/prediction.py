@@ -24,6 +24,7 @@ from scipy import ndimage
 
 from data_prep import sift
 from data_prep.faults import DatasetError
+from data_prep.folder import file_stem
 from data_prep.nifti import from_slices, open_header
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
@@ -34,6 +35,7 @@ from kafjax.inference.evaluation import rules_of_run
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests, write_like
 from kafjax.inference.predictor import Predictor, View, load_predictor
+from kafjax.inference.uncertainty import FILE, Meter, add_to_table
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 from kafjax.workdir.workdir import Workdir
@@ -73,7 +75,7 @@ class VolumePredictor:
 def load_volume_predictor(
     workdirs: Sequence[str | os.PathLike[str]],
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     mirror: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
@@ -82,7 +84,7 @@ def load_volume_predictor(
 
     Args:
       workdirs: of the runs.
-      step: of the checkpoints; by default each run's best by validation.
+      step: of the checkpoints, several as '200,300'; by default each run's best by validation.
       mirror: see `VolumePredictor`.
       data_dir: folder of the runs' dataset, if it has moved and the workdirs do not describe it.
       batch_size: see `kafjax.inference.predictor.Predictor`.
@@ -92,13 +94,14 @@ def load_volume_predictor(
         prepared datasets.
     """
     preparation = _read_preparations(workdirs, data_dir)
-    predictors = tuple(load_predictor(w, step=step, batch_size=batch_size) for w in workdirs)
-    rules = common_rules(
-        [
-            rules_of_run(Workdir(workdir), predictor, data_dir=data_dir)
-            for workdir, predictor in zip(workdirs, predictors, strict=True)
-        ]
-    )
+    steps = step.split(",") if isinstance(step, str) else [step]
+    members = [
+        (Workdir(workdir), load_predictor(workdir, step=of_run, batch_size=batch_size))
+        for workdir in workdirs
+        for of_run in steps
+    ]
+    rules = common_rules([rules_of_run(*member, data_dir=data_dir) for member in members])
+    predictors = tuple(predictor for _, predictor in members)
     return VolumePredictor(predictors, preparation, mirror, rules)
 
 
@@ -162,7 +165,7 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
 
 
 def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "") -> None:
-    """Segments a NIfTI file; writes labels and, if requested, probabilities.
+    """Segments a NIfTI file; writes labels and, if requested, probabilities and uncertainty.
 
     Shows progress by slice under `title`. Raises `DatasetError` for an unusable file and `OSError`
     if results cannot be written.
@@ -175,6 +178,7 @@ def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "
     kept = None
     if request.probabilities is not None:  # by far the larger
         kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
+    meter, entropy = Meter(len(reader.classes)), np.empty(labels.shape, np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
         desc=title,
@@ -186,12 +190,18 @@ def predict_file(request: Request, predictor: VolumePredictor, *, title: str = "
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
+        if request.uncertainty is not None:
+            entropy[:, :, i] = meter.add(probabilities)
     labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
     like = open_header(request.source.image)
     plane = reader.plane(like.affine)
     # Labels last: their presence means that everything is written.
     if request.probabilities is not None and kept is not None:
         write_like(request.probabilities, from_slices(kept, like.affine, plane), like)
+    if request.uncertainty is not None:
+        write_like(request.uncertainty, from_slices(entropy, like.affine, plane), like)
+        numbers = dict(zip(reader.classes[1:], meter.numbers(), strict=True))
+        add_to_table(request.labels.with_name(FILE), file_stem(request.labels), numbers)
     write_like(request.labels, from_slices(labels, like.affine, plane), like)
 
 
@@ -213,8 +223,9 @@ def predict_files(
     target: str | os.PathLike[str],
     *,
     probabilities: bool = False,
+    uncertainty: bool = False,
     mirror: bool = False,
-    step: int | None = None,
+    step: int | str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
@@ -227,6 +238,8 @@ def predict_files(
       source: a file or a folder; `~` is the home folder.
       target: the labels' file, or a folder for files named like the sources.
       probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
+      uncertainty: also write `<name>_uncertainty.nii.gz` and, for all, `uncertainty.csv`; see
+        `kafjax.inference.uncertainty`.
       mirror: see `VolumePredictor`.
       overwrite: replace existing results instead of skipping them.
 
@@ -236,7 +249,9 @@ def predict_files(
     """
     preparation = _read_preparations(workdirs, data_dir)
     source, target = map(expand, (source, target))
-    requests, left_out = list_requests(source, target, preparation, probabilities=probabilities)
+    requests, left_out = list_requests(
+        source, target, preparation, probabilities=probabilities, uncertainty=uncertainty
+    )
     todo = [request for request in requests if overwrite or not request.done]
     if len(todo) < len(requests):
         print(f"Skipped {len(requests) - len(todo)} of {len(requests)} files: results exist.")

@@ -29,6 +29,7 @@ from data_prep.nifti import open_header, read_nifti
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.files import replacing
+from kafjax.inference.uncertainty import FILE
 from kafjax.workdir.preparation import Preparation
 
 # Level 1 takes a third of the time of the default and hardly more space.
@@ -44,16 +45,19 @@ _CHD = re.compile(r"ct_(\d+)_(image|label)")
 _ACDC_OTHERS = re.compile(r"patient\d+_(4d|frame\d+_gt)")
 _CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 _DESCRIPTIONS = {"acdc": ("Info.cfg",), "nnunet": ("dataset.json",), "chd": ("phantom.json",)}
+# What results next to labels end in, before the suffix.
+MAPS = ("probabilities", "uncertainty")
 _LONGEST_NAME = 230  # in bytes, of the system's 255: a file being written has a longer name
 
 
 @dataclass(frozen=True)
 class Request:
-    """A scan, and the paths of its labels and, if requested, class probabilities."""
+    """A scan, and the paths of its labels and, if requested, probabilities and uncertainty."""
 
     source: Source
     labels: Path
     probabilities: Path | None = None
+    uncertainty: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -63,7 +67,8 @@ class Request:
     @property
     def places(self) -> tuple[Path, ...]:
         """The paths of its results."""
-        return (self.labels,) if self.probabilities is None else (self.labels, self.probabilities)
+        places = (self.labels, self.probabilities, self.uncertainty)
+        return tuple(place for place in places if place is not None)
 
 
 class Listing(NamedTuple):
@@ -79,7 +84,12 @@ class _Name(NamedTuple):
 
 
 def list_requests(
-    source: Path, target: Path, preparation: Preparation, *, probabilities: bool = False
+    source: Path,
+    target: Path,
+    preparation: Preparation,
+    *,
+    probabilities: bool = False,
+    uncertainty: bool = False,
 ) -> Listing:
     """The scan, or those of a folder sorted by name, with the paths of their results.
 
@@ -106,7 +116,9 @@ def list_requests(
     requests = []
     for path in paths:
         if name := _name(path, preparation):
-            requests.append(_request(path, name, target, probabilities=probabilities))
+            requests.append(
+                _request(path, name, target, probabilities=probabilities, uncertainty=uncertainty)
+            )
         elif not _belongs_to_one_of(path, paths, preparation):
             faults.append(_no_scan(path, preparation))
     requests = _without_results(requests, preparation)
@@ -156,7 +168,7 @@ def _list_folder(
     source: Path, target: Path, preparation: Preparation
 ) -> tuple[list[Path], list[Fault]]:
     """Readable entries named as scans, and the faults of all others."""
-    described = _DESCRIPTIONS.get(preparation["kind"], ())
+    described = (*_DESCRIPTIONS.get(preparation["kind"], ()), FILE)
     entries = list_entries(source, used=[n for n in described if (source / n).is_file()])
     faults = list(entries.faults)
     results = target.resolve()
@@ -206,18 +218,23 @@ def _no_scan(path: Path, preparation: Preparation) -> Fault:
     return Fault(path, found, "rename it if it is one")
 
 
-def _request(path: Path, name: _Name, target: Path, *, probabilities: bool) -> Request:
+def _request(
+    path: Path, name: _Name, target: Path, *, probabilities: bool, uncertainty: bool
+) -> Request:
     labels = target
     if target.is_dir() or not target.name.endswith(SCAN_ENDINGS):
         suffix = path.name.removeprefix(_SUFFIX.sub("", path.name))
         labels = target / f"{name.result}{suffix}"
     return Request(
-        Source(name.volume_id, path), labels, _probabilities(labels) if probabilities else None
+        Source(name.volume_id, path),
+        labels,
+        _beside(labels, "probabilities") if probabilities else None,
+        _beside(labels, "uncertainty") if uncertainty else None,
     )
 
 
-def _probabilities(labels: Path) -> Path:
-    return labels.with_name(_SUFFIX.sub(r"_probabilities.nii\1", labels.name))
+def _beside(labels: Path, what: str) -> Path:
+    return labels.with_name(_SUFFIX.sub(rf"_{what}.nii\1", labels.name))
 
 
 def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
@@ -226,7 +243,7 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
     maker = {
         place.resolve(): request
         for request in requests
-        for place in (request.labels, _probabilities(request.labels))
+        for place in (request.labels, *(_beside(request.labels, what) for what in MAPS))
         if place.resolve() != request.source.image.resolve()
     }
     return [
@@ -238,14 +255,14 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
 
 
 def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
-    """Whether a file holds labels or probabilities on a scan's grid."""
+    """Whether a file holds labels, probabilities or uncertainty on a scan's grid."""
     try:
         found, header = open_header(path), open_header(scan)
         if found.shape[:3] != header.shape or not np.allclose(found.affine, header.affine):
             return False
         kind = found.get_data_dtype().newbyteorder("=")
         if kind == np.float32:
-            return found.shape[3:] == (len(values),)
+            return found.shape[3:] in ((), (len(values),))
         return kind.kind == "u" and bool(np.isin(read_nifti(path).array, values).all())
     except DatasetError:
         return False
