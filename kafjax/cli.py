@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("kafjax.main", "pretrain or fine-tune by a config"),
     "evaluate": Command("kafjax.evaluate", "score a segmentation run, or anyone's predictions"),
     "predict": Command("kafjax.predict", "segment raw volumes with one run or several"),
+    "suggest": Command("kafjax.suggest", "say which volumes to label next"),
     "cross-validate": Command("kafjax.cross_validate", "train and evaluate over folds, M, seeds"),
     "experiment": Command("kafjax.experiment", "run a table of runs on all devices"),
     "figures": Command("kafjax.figures", "draw keypoints, feature similarity or segmentations"),

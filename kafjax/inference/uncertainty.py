@@ -145,6 +145,7 @@ def format_correlations(correlations: Mapping[str, Mapping[str, Any]]) -> str:
 def _correlate(rows: np.ndarray) -> dict[str, Any]:
     """Of the columns Dice and each measure."""
     from scipy import stats  # slow to import
+
     found: dict[str, Any] = {"volumes": len(rows)}
     for name, values in zip(MEASURES, rows.T[1:], strict=True):
         real = ~np.isnan(values)
