@@ -12,10 +12,10 @@ both sides, preparation and prediction on neither. Both predict the fold's unsee
 raw files onto their own grids, and `kafjax evaluate --predictions` scores them.
 
 nnU-Net (pip install 'kafjax[nnunet]', or any environment that has it, as --python) stops by the
-clock. kafjax gets as many steps as a timing of a few promises; the table has the minutes that both
+clock. kafjax gets as many steps as fit by the time of a few; the table has the minutes that both
 took. `--clock cpu` counts the process's own time on one core, for a machine that does other work.
 
-A finished run is not repeated; `--collect` writes results.csv, .md and .svg of all that are.
+A finished run is not repeated; `--collect` writes results.csv, .md and .svg from the finished ones.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """The name of the run's folder."""
         return f"{self.case}_{self.side}_{self.minutes:g}min_seed{self.seed}"
 
     @property
@@ -161,7 +161,7 @@ class Benchmark:
                 "minutes"
             )
         facts = self._train(run, folder / "train", folder, steps)
-        # Long runs tell the pace better than the few timed steps.
+        # A whole run measures the pace better than the few timed steps.
         self._write_timing(run, {**timing, "step_seconds": facts["mean_step_seconds"] or step})
         split = read_split(Workdir(folder / "train"))
         assert split is not None

@@ -63,8 +63,12 @@ def measure(arguments: argparse.Namespace) -> report.Result:
         folder = a.output / f"{name.replace(' ', '')}_seed{seed}"
         config, *fields = shlex.split(a.config)
         own = {
-            "data.dir": a.data_dir, "data.name": a.name, "data.splits_file": splits,
-            "data.fold": number, "seed": seed, "every.validation_epochs": 0,
+            "data.dir": a.data_dir,
+            "data.name": a.name,
+            "data.splits_file": splits,
+            "data.fold": number,
+            "seed": seed,
+            "every.validation_epochs": 0,
             "checkpoint.select": "last",
         }
         fields += [f"--config.{k}={v}" for k, v in own.items()]

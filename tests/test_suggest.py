@@ -167,19 +167,17 @@ def test_uncertain_volumes_are_those_of_the_averaged_probabilities(
         slices = [dataset.read(record) for record in dataset.volumes[name]]
         views = [(s.image, s.keypoints, s.mask) for s in slices]
         p = np.mean([np.stack(list(run.probabilities(views))) for run in predictors], axis=0)
-        dice = []
-        for c in range(1, p.shape[-1]):
-            inside = p.argmax(-1) == c
-            dice.append(2 * p[..., c][inside].sum() / (p[..., c].sum() + inside.sum()))
-        expected[name] = np.mean(dice)
+        entropy = -(p * np.log(p)).sum(-1) / np.log(8)
+        of_classes = (entropy[p.argmax(-1) == c] for c in range(1, 8))
+        expected[name] = np.mean([e.mean() if e.size else 1.0 for e in of_classes])
     found: Any = suggest([runs["a"], runs["b"]], tmp_path / "out", number=len(left))
-    assert [one.volume for one in found] == sorted(left, key=lambda name: expected[name])
+    assert [one.volume for one in found] == sorted(left, key=lambda name: -expected[name])
     for one in found:
-        np.testing.assert_allclose(one.expected_dice, expected[one.volume], rtol=1e-4)
+        np.testing.assert_allclose(one.entropy, expected[one.volume], rtol=1e-4)
     rows = list(csv.DictReader((tmp_path / "out" / "suggestions.csv").open()))
     assert [row["volume"] for row in rows] == [one.volume for one in found]
     assert (tmp_path / "out" / "suggestions.png").stat().st_size > 1000
-    assert capsys.readouterr().out.startswith(f"1  {found[0].volume}  expected Dice ")
+    assert capsys.readouterr().out.startswith(f"1  {found[0].volume}  entropy ")
     with pytest.raises(UserError, match="volumes that the runs did not train or validate on"):
         suggest([runs["a"]], tmp_path, number=99)
     with pytest.raises(UserError, match="expected one pretraining run, or segmentation runs"):

@@ -1,7 +1,6 @@
 """Uncertainty of predictions against loops over voxels, and its way into files and evaluation."""
 
 import csv
-import itertools
 import json
 import math
 from pathlib import Path
@@ -17,10 +16,10 @@ from kafjax.inference.folders import evaluate_folders
 from kafjax.inference.prediction import VolumePredictor
 from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.uncertainty import (
-    ClassUncertainty,
     Meter,
     add_to_table,
     compare_with_dice,
+    mean_of_classes,
     read_table,
 )
 from tests.test_prediction import CHD, Random, load, predictor_of, scan
@@ -50,29 +49,23 @@ def test_numbers_equal_a_loop_over_voxels() -> None:
         np.testing.assert_allclose(meter.add(p), entropy_of(p), atol=1e-6)
     found = meter.numbers()
     for c in (1, 2, 3):
-        entropies, inside, probability, voxels = [], 0.0, 0.0, 0
+        entropies = []
         for p in slices:
             entropy = entropy_of(p)
             for place in np.ndindex(entropy.shape):
-                probability += float(p[place][c])
                 if all(p[place][c] >= q for q in p[place]):
                     entropies.append(entropy[place])
-                    inside += float(p[place][c])
-                    voxels += 1
-        assert (voxels == 0) == (c == 3)
-        dice = 2 * inside / (probability + voxels)
-        np.testing.assert_allclose(found[c - 1].expected_dice, dice, rtol=1e-5)
-        if voxels:
-            np.testing.assert_allclose(found[c - 1].entropy, np.mean(entropies), rtol=1e-5)
-        else:
-            assert math.isnan(found[c - 1].entropy)
-            assert found[c - 1].expected_dice == 0
+        assert (not entropies) == (c == 3)
+        if entropies:
+            np.testing.assert_allclose(found[c - 1], np.mean(entropies), rtol=1e-5)
+    assert math.isnan(found[2])
+    np.testing.assert_allclose(mean_of_classes(found), (found[0] + found[1] + 1) / 3)
 
 
 def test_certain_and_clueless_predictions_have_0_and_1() -> None:
     meter = Meter(5)
     np.testing.assert_array_equal(meter.add(np.eye(5)[np.arange(5)]), np.zeros(5, np.float32))
-    assert all(n == (0, 1) for n in meter.numbers())
+    assert meter.numbers() == [0, 0, 0, 0]
     np.testing.assert_allclose(meter.add(np.full((2, 5), 0.2)), 1, rtol=1e-6)
 
 
@@ -130,13 +123,13 @@ def test_maps_of_an_earlier_prediction_are_no_scans(tmp_path: Path) -> None:
 
 def test_the_table_keeps_other_volumes(tmp_path: Path) -> None:
     path = tmp_path / "uncertainty.csv"
-    add_to_table(path, "b", {"x": ClassUncertainty(0.5, 0.25)})
-    add_to_table(path, "a", {"x": ClassUncertainty(math.nan, 0.0)})
-    add_to_table(path, "b", {"x": ClassUncertainty(0.125, 0.75)})
+    add_to_table(path, "b", {"x": 0.5})
+    add_to_table(path, "a", {"x": math.nan})
+    add_to_table(path, "b", {"x": 0.125})
     found = read_table(path)
     assert list(found) == ["a", "b"]
-    assert found["b"] == {"x": (0.125, 0.75)}
-    assert math.isnan(found["a"]["x"].entropy)
+    assert found["b"] == {"x": 0.125}
+    assert math.isnan(found["a"]["x"])
     path.write_text("volume,class\na,x\n")
     with pytest.raises(UserError, match=r"uncertainty\.csv: expected a table with columns volume"):
         read_table(path)
@@ -160,8 +153,8 @@ def test_evaluation_puts_uncertainty_next_to_dice(tmp_path: Path) -> None:
         for folder, array in (("predicted", predicted), ("labels", label)):
             nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / f"{name}.nii.gz")
         numbers[name] = {
-            "one": ClassUncertainty(*rng.random(2)),
-            "two": ClassUncertainty(math.nan if name == "v2" else rng.random(), rng.random()),
+            "one": float(rng.random()),
+            "two": math.nan if name == "v2" else float(rng.random()),
         }
         add_to_table(tmp_path / "predicted" / "uncertainty.csv", name, numbers[name])
         nib.save(
@@ -171,30 +164,33 @@ def test_evaluation_puts_uncertainty_next_to_dice(tmp_path: Path) -> None:
     results = evaluate_folders(tmp_path / "predicted", tmp_path / "labels")
     assert results is not None
     assert list(results["by_volume"]) == names
-    for c, measure in itertools.product(("one", "two"), ("entropy", "expected_dice")):
-        pairs = [
-            (results["by_volume"][n][c]["dice"], getattr(numbers[n][c], measure)) for n in names
-        ]
+    for c in ("one", "two"):
+        pairs = [(results["by_volume"][n][c]["dice"], numbers[n][c]) for n in names]
         real = [pair for pair in pairs if not math.isnan(pair[1])]
         expected = spearman(*map(list, zip(*real, strict=True)))
-        np.testing.assert_allclose(results["uncertainty"][c][measure], expected, atol=1e-6)
-        assert results["uncertainty"][c]["volumes"] == 6
-    assert abs(results["uncertainty"]["mean"]["entropy"]) < 1
+        found = results["uncertainty"][c]
+        np.testing.assert_allclose(found["correlation"], expected, atol=1e-6)
+        assert found["volumes"] == (6 if c == "one" else 5)
+    means = [np.mean([results["by_volume"][n][c]["dice"] for c in ("one", "two")]) for n in names]
+    values = [np.mean([1.0 if math.isnan(v) else v for v in numbers[n].values()]) for n in names]
+    expected = spearman(means, values)
+    np.testing.assert_allclose(results["uncertainty"]["mean"]["correlation"], expected, atol=1e-6)
     rows = list(csv.DictReader((tmp_path / "predicted" / "evaluation.csv").open()))
     row = next(r for r in rows if (r["volume"], r["class"]) == ("v0", "one"))
-    np.testing.assert_allclose(float(row["entropy"]), numbers["v0"]["one"].entropy, rtol=1e-5)
+    np.testing.assert_allclose(float(row["entropy"]), numbers["v0"]["one"], rtol=1e-5)
     assert next(r for r in rows if (r["volume"], r["class"]) == ("v2", "two"))["entropy"] == ""
     kept = json.loads((tmp_path / "predicted" / "evaluation.json").read_text())
     assert kept["uncertainty"] == results["uncertainty"]
 
 
-def test_a_constant_measure_has_no_correlation() -> None:
-    metrics = {f"v{i}": {"c": {"dice": float(i)}} for i in range(4)}
-    table = {name: {"c": ClassUncertainty(0.5, -float(name[1:]))} for name in metrics}
+def test_constant_numbers_have_no_correlation() -> None:
+    metrics = {f"v{i}": {"a": {"dice": float(i)}, "b": {"dice": float(i)}} for i in range(4)}
+    table = {name: {"a": 0.5, "b": -float(name[1:])} for name in metrics}
     table.pop("v3")
     found = compare_with_dice(metrics, table)
-    assert found["c"] == {"volumes": 3, "entropy": None, "expected_dice": pytest.approx(-1)}
-    assert metrics["v3"]["c"] == {"dice": 3.0, "entropy": None, "expected_dice": None}
+    assert found["a"] == {"volumes": 3, "correlation": None}
+    assert found["b"] == {"volumes": 3, "correlation": pytest.approx(-1)}
+    assert metrics["v3"]["a"] == {"dice": 3.0, "entropy": None}
 
 
 def test_results_that_a_request_lacks_are_not_done(tmp_path: Path) -> None:

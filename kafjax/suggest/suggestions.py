@@ -27,7 +27,7 @@ from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset
 from kafjax.files import write_text
 from kafjax.inference.predictor import Predictor, load_predictor
-from kafjax.inference.uncertainty import Meter
+from kafjax.inference.uncertainty import Meter, mean_of_classes
 from kafjax.paths import expand
 from kafjax.suggest.embeddings import embed_volumes, normalise
 from kafjax.suggest.medoids import k_medoids
@@ -55,13 +55,9 @@ class Typical(NamedTuple):
 
 
 class Uncertain(NamedTuple):
-    """A suggested volume: its name, and the means over classes of `kafjax.inference.uncertainty`.
-
-    `entropy` is NaN if no class is predicted.
-    """
+    """A suggested volume: its name and `kafjax.inference.uncertainty.mean_of_classes`."""
 
     volume: str
-    expected_dice: float
     entropy: float
 
 
@@ -160,7 +156,7 @@ def suggest_typical(
 def suggest_uncertain(
     workdirs: Sequence[Workdir], dataset: SliceDataset, *, number: int
 ) -> tuple[list[Uncertain], list[UncertainSlice]]:
-    """The volumes with the lowest expected Dice, lowest first, and a picture of each.
+    """The volumes with the highest mean entropy of their classes, and a picture of each.
 
     Candidates are the volumes, except those of the test set, that no run trained or validated on.
     Probabilities are averaged over the runs.
@@ -183,7 +179,7 @@ def suggest_uncertain(
     found = [
         _measure(dataset, name, predictors) for name in tqdm.tqdm(left, unit="volume", disable=None)
     ]
-    found.sort(key=lambda pair: pair[0].expected_dice)
+    found.sort(key=lambda pair: -pair[0].entropy)
     return [pair[0] for pair in found[:number]], [pair[1] for pair in found[:number]]
 
 
@@ -208,10 +204,7 @@ def _measure(
                 entropy,
                 float(one.spacing[0] / one.spacing[1]),
             )
-    numbers = np.array(meter.numbers())
-    entropies = numbers[~np.isnan(numbers[:, 0]), 0]
-    mean = float(entropies.mean()) if entropies.size else float("nan")
-    return Uncertain(name, float(numbers[:, 1].mean()), mean), shown
+    return Uncertain(name, mean_of_classes(meter.numbers())), shown
 
 
 def describe_typical(found: Sequence[Typical]) -> str:
@@ -228,8 +221,7 @@ def describe_uncertain(found: Sequence[Uncertain]) -> str:
     """A line for each suggestion."""
     width = max(len(one.volume) for one in found)
     return "\n".join(
-        f"{rank}  {one.volume:<{width}}  expected Dice {one.expected_dice:.3f}, entropy "
-        f"{one.entropy:.3f}"
+        f"{rank}  {one.volume:<{width}}  entropy {one.entropy:.3f}"
         for rank, one in enumerate(found, start=1)
     )
 
