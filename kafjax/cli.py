@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": Command("kafjax.evaluate", "score a segmentation run, or anyone's predictions"),
     "predict": Command("kafjax.predict", "segment raw volumes with one run or several"),
     "pack": Command("kafjax.pack", "pack a run, or several, as a model in one file"),
+    "suggest": Command("kafjax.suggest", "say which volumes to label next"),
     "cross-validate": Command("kafjax.cross_validate", "train and evaluate over folds, M, seeds"),
     "experiment": Command("kafjax.experiment", "run a table of runs on all devices"),
     "figures": Command("kafjax.figures", "draw keypoints, feature similarity or segmentations"),

@@ -31,11 +31,17 @@ def _run_from_command_line() -> None:
         "probabilities": flags.DEFINE_bool(
             "probabilities", False, "Also write class probabilities, 4-d float32."
         ),
+        "uncertainty": flags.DEFINE_bool(
+            "uncertainty", False, "Also write maps of uncertainty and uncertainty.csv."
+        ),
         "mirror": flags.DEFINE_bool(
             "mirror", False, "Average over mirrored slices; four times the work."
         ),
         "step": flags.DEFINE_string(
-            "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
+            "step",
+            None,
+            "Checkpoint: a number, best or last; several are averaged: 200,300. "
+            "Default: config.checkpoint.select.",
         ),
         "data_dir": flags.DEFINE_string(
             "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."

@@ -43,6 +43,7 @@ from kafjax.inference.postprocessing import (
     write_rules,
 )
 from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.inference.uncertainty import FIELD
 from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
 from kafjax.training.preflight import split_run
@@ -310,13 +311,15 @@ def write_results(results: Results, stem: Path) -> None:
     """Writes STEM.json and STEM.csv, each atomically."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["volume", "class", *_METRICS, "empty", "missed"])
+    more = [FIELD] if "uncertainty" in results else []
+    writer.writerow(["volume", "class", *_METRICS, "empty", "missed", *more])
     for name, value in results["pooled_dice"].items():
-        writer.writerow(["pooled", name, value, None, None, None, None])
+        writer.writerow(["pooled", name, value, *[None] * (4 + len(more))])
     for volume, classes in results["by_volume"].items():
         for name, found in classes.items():
             flags = [int(found["empty"]), int(found["missed"])]
-            writer.writerow([volume, name, *(found[metric] for metric in _METRICS), *flags])
+            numbers = [found[metric] for metric in _METRICS]
+            writer.writerow([volume, name, *numbers, *flags, *(found[n] for n in more)])
     write_checked(stem.with_name(f"{stem.name}.json"), results)
     write_text(stem.with_name(f"{stem.name}.csv"), stream.getvalue())
 

@@ -5,7 +5,8 @@
 Files match by name, whatever tool wrote them and in whatever format: with or without a channel's
 `_0000`, and `x_image` with `x_label`. A prediction lies on its reference's grid, by shape and
 affine; its axes may have another order or direction. Writes `evaluation.json` and `.csv`, as
-`kafjax.inference.evaluation` does for a run, and `volumes.csv`. Without `--labels` only the
+`kafjax.inference.evaluation` does for a run, and `volumes.csv`; with `uncertainty.csv` among the
+predictions, also its numbers and their correlation with Dice. Without `--labels` only the
 volumes. Needs the extra `data`.
 """
 
@@ -32,6 +33,13 @@ from kafjax.inference.evaluation import (
     summarize,
     write_results,
 )
+from kafjax.inference.prediction_files import MAPS
+from kafjax.inference.uncertainty import (
+    FILE,
+    compare_with_dice,
+    format_correlations,
+    read_table,
+)
 from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.labels import IGNORED
 from kafjax.paths import expand
@@ -40,6 +48,8 @@ from kafjax.workdir.environment import describe_environment
 
 # What names add to a case's own, and how a reference is called next to its scan.
 _ADDED = re.compile(r"_(0000|image|label|labels|gt|seg|mask|pred)$")
+
+_MAP = re.compile(rf"_({'|'.join(MAPS)})$")
 
 
 def evaluate_folders(
@@ -58,7 +68,8 @@ def evaluate_folders(
       labels: folder of the references; without it only volumes are measured.
       output: folder of the results, by default that of the predictions.
       classes: names of the files' numbers in ascending order, without 0; if there are not as many,
-        of 1, 2, ..., and higher numbers are background. By default class_<number>.
+        of 1, 2, ..., and higher numbers are background. By default those of `uncertainty.csv`, if
+        there, or class_<number>.
       numbers: of the background and the classes in the files, if known.
       ignore_label: the number in the references of voxels that nobody annotated, which do not
         count.
@@ -84,11 +95,13 @@ def evaluate_folders(
         if not faults:
             for line in notes:
                 print(f"note: {line}", flush=True)
+    table = read_table(folder / FILE) if (folder / FILE).exists() else {}
+    classes = tuple(classes) or tuple(next(iter(table.values()), ()))
     seen, more = _numbers(found, pairs, classes, ignore_label)
     numbers = seen if numbers is None else numbers
     if faults := [*faults, *more]:
         raise DatasetError(faults)
-    names = tuple(classes) or tuple(f"class_{number}" for number in numbers[1:])
+    names = classes or tuple(f"class_{number}" for number in numbers[1:])
     target = folder if output is None else expand(output)
     target.mkdir(parents=True, exist_ok=True)
     results, mm3 = _compare(found, pairs, numbers, names, ignore_label)
@@ -97,9 +110,13 @@ def evaluate_folders(
         print(f"{folder}: {len(found)} predictions; volumes: {target / 'volumes.csv'}")
         return None
     results = {"predictions": str(folder), "labels": str(labels), **results}
+    if table:
+        results["uncertainty"] = compare_with_dice(results["by_volume"], table)
     write_results(results, target / "evaluation")
     print(f"{folder} against {labels}: {len(results['by_volume'])} volumes\n")
     print(format_table(results))
+    if "uncertainty" in results:
+        print(f"\n{format_correlations(results['uncertainty'])}")
     return results
 
 
@@ -143,7 +160,7 @@ def _scans(folder: Path, *, beside: bool = False) -> tuple[dict[str, Path], list
             faults.append(Fault(path, found, "move one of them away"))
         files.setdefault(stem, path)
     if not beside:
-        files = {stem: p for stem, p in files.items() if not stem.endswith("_probabilities")}
+        files = {stem: path for stem, path in files.items() if not _MAP.search(stem)}
     if not files:
         faults.append(Fault(folder, "holds no scan", f"expected {SCANS}"))
     return files, faults

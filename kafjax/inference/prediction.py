@@ -24,6 +24,7 @@ import tqdm
 from scipy import ndimage
 
 from data_prep import sift
+from data_prep.entries import file_stem
 from data_prep.faults import DatasetError, findings_text
 from data_prep.formats import notes, open_grid
 from data_prep.nifti import from_slices
@@ -43,6 +44,7 @@ from kafjax.inference.model_file import is_model, read_model
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.predictor import Predictor, View, load_predictor
+from kafjax.inference.uncertainty import FILE, Meter, add_to_table
 from kafjax.paths import expand
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 from kafjax.workdir.workdir import Workdir
@@ -82,7 +84,7 @@ class VolumePredictor:
 def load_volume_predictor(
     workdirs: Sequence[str | os.PathLike[str]],
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     mirror: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
@@ -91,7 +93,7 @@ def load_volume_predictor(
 
     Args:
       workdirs: of the runs, or packed models.
-      step: of the checkpoints; by default each run's best by validation.
+      step: of the checkpoints, several as '200,300'; by default each run's best by validation.
       mirror: see `VolumePredictor`.
       data_dir: folder of the runs' dataset, if it has moved and the workdirs do not describe it.
       batch_size: see `kafjax.inference.predictor.Predictor`.
@@ -110,8 +112,9 @@ def load_volume_predictor(
             model = read_model(workdir)
             predictors += model.predictors(batch_size=batch_size)
             rules += model.rules
-        else:
-            predictors.append(load_predictor(workdir, step=step, batch_size=batch_size))
+            continue
+        for of_run in step.split(",") if isinstance(step, str) else [step]:
+            predictors.append(load_predictor(workdir, step=of_run, batch_size=batch_size))
             rules.append(rules_of_run(Workdir(workdir), predictors[-1], data_dir=data_dir))
     return VolumePredictor(tuple(predictors), preparation, mirror, common_rules(rules))
 
@@ -178,7 +181,7 @@ def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
 def predict_file(
     request: Request, predictor: VolumePredictor, *, title: str = "", keep_header: bool = False
 ) -> None:
-    """Segments a scan; writes labels and, if requested, probabilities.
+    """Segments a scan; writes labels and, if requested, probabilities and uncertainty.
 
     Shows progress by slice under `title`; `keep_header` is as in `kafjax.inference.label_files`.
     Raises `DatasetError` for an unusable file and `OSError` if results cannot be written.
@@ -191,6 +194,7 @@ def predict_file(
     kept = None
     if request.probabilities is not None:  # by far the larger
         kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
+    meter, entropy = Meter(len(reader.classes)), np.empty(labels.shape, np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
         desc=title,
@@ -202,6 +206,8 @@ def predict_file(
         labels[:, :, i] = _classes(probabilities)
         if kept is not None:
             kept[:, :, i] = probabilities
+        if request.uncertainty is not None:
+            entropy[:, :, i] = meter.add(probabilities)
     labels = reader.raw_labels(predictor.clear_up(labels, volume.spacing))
     scan, grid = request.source.image, open_grid(request.source.image)
     of_scan: dict[str, Any] = {"scan": scan, "grid": grid, "keep_header": keep_header}
@@ -210,6 +216,12 @@ def predict_file(
     if request.probabilities is not None and kept is not None:
         kept = from_slices(kept, grid.affine, plane)
         write_probabilities(request.probabilities, kept, **of_scan)
+    if request.uncertainty is not None:
+        write_probabilities(
+            request.uncertainty, from_slices(entropy, grid.affine, plane), **of_scan
+        )
+        numbers = dict(zip(reader.classes[1:], meter.numbers(), strict=True))
+        add_to_table(request.labels.with_name(FILE), file_stem(request.labels), numbers)
     labels = from_slices(labels, grid.affine, plane)
     write_labels(request.labels, labels, classes=classes_of(reader), **of_scan)
 
@@ -238,8 +250,9 @@ def predict_files(
     target: str | os.PathLike[str],
     *,
     probabilities: bool = False,
+    uncertainty: bool = False,
     mirror: bool = False,
-    step: int | None = None,
+    step: int | str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
@@ -256,6 +269,8 @@ def predict_files(
         home folder.
       target: the labels' file, or a folder for files named like the sources.
       probabilities: also write float32 [x, y, z, d], as `<name>_probabilities.nii.gz`.
+      uncertainty: also write `<name>_uncertainty.nii.gz` and, for all, `uncertainty.csv`; see
+        `kafjax.inference.uncertainty`.
       mirror: see `VolumePredictor`.
       overwrite: replace existing results instead of skipping them.
       ending: of labels in a folder, such as `.seg.nrrd`; by default of the scan's format.
@@ -269,7 +284,12 @@ def predict_files(
     preparation = _read_preparations(workdirs, data_dir)
     source, target = map(expand, (source, target))
     requests, left_out = list_requests(
-        source, target, preparation, probabilities=probabilities, ending=ending
+        source,
+        target,
+        preparation,
+        probabilities=probabilities,
+        uncertainty=uncertainty,
+        ending=ending,
     )
     todo = [request for request in requests if overwrite or not request.done]
     if len(todo) < len(requests):

@@ -7,7 +7,7 @@ format: `kafjax.inference.label_files` writes it on the source's grid.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from data_prep.segmentations import is_segmentation
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.inference.label_files import OUTPUT_ENDINGS
+from kafjax.inference.uncertainty import FILE
 from kafjax.workdir.preparation import Preparation
 
 # The format of a result, where it is not the scan's own; a series has none.
@@ -46,16 +47,19 @@ _CHD = re.compile(r"ct_(\d+)_(image|label)")
 _ACDC_OTHERS = re.compile(r"patient\d+_(4d|frame\d+_gt)")
 _CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 _DESCRIPTIONS = {"acdc": ("Info.cfg",), "nnunet": ("dataset.json",), "chd": ("phantom.json",)}
+# What results next to labels end in, before the suffix.
+MAPS = ("probabilities", "uncertainty")
 _LONGEST_NAME = 230  # in bytes, of the system's 255: a file being written has a longer name
 
 
 @dataclass(frozen=True)
 class Request:
-    """A scan, and the paths of its labels and, if requested, class probabilities."""
+    """A scan, and the paths of its labels and, if requested, probabilities and uncertainty."""
 
     source: Source
     labels: Path
     probabilities: Path | None = None
+    uncertainty: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -65,7 +69,8 @@ class Request:
     @property
     def places(self) -> tuple[Path, ...]:
         """The paths of its results."""
-        return (self.labels,) if self.probabilities is None else (self.labels, self.probabilities)
+        places = (self.labels, self.probabilities, self.uncertainty)
+        return tuple(place for place in places if place is not None)
 
 
 class Listing(NamedTuple):
@@ -96,6 +101,7 @@ def list_requests(
     preparation: Preparation,
     *,
     probabilities: bool = False,
+    uncertainty: bool = False,
     ending: str | None = None,
 ) -> Listing:
     """The scan, or those of a folder sorted by name, with the paths of their results.
@@ -126,9 +132,10 @@ def list_requests(
         if not entries and not faults:
             raise UserError(f"{source}: holds no scan; expected {SCANS}")
     requests = []
+    maps = {"probabilities": probabilities, "uncertainty": uncertainty}
     for entry in entries:
         if name := _name(entry, preparation):
-            requests.append(_request(entry, name, target, ending, probabilities=probabilities))
+            requests.append(_request(entry, name, target, ending, maps))
         elif not _belongs_to_one_of(entry, entries, preparation):
             faults.append(_no_scan(entry, preparation))
     requests = _without_results(requests, preparation)
@@ -187,7 +194,7 @@ def _list_folder(
     source: Path, target: Path, preparation: Preparation
 ) -> tuple[list[_Entry], list[Fault]]:
     """Readable scans, and the faults of all other entries."""
-    described = _DESCRIPTIONS.get(preparation["kind"], ())
+    described = (*_DESCRIPTIONS.get(preparation["kind"], ()), FILE)
     entries = list_entries(
         source, used=[n for n in described if (source / n).is_file()], dicom=True
     )
@@ -240,7 +247,7 @@ def _no_scan(entry: _Entry, preparation: Preparation) -> Fault:
 
 
 def _request(
-    entry: _Entry, name: _Name, target: Path, ending: str | None, *, probabilities: bool
+    entry: _Entry, name: _Name, target: Path, ending: str | None, maps: Mapping[str, bool]
 ) -> Request:
     labels = target
     if target.is_dir() or not target.name.endswith(OUTPUT_ENDINGS):
@@ -249,14 +256,14 @@ def _request(
     return Request(
         Source(name.volume_id, entry.path),
         labels,
-        _probabilities(labels) if probabilities else None,
+        **{what: _beside(labels, what) if wanted else None for what, wanted in maps.items()},
     )
 
 
-def _probabilities(labels: Path) -> Path:
+def _beside(labels: Path, what: str) -> Path:
     """Next to the labels; NIfTI, as other formats have no place for classes."""
     ending = ".nii" if labels.name.endswith(".nii") else ".nii.gz"
-    return labels.with_name(f"{file_stem(labels)}_probabilities{ending}")
+    return labels.with_name(f"{file_stem(labels)}_{what}{ending}")
 
 
 def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
@@ -265,7 +272,7 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
     maker = {
         place.resolve(): request
         for request in requests
-        for place in (request.labels, _probabilities(request.labels))
+        for place in (request.labels, *(_beside(request.labels, what) for what in MAPS))
         if place.resolve() != request.source.image.resolve()
     }
     return [
@@ -277,11 +284,11 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
 
 
 def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
-    """Whether a file holds labels or probabilities on a scan's grid."""
+    """Whether a file holds labels, probabilities or uncertainty on a scan's grid."""
     try:
         found, grid = open_grid(path), open_grid(scan)
         if found.dtype == np.float32:
-            on_grid = found.shape == (*grid.shape, len(values))
+            on_grid = found.shape in (grid.shape, (*grid.shape, len(values)))
             return on_grid and np.allclose(found.affine, grid.affine)
         labels = read_labels(path, grid)
     except DatasetError:
