@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> report.Result:
         "What to label: suggested against random",
         [make_table(sets, dice)],
         {"sets": sets, "dice": dice},
-        settings(a),
+        {k: str(v) if isinstance(v, Path) else v for k, v in settings(a).items()},
     )
 
 
