@@ -1,11 +1,12 @@
 """Is it worth labelling what `kafjax suggest` suggests? Its choice against random ones.
 
     python -m benchmarks.suggest --data_dir data --name acdc_small --pretrain runs/pretrain \
-        --output chosen --fold 3 --num_labeled 2 --draws 6 'own_finetune:scratch --config...'
+        --output chosen --fold 3 --num_labeled 2 --draws 6 \
+        --config 'own_finetune:scratch --config.data.patch_size=(96,96)'
 
 Trains a config on M subjects of a fold's training part, those that `kafjax suggest` chooses among
 them and some random draws, with the same seeds, and scores each run on the fold's unseen volumes.
-Rerun the same command to resume. The last line of the table is what a user gains on average.
+Rerun the same command to resume.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> report.Result:
         "What to label: suggested against random",
         [make_table(sets, dice)],
         {"sets": sets, "dice": dice},
-        settings(a),
+        {k: str(v) if isinstance(v, Path) else v for k, v in settings(a).items()},
     )
 
 
@@ -119,7 +120,7 @@ def make_table(
 def main() -> None:
     """Runs the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("config", help="a config with its fields, as on the command line")
+    parser.add_argument("--config", required=True, help="a config with its fields, as on the command line")
     parser.add_argument("--data_dir", type=Path, required=True, help="of the prepared dataset")
     parser.add_argument("--name", required=True, help="of the prepared dataset")
     parser.add_argument("--pretrain", type=Path, required=True, help="workdir of pretraining")

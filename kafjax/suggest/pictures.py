@@ -58,7 +58,7 @@ def draw_typical(dataset: SliceDataset, volumes: Sequence[str]) -> Figure:
 
 
 def draw_uncertain(rows: Sequence[UncertainSlice], classes: Sequence[str]) -> Figure:
-    """A row for each slice: in grey, with its prediction, and its entropy, white at 1."""
+    """A row for each slice: in grey, with its prediction, and its entropy, yellow at 1."""
     fills = class_colours(len(classes)) / 255
     shown = np.unique(np.concatenate([np.unique(row.prediction) for row in rows]))
     patches = [Patch(fc=fills[i], ec="0.3", lw=0.4, label=classes[i]) for i in shown if i > 0]
