@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from nibabel import orientations
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from data_prep.builder import Options
-from data_prep.dicom import find_series
+from data_prep.dicom import _find_series, find_series
 from data_prep.faults import DatasetError
 from data_prep.folder import open_folder
 from data_prep.formats import digest, open_grid, read_labels, read_scan
 from data_prep.nifti import to_slices
 from data_prep.prepare import prepare_dataset
+from kafjax.errors import UserError
 from tests.scan_formats import (
     SIZE,
     affine_of,
@@ -254,6 +256,19 @@ def test_labels_may_have_the_axes_of_another_tool(tmp_path: Path) -> None:
         found = read_labels(path, scan)
         np.testing.assert_array_equal(found.array, labels)
         np.testing.assert_allclose(found.affine, scan.affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", ["pydicom", "SimpleITK"])
+def test_a_missing_extra_is_one_line(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_dicom(tmp_path / "in" / "d", phantom()[0], affine_of())
+    for path in folder.iterdir():
+        _transcode(path, pydicom.dcmread(path), "jpeg")
+    monkeypatch.setitem(sys.modules, module, None)
+    _find_series.cache_clear()
+    with pytest.raises(UserError, match=rf"{module} is missing; expected: pip install .*formats"):
+        read_scan(folder)
 
 
 def _drop(folder: Path) -> None:

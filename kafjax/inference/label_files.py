@@ -43,13 +43,13 @@ _META_TYPES = {"uint8": "MET_UCHAR", "uint16": "MET_USHORT", "uint32": "MET_UINT
 # All that a segmentation needs of its source's slices, and the empty values of the rest.
 _KEPT_OF_SLICES = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"),
-    *("FrameOfReferenceUID", "PositionReferenceIndicator", "Rows", "Columns", "PixelSpacing"),
+    *("FrameOfReferenceUID", "Rows", "Columns", "PixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "SliceThickness", "InstanceNumber"),
     *("SpacingBetweenSlices", "ImageType"),
 )
 _EMPTY = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime"),
-    *("StudyID", "AccessionNumber", "ReferringPhysicianName"),
+    *("StudyID", "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator"),
 )
 _SERIES_NUMBER = 1000  # seldom a scanner's
 
@@ -114,11 +114,11 @@ def write_probabilities(
 
 def write_descriptions(path: Path, classes: Classes) -> None:
     """Writes the classes as label descriptions that ITK-SNAP opens."""
-    rows: list[tuple[object, ...]] = [(0, 0, 0, 0, 0, 0, 0, "Clear Label")]
-    for number, colour, name in zip(classes.numbers, classes.colours, classes.names, strict=True):
-        rows.append((number, *colour, 1, 1, 1, name.replace('"', "'")))
     lines = ["# ITK-SnAP Label Description File", "# IDX R G B opacity visible mesh label"]
-    lines += ['{:5d} {:5d} {:4d} {:4d} {:8d} {:2d} {:2d}    "{}"'.format(*row) for row in rows]
+    lines.append('0 0 0 0 0 0 0 "Clear Label"')
+    for number, colour, name in zip(classes.numbers, classes.colours, classes.names, strict=True):
+        plain = name.replace('"', "'")
+        lines.append(f'{number} {" ".join(map(str, colour))} 1 1 1 "{plain}"')
     write_text(path, "\n".join(lines) + "\n")
 
 
