@@ -7,7 +7,7 @@ column, slice) order; intensities are those of the files.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from data_prep.faults import Fault, sort_faults
 from data_prep.findings import equal_images, findings_of, planes
 from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
+from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, facts_of
 
 SAMPLED_SLICES = 8  # of each volume, for keypoints
@@ -48,22 +49,31 @@ class Survey:
     reader: Reader
     raw_dir: Path
     volumes: dict[str, VolumeSurvey]
+    subjects: dict[str, str]  # by volume, where a table names them
 
 
 def survey_dataset(
-    reader: Reader, raw_dir: Path, *, num_workers: int, strict: bool = False
+    reader: Reader,
+    raw_dir: Path,
+    *,
+    num_workers: int,
+    strict: bool = False,
+    subjects: Mapping[str, str] | None = None,
 ) -> tuple[Survey, list[Fault]]:
     """Reads every volume of a folder; all its faults and findings, in order of file.
 
-    With `strict` findings are faults.
+    With `strict` findings are faults. `subjects` is a table by the volumes' names
+    (`data_prep.subjects`).
     """
     sources, faults = reader.find(raw_dir)
+    sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
     survey_one = functools.partial(survey_volume, reader)
     volumes, more = read_through(survey_one, sources, num_workers=num_workers)
     facts = {id: volume.facts for id, volume in volumes.items()}
-    faults = [*faults, *more, *findings_of(reader, sources, facts)]
-    faults = sort_faults(faults, strict=strict)
-    return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
+    faults = [*faults, *unknown, *more, *findings_of(reader, sources, facts)]
+    found = {id: volumes[id] for id in sorted(volumes)}
+    survey = Survey(reader, raw_dir, found, subjects_of(sources))
+    return survey, sort_faults(faults, strict=strict)
 
 
 def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:

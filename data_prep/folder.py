@@ -23,6 +23,7 @@ from data_prep.entries import SCAN_ENDINGS, list_entries, unused_folder
 from data_prep.faults import DatasetError, Fault, finding
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, read_nifti, slice_plane
+from data_prep.resampling import check_spacing, resample
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
 from kafjax.errors import UserError
 
@@ -39,11 +40,12 @@ class OwnReader(Reader):
     classes: tuple[str, ...]
     radius: int = DEFAULT_RADIUS
     intensity: Intensity = "zscore"
+    pixel_spacing: float | None = None  # mm, of resampled slices; None: as they are
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is done with the intensities."""
-        return {"intensity": self.intensity}
+        """What is done with the intensities, and the pixel size of the grid."""
+        return {"intensity": self.intensity, "pixel_spacing": self.pixel_spacing}
 
     def plane(self, affine: np.ndarray) -> Plane:
         """Across the coarsest axis, where there is one; else axial."""
@@ -54,7 +56,9 @@ class OwnReader(Reader):
         return max(1, num_slices // 20)
 
     def prepare(self, volume: Volume) -> Prepared:
-        """Clips CT to its 1st and 99th percentile; leaves other images as they are."""
+        """Resamples slices if asked to; clips CT to its 1st and 99th percentile, nothing else."""
+        if self.pixel_spacing is not None:
+            volume = resample(volume, self.pixel_spacing)
         return INTENSITIES[self.intensity](volume)
 
 
@@ -123,6 +127,7 @@ def open_folder(
     classes: Sequence[str] = (),
     intensity: Intensity | None = None,
     radius: int = DEFAULT_RADIUS,
+    pixel_spacing: float | None = None,
 ) -> FolderReader:
     """The reader of a folder of scans; what is wrong with the two folders is found by `find`.
 
@@ -132,13 +137,13 @@ def open_folder(
       classes: names of the labels' numbers in ascending order, without the background; by default
         class_<number>.
       intensity: by default `ct` where the first scan's values fall below -200, else `zscore`.
-      radius: px within which keypoints of neighbouring slices correspond.
+      radius: px of the prepared grid within which keypoints of neighbouring slices correspond.
+      pixel_spacing: mm, to resample slices to; by default they keep their pixels.
 
     Raises:
-      UserError: a radius below 1.
+      UserError: a radius below 1, or a spacing outside 0.1 to 10 mm.
     """
-    if radius < 1:
-        raise UserError(f"radius is {radius}; expected 1 px or more")
+    check_grid(radius, pixel_spacing)
     faults = _folder_faults(raw_dir, labels_dir)
     names: tuple[str, ...] = ("background",)
     values: tuple[int, ...] = ()
@@ -146,7 +151,15 @@ def open_folder(
         names, values, faults = _classes(labels_dir, classes)
     if intensity is None:
         intensity = "zscore" if faults else _likely_intensity(raw_dir)
-    return FolderReader(names, radius, intensity, labels_dir, values, tuple(faults))
+    return FolderReader(names, radius, intensity, pixel_spacing, labels_dir, values, tuple(faults))
+
+
+def check_grid(radius: int, pixel_spacing: float | None) -> None:
+    """Raises `UserError` for a radius below 1, px, or a pixel edge outside 0.1 to 10 mm."""
+    if radius < 1:
+        raise UserError(f"radius is {radius}; expected 1 px or more")
+    if pixel_spacing is not None:
+        check_spacing(pixel_spacing)
 
 
 def match_labels(

@@ -21,10 +21,9 @@ from typing import Any
 
 from data_prep.entries import SCAN_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
-from data_prep.folder import DEFAULT_RADIUS, OwnReader, split_name
+from data_prep.folder import DEFAULT_RADIUS, OwnReader, check_grid, split_name
 from data_prep.intensity import Intensity
 from data_prep.volumes import MAX_CLASSES, Source
-from kafjax.errors import UserError
 
 _FILE = "dataset.json"
 _PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
@@ -170,15 +169,16 @@ def open_nnunet(
     *,
     channel: str | None = None,
     intensity: Intensity | None = None,
-    radius: int | None = None,
+    radius: int = DEFAULT_RADIUS,
+    pixel_spacing: float | None = None,
 ) -> NnunetReader:
     """The reader that a folder's `dataset.json` describes; `find` reports the faults in it.
 
     `channel` is a number or a name, by default 0. `intensity` defaults to `ct` for a channel named
-    CT, else to `zscore`. Raises `ValueError` for a radius below 1.
+    CT, else to `zscore`. Slices are resampled to `pixel_spacing`, mm, if it is given. Raises
+    `UserError` for a radius below 1, or a spacing outside 0.1 to 10 mm.
     """
-    if radius is not None and radius < 1:
-        raise UserError(f"radius is {radius}; expected 1 px or more")
+    check_grid(radius, pixel_spacing)
     if not raw_dir.is_dir():
         remedy = f"give the folder that holds {_FILE} and imagesTr"
         return NnunetReader((), faults=(Fault(raw_dir, "is not a folder", remedy),))
@@ -190,7 +190,8 @@ def open_nnunet(
     name = channels[number] if number < len(channels) else ""
     return NnunetReader(
         classes=_classes(path, description, faults),
-        radius=DEFAULT_RADIUS if radius is None else radius,
+        radius=radius,
+        pixel_spacing=pixel_spacing,
         channel=number,
         channel_name=name,
         intensity=intensity or ("ct" if name.upper() == "CT" else "zscore"),

@@ -17,6 +17,7 @@ def _run_from_command_line() -> None:
 
     images = define_path("images", None, "Folder of scans, .nii.gz or .nii.", required=True)
     labels = define_path("labels", None, "Folder of labels with the scans' names.")
+    subjects = define_path("subjects", None, "CSV or TSV of subjects that have several scans.")
     output = define_path("output", None, "Folder of all results.", required=True)
     minutes = flags.DEFINE_float("minutes", None, "Of the whole. Default: up to a night.")
     estimate = flags.DEFINE_bool(
@@ -36,6 +37,7 @@ def _run_from_command_line() -> None:
         request = Request.of(
             images.value,
             labels.value,
+            subjects.value,
             classes=tuple(classes.value),
             minutes=minutes.value,
             estimate=estimate.value,

@@ -24,7 +24,7 @@ from data_prep.check import survey_dataset
 from data_prep.faults import DatasetError, findings_text, refuse
 from data_prep.prepare import prepare_dataset
 from kafjax.auto.plan import Plan, config_of, make_plan, read_plan, write_plan
-from kafjax.auto.probe import NAME, Stopped, quiet
+from kafjax.auto.probe import NAME, quiet
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
 from kafjax.data.input_pipeline import labelled_volumes, open_dataset, volumes_for_test
@@ -36,6 +36,7 @@ from kafjax.inference.prediction_files import list_requests
 from kafjax.paths import expand
 from kafjax.report.page import report
 from kafjax.training.loop import train
+from kafjax.training.timing import Stopped
 from kafjax.workdir.lock import locked
 from kafjax.workdir.preparation import read_preparation
 from kafjax.workdir.scores import Scores, read_scores
@@ -85,7 +86,12 @@ def _plan(request: Request, folder: Path, began: float, *, num_workers: int) -> 
     print("Looking at the scans, and timing training on this device.", flush=True)
     reader = request.open_reader()
     with quiet():
-        survey, faults = survey_dataset(reader, Path(request.images), num_workers=num_workers)
+        survey, faults = survey_dataset(
+            reader,
+            Path(request.images),
+            num_workers=num_workers,
+            subjects=request.read_subjects(),
+        )
     for line in findings_text(refuse(faults)):
         print(f"note: {line}")
     plan, text = make_plan(survey, request, began=began)
@@ -145,6 +151,7 @@ class _Walk:
                 name=NAME,
                 options=options,
                 num_workers=self._num_workers,
+                subjects=self._request.read_subjects(),
             )
         except DatasetError:
             raise
