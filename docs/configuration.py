@@ -35,8 +35,8 @@ kafjax train --config chd_pretrain --config.batch_size=16
 
 `<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
 on phantoms; `phantom_small` is even smaller, for `kafjax experiment --small`. `own_pretrain` and
-`own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
-that any other config can switch on. They are the files of `configs/`, which is installed as
+`own_finetune` are for your own scans: pretraining with Adam, which suits short runs, and
+fine-tuning with the pieces of a strong baseline, each a field that any other config can switch on. They are the files of `configs/`, which is installed as
 `kafjax.configs`: `--config configs/chd_pretrain.py` finds the shipped file where the current folder
 has none. A name after a colon chooses the method of pretraining, as in `chd_pretrain:simclr`
 ([methods](#methods)), or fine-tuning from fresh variables, without `init_from`, as in
