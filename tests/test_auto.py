@@ -231,13 +231,17 @@ def test_a_table_of_subjects_keeps_the_scans_of_one_together(tmp_path: Path) -> 
 # What is refused before any work.
 
 
-def test_all_bad_input_is_named_before_any_work(tmp_path: Path) -> None:
+def test_all_bad_input_is_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     request, out = write_scans(tmp_path), tmp_path / "out"
     save(tmp_path / "scans" / "scan_0.nii", render((32, 24, 6))[0])
     save(tmp_path / "labels" / "zoe.nii.gz", render((32, 24, 6))[1])
     save(tmp_path / "labels" / "scan_1.nii.gz", render((32, 24, 7))[1])
+    (tmp_path / "scans" / "notes.txt").write_text("a finding, which stops nothing")
     with pytest.raises(DatasetError) as error:
         run_auto(request, out)
+    assert "notes.txt: is not used" in capsys.readouterr().out
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     for part in ("has the name of scan_0.nii", "has no scan of its name", "shape (32, 24, 7)"):

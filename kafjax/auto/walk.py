@@ -92,8 +92,9 @@ def _plan(request: Request, folder: Path, began: float, *, num_workers: int) -> 
             num_workers=num_workers,
             subjects=request.read_subjects(),
         )
-    for line in findings_text(refuse(faults)):
+    for line in findings_text(fault for fault in faults if not fault.stops):
         print(f"note: {line}")
+    refuse([fault for fault in faults if fault.stops])
     plan, text = make_plan(survey, request, began=began)
     write_plan(folder / _PLAN, plan, text)
     print(f"\n{text}\n\nThe plan is in {folder / _PLAN}.", flush=True)
