@@ -120,7 +120,7 @@ def make_table(
 def main() -> None:
     """Runs the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", required=True, help="a config with its fields, as on the command line")
+    parser.add_argument("--config", required=True, help="a config with its fields")
     parser.add_argument("--data_dir", type=Path, required=True, help="of the prepared dataset")
     parser.add_argument("--name", required=True, help="of the prepared dataset")
     parser.add_argument("--pretrain", type=Path, required=True, help="workdir of pretraining")

@@ -3,8 +3,10 @@
     kafjax prepare --dataset nnunet --raw_dir RAW --name own
     kafjax train --config own_pretrain
 
-256 x 256, batches of 16 pairs, 51 epochs. Set `data.patch_size` so that a patch shows a whole
-slice, or as much of it as memory allows; `kafjax prepare --check` suggests one.
+256 x 256, batches of 16 pairs, 51 epochs of Adam at 1e-4. Set `data.patch_size` so that a patch
+shows a whole slice: random crops do not reveal its position in the volume, and the global losses
+then stay at their plateau (docs/results.md). `kafjax prepare --check` suggests a size; on a coarser
+grid, `kafjax prepare --pixel_spacing`, whole slices are smaller.
 """
 
 import ml_collections
@@ -17,6 +19,9 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     config = chd_pretrain.get_config(method)
     config.batch_size = 16
     config.data.update({"name": "own", "patch_size": (256, 256)})
+    # Adam leaves the plateau of equal embeddings sooner than the paper's SGD, but not at 1e-3, too
+    # fast for a wide network (docs/results.md, "Pretraining on real hearts: the plateau").
+    config.optimizer.update({"name": "adam", "learning_rate": 1e-4, "warmup": 0.05})
     # Whether the volumes of the test set, nnU-Net's imagesTs, are pretrained on too.
     config.data.include_test = False
     return config

@@ -6,7 +6,7 @@
         --config.init_from=runs/phantom_pretrain --config.data.num_labeled=2
 
 Each of five folds needs a subject. 240 steps take 3 to 4 minutes on one core. Measured with ten
-subjects (README, "Does pretraining help?"): mean Dice 0.696 +- 0.017, and 0.515 +- 0.035 by
+subjects (docs/results.md, "At 64 x 64 pixels"): mean Dice 0.696 +- 0.017, and 0.515 +- 0.035 by
 `phantom_finetune:scratch`.
 """
 

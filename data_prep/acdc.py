@@ -19,9 +19,8 @@ from data_prep.entries import list_entries, misplaced, unused_folder
 from data_prep.faults import DatasetError, Fault
 from data_prep.intensity import with_moments
 from data_prep.nifti import Plane, count_frames, slice_plane
-from data_prep.resampling import resample_image, resample_label, resampled_affine, size_at
-from data_prep.volumes import MAX_EDGE, Prepared, Reader, Source, Volume
-from kafjax.errors import UserError
+from data_prep.resampling import check_spacing, resample
+from data_prep.volumes import Prepared, Reader, Source, Volume
 from kafjax.files import read_text
 
 PIXEL = 1.25  # mm, edge of the paper's resampled pixels
@@ -53,8 +52,7 @@ class AcdcReader(Reader):
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a spacing outside 0.1 to 10 mm."""
-        if not 0.1 <= self.pixel_spacing <= 10:
-            raise UserError(f"pixel_spacing is {self.pixel_spacing:g}; expected 0.1 to 10 mm")
+        check_spacing(self.pixel_spacing)
         object.__setattr__(self, "radius", round(_RADIUS / self.pixel_spacing))
 
     kind = "acdc"
@@ -108,30 +106,6 @@ class AcdcReader(Reader):
             sources = sorted([*sources, *cine], key=lambda source: source.id)
             faults += more
         return [source for source in sources if not broken & {*source.files}], faults
-
-
-def resample(volume: Volume, pixel: float) -> Volume:
-    """The volume on a grid of `pixel` mm in plane (`data_prep.resampling`), float32.
-
-    Raises `DatasetError` for a spacing that leaves no slice, or slices larger than `MAX_EDGE`.
-    """
-    rows, columns, _ = volume.image.shape
-    size = size_at((rows, columns), volume.spacing[:2], pixel)
-    if not 1 <= min(size) <= max(size) <= MAX_EDGE:
-        found = f"pixels of {volume.spacing[0]:g} x {volume.spacing[1]:g} mm"
-        fault = Fault(Path(next(iter(volume.sha256))), found, "correct the header's spacing")
-        raise DatasetError([fault])
-    return dataclasses.replace(
-        volume,
-        image=resample_image(volume.image, size),
-        label=None if volume.label is None else resample_label(volume.label, size),
-        spacing=(
-            volume.spacing[0] * rows / size[0],
-            volume.spacing[1] * columns / size[1],
-            volume.spacing[2],
-        ),
-        affine=resampled_affine(volume.affine, (rows, columns), size),
-    )
 
 
 def _name(number: int, frame: int) -> str:

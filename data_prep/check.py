@@ -19,6 +19,7 @@ from data_prep.findings import equal_images, findings_of, planes
 from data_prep.folder import LOWEST_OF_CT
 from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
+from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, facts_of
 
 SAMPLED_SLICES = 8  # of each volume, for keypoints
@@ -50,23 +51,32 @@ class Survey:
     reader: Reader
     raw_dir: Path
     volumes: dict[str, VolumeSurvey]
+    subjects: dict[str, str]  # by volume, where a table names them
 
 
 def survey_dataset(
-    reader: Reader, raw_dir: Path, *, num_workers: int, strict: bool = False
+    reader: Reader,
+    raw_dir: Path,
+    *,
+    num_workers: int,
+    strict: bool = False,
+    subjects: Mapping[str, str] | None = None,
 ) -> tuple[Survey, list[Fault]]:
     """Reads every volume of a folder; all its faults and findings, in order of file.
 
-    With `strict` findings are faults.
+    With `strict` findings are faults. `subjects` is a table by the volumes' names
+    (`data_prep.subjects`).
     """
     sources, faults = reader.find(raw_dir)
+    sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
     survey_one = functools.partial(survey_volume, reader)
     volumes, more = read_through(survey_one, sources, num_workers=num_workers)
     facts = {id: volume.facts for id, volume in volumes.items()}
-    faults = [*faults, *more, *findings_of(reader, sources, facts)]
+    faults = [*faults, *unknown, *more, *findings_of(reader, sources, facts)]
     faults += _other_modalities(sources, volumes)
-    faults = sort_faults(faults, strict=strict)
-    return Survey(reader, raw_dir, {id: volumes[id] for id in sorted(volumes)}), faults
+    found = {id: volumes[id] for id in sorted(volumes)}
+    survey = Survey(reader, raw_dir, found, subjects_of(sources))
+    return survey, sort_faults(faults, strict=strict)
 
 
 def _other_modalities(

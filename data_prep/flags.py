@@ -38,7 +38,7 @@ Rerun an interrupted command to finish it.
 _OWN = ("folder", "nnunet")
 _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "cine": (("acdc",), False),
-    "pixel_spacing": (("acdc",), PIXEL),
+    "pixel_spacing": (("acdc", *_OWN), None),
     "labels": (("folder",), None),
     "classes": (("folder",), None),
     "ignore_label": (("folder",), None),
@@ -164,11 +164,13 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="also the other frames of patient001_4d.nii.gz, without labels",
     )
-    acdc.add_argument(
+    grid = parser.add_argument_group("acdc, folder and nnunet")
+    grid.add_argument(
         "--pixel_spacing",
         type=float,
         metavar="MM",
-        help=f"edge of the resampled pixels (default: {PIXEL:g}, the paper's)",
+        help="edge of the pixels that slices are resampled to "
+        f"(default: the files' own; acdc: {PIXEL:g}, the paper's)",
     )
     folder = parser.add_argument_group("folder")
     folder.add_argument(

@@ -25,6 +25,7 @@ from data_prep.faults import DatasetError, Fault, finding
 from data_prep.formats import read_scan
 from data_prep.intensity import INTENSITIES, Intensity
 from data_prep.nifti import Plane, slice_plane
+from data_prep.resampling import check_spacing, resample
 from data_prep.segmentations import is_segmentation
 from data_prep.volumes import MAX_CLASSES, Prepared, Reader, Source, Volume, label_problem
 from kafjax.errors import UserError
@@ -45,6 +46,7 @@ class OwnReader(Reader):
     intensity: Intensity = "zscore"
     ignore_label: int | None = None  # the files' number of voxels that nobody annotated
     blank_slices_unannotated: bool = False  # whether slices without any class were left out
+    pixel_spacing: float | None = None  # mm, of resampled slices; None: as they are
 
     @property
     def sparse(self) -> bool:
@@ -53,13 +55,17 @@ class OwnReader(Reader):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is done with the intensities and, if they are sparse, with the labels."""
+        """What is done with intensities and slices and, if they are sparse, with the labels."""
         sparse = {
             "sparse_labels": True,
             "ignore_label": self.ignore_label,
             "blank_slices_unannotated": self.blank_slices_unannotated,
         }
-        return {"intensity": self.intensity, **(sparse if self.sparse else {})}
+        return {
+            "intensity": self.intensity,
+            "pixel_spacing": self.pixel_spacing,
+            **(sparse if self.sparse else {}),
+        }
 
     def plane(self, affine: np.ndarray) -> Plane:
         """Across the coarsest axis, where there is one; else axial."""
@@ -70,7 +76,9 @@ class OwnReader(Reader):
         return max(1, num_slices // 20)
 
     def prepare(self, volume: Volume) -> Prepared:
-        """Clips CT to its 1st and 99th percentile; leaves other images as they are."""
+        """Resamples slices if asked to; clips CT to its 1st and 99th percentile, nothing else."""
+        if self.pixel_spacing is not None:
+            volume = resample(volume, self.pixel_spacing)
         return INTENSITIES[self.intensity](volume)
 
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
@@ -169,6 +177,7 @@ def open_folder(
     radius: int = DEFAULT_RADIUS,
     ignore_label: int | None = None,
     blank_slices_unannotated: bool = False,
+    pixel_spacing: float | None = None,
 ) -> FolderReader:
     """The reader of a folder of scans; what is wrong with the two folders is found by `find`.
 
@@ -178,16 +187,16 @@ def open_folder(
       classes: names of the labels' numbers in ascending order, without the background; by default
         class_<number>.
       intensity: by default `ct` where the first scan's values fall below -200, else `zscore`.
-      radius: px within which keypoints of neighbouring slices correspond.
+      radius: px of the prepared grid within which keypoints of neighbouring slices correspond.
       ignore_label: the number in label files of voxels that nobody annotated, if any.
       blank_slices_unannotated: whether slices that show no class were left out, and are not of
         background.
+      pixel_spacing: mm, to resample slices to; by default they keep their pixels.
 
     Raises:
-      UserError: a radius or an ignore label below 1.
+      UserError: a radius or an ignore label below 1, or a spacing outside 0.1 to 10 mm.
     """
-    if radius < 1:
-        raise UserError(f"radius is {radius}; expected 1 px or more")
+    check_grid(radius, pixel_spacing)
     if ignore_label is not None and ignore_label < 1:
         raise UserError(f"ignore_label is {ignore_label}; expected 1 or more, as 0 is background")
     faults = _folder_faults(raw_dir, labels_dir)
@@ -205,10 +214,19 @@ def open_folder(
         intensity,
         ignore_label,
         blank_slices_unannotated,
+        pixel_spacing,
         labels_dir=labels_dir,
         label_values=values,
         faults=tuple(faults),
     )
+
+
+def check_grid(radius: int, pixel_spacing: float | None) -> None:
+    """Raises `UserError` for a radius below 1, px, or a pixel edge outside 0.1 to 10 mm."""
+    if radius < 1:
+        raise UserError(f"radius is {radius}; expected 1 px or more")
+    if pixel_spacing is not None:
+        check_spacing(pixel_spacing)
 
 
 def match_labels(

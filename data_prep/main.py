@@ -21,7 +21,7 @@ from kafjax.errors import FAULT, MISTAKE, UserError, describe_fault, require_ext
 if __name__ == "__main__":
     require_extra("data")  # before the imports that need it
 
-from data_prep.acdc import AcdcReader
+from data_prep.acdc import PIXEL, AcdcReader
 from data_prep.builder import Options
 from data_prep.check import as_json, as_text, survey_dataset
 from data_prep.faults import DatasetError, Fault, findings_text, refuse
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
         strict=arguments.strict,
-        subjects=None if arguments.subjects is None else read_subjects(arguments.subjects),
+        subjects=_subjects(arguments),
     )
     _note(summary.findings)
     print(_describe(summary, name, reader, options))
@@ -110,12 +110,20 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
     """Prints the survey of the raw folder and its findings. Raises `DatasetError` for faults."""
     survey, faults = survey_dataset(
-        reader, raw_dir, num_workers=arguments.num_workers, strict=arguments.strict
+        reader,
+        raw_dir,
+        num_workers=arguments.num_workers,
+        strict=arguments.strict,
+        subjects=_subjects(arguments),
     )
     if arguments.json is not None:
         write_text(arguments.json, json.dumps(as_json(survey, faults), indent=1) + "\n")
     print(as_text(survey))
     _note(refuse(faults))
+
+
+def _subjects(arguments: argparse.Namespace) -> dict[str, str] | None:
+    return None if arguments.subjects is None else read_subjects(arguments.subjects)
 
 
 def _name(arguments: argparse.Namespace) -> str:
@@ -146,6 +154,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             intensity=arguments.intensity,
             radius=arguments.radius,
             blank_slices_unannotated=arguments.blank_slices_unannotated,
+            pixel_spacing=arguments.pixel_spacing,
         )
     if arguments.dataset == FolderReader.kind:
         return open_folder(
@@ -156,9 +165,13 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
             radius=arguments.radius,
             ignore_label=arguments.ignore_label,
             blank_slices_unannotated=arguments.blank_slices_unannotated,
+            pixel_spacing=arguments.pixel_spacing,
         )
     if arguments.dataset == AcdcReader.kind:
-        return AcdcReader(cine=bool(arguments.cine), pixel_spacing=arguments.pixel_spacing)
+        spacing = arguments.pixel_spacing
+        return AcdcReader(
+            cine=bool(arguments.cine), pixel_spacing=PIXEL if spacing is None else spacing
+        )
     kind = "chd" if arguments.dataset == "phantom" else arguments.dataset  # phantoms are like CHD
     return READERS[kind]
 

@@ -21,10 +21,9 @@ from typing import Any
 
 from data_prep.entries import NIFTI_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
-from data_prep.folder import DEFAULT_RADIUS, OwnReader, split_name
+from data_prep.folder import DEFAULT_RADIUS, OwnReader, check_grid, split_name
 from data_prep.intensity import Intensity
 from data_prep.volumes import MAX_CLASSES, Source
-from kafjax.errors import UserError
 
 ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".mhd")
 _FILE = "dataset.json"
@@ -172,17 +171,18 @@ def open_nnunet(
     *,
     channel: str | None = None,
     intensity: Intensity | None = None,
-    radius: int | None = None,
+    radius: int = DEFAULT_RADIUS,
     blank_slices_unannotated: bool = False,
+    pixel_spacing: float | None = None,
 ) -> NnunetReader:
     """The reader that a folder's `dataset.json` describes; `find` reports the faults in it.
 
     `channel` is a number or a name, by default 0. `intensity` defaults to `ct` for a channel named
-    CT, else to `zscore`. `blank_slices_unannotated` is `OwnReader`'s. Raises `ValueError` for a
-    radius below 1.
+    CT, else to `zscore`. `blank_slices_unannotated` is `OwnReader`'s. Slices are resampled to
+    `pixel_spacing`, mm, if it is given. Raises `UserError` for a radius below 1, or a spacing
+    outside 0.1 to 10 mm.
     """
-    if radius is not None and radius < 1:
-        raise UserError(f"radius is {radius}; expected 1 px or more")
+    check_grid(radius, pixel_spacing)
     if not raw_dir.is_dir():
         remedy = f"give the folder that holds {_FILE} and imagesTr"
         return NnunetReader((), faults=(Fault(raw_dir, "is not a folder", remedy),))
@@ -196,7 +196,8 @@ def open_nnunet(
         classes=_classes(path, description, faults),
         ignore_label=_ignore_label(description),
         blank_slices_unannotated=blank_slices_unannotated,
-        radius=DEFAULT_RADIUS if radius is None else radius,
+        radius=radius,
+        pixel_spacing=pixel_spacing,
         channel=number,
         channel_name=name,
         intensity=intensity or ("ct" if name.upper() == "CT" else "zscore"),

@@ -26,7 +26,10 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
     kind = str(metadata.get("kind"))
     if kind in (FolderReader.kind, NnunetReader.kind):
         own = {name: metadata[name] for name in ("radius", "intensity")}
-        own["classes"] = tuple(metadata["classes"])
+        own |= {
+            "classes": tuple(metadata["classes"]),
+            "pixel_spacing": metadata.get("pixel_spacing"),
+        }
         if kind == FolderReader.kind:
             return FolderReader(**own, label_values=tuple(metadata["label_values"]))
         channel = {name: metadata[name] for name in ("channel", "channel_name")}

@@ -7,12 +7,56 @@ exactly h / n old ones, so it only approximates the requested size. Beyond the c
 outermost pixels the image continues with their values.
 """
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from data_prep.faults import DatasetError, Fault
+from data_prep.volumes import MAX_EDGE, Volume
+from kafjax.errors import UserError
+
 Size = tuple[int, int]
+_SPACINGS = (0.1, 10.0)  # mm
+
+
+def is_spacing(pixel: float) -> bool:
+    """Whether slices may be resampled to pixels of this edge, mm."""
+    low, high = _SPACINGS
+    return low <= pixel <= high
+
+
+def check_spacing(pixel: float) -> None:
+    """Raises `UserError` for a pixel edge, mm, that no grid should have."""
+    low, high = _SPACINGS
+    if not is_spacing(pixel):
+        raise UserError(f"pixel_spacing is {pixel:g}; expected {low:g} to {high:g} mm")
+
+
+def resample(volume: Volume, pixel: float) -> Volume:
+    """The volume on a grid of `pixel` mm in plane , float32.
+
+    Raises `DatasetError` for a spacing that leaves no slice, or slices larger than `MAX_EDGE`.
+    """
+    rows, columns, _ = volume.image.shape
+    size = size_at((rows, columns), volume.spacing[:2], pixel)
+    if not 1 <= min(size) <= max(size) <= MAX_EDGE:
+        found = f"pixels of {volume.spacing[0]:g} x {volume.spacing[1]:g} mm"
+        fault = Fault(Path(next(iter(volume.sha256))), found, "correct the header's spacing")
+        raise DatasetError([fault])
+    return dataclasses.replace(
+        volume,
+        image=resample_image(volume.image, size),
+        label=None if volume.label is None else resample_label(volume.label, size),
+        spacing=(
+            volume.spacing[0] * rows / size[0],
+            volume.spacing[1] * columns / size[1],
+            volume.spacing[2],
+        ),
+        affine=resampled_affine(volume.affine, (rows, columns), size),
+    )
 
 
 def size_at(size: Size, spacing: tuple[float, float], pixel: float) -> Size:

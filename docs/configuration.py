@@ -35,14 +35,15 @@ kafjax train --config chd_pretrain --config.batch_size=16
 
 `<dataset>_pretrain` and `<dataset>_finetune` are the paper's runs on CHD and ACDC, and small ones
 on phantoms; `phantom_small` is even smaller, for `kafjax experiment --small`. `own_pretrain` and
-`own_finetune` are for your own scans: fine-tuning has the pieces of a strong baseline, each a field
-that any other config can switch on. They are the files of `configs/`, which is installed as
-`kafjax.configs`: `--config configs/chd_pretrain.py` finds the shipped file where the current folder
-has none. A name after a colon chooses the method of pretraining, as in `chd_pretrain:simclr`
-([methods](#methods)), or fine-tuning from fresh variables, without `init_from`, as in
-`chd_finetune:scratch`; `configs/chd_scratch.py` is the older name of that. Every field is checked
-before a run starts: its name, type and range, and that fields fit each
-other. A pair is given as `--config.data.patch_size='(256, 256)'`.
+`own_finetune` are for your own scans: pretraining with Adam, which suits short runs, and
+fine-tuning with the pieces of a strong baseline, each a field that any other config can switch on.
+They are the files of `configs/`, which is installed as `kafjax.configs`:
+`--config configs/chd_pretrain.py` finds the shipped file where the current folder has none. A name
+after a colon chooses the method of pretraining, as in `chd_pretrain:simclr` ([methods](#methods)),
+or fine-tuning from fresh variables, without `init_from`, as in `chd_finetune:scratch`;
+`configs/chd_scratch.py` is the older name of that. Every field is checked before a run starts: its
+name, type and range, and that fields fit each other. A pair is given as
+`--config.data.patch_size='(256, 256)'`.
 
 A value in the tables is CHD's; other datasets' follow where they differ. A dash: the run has no
 such field, and setting it is an error.

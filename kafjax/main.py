@@ -1,10 +1,10 @@
 """Trains by a config file: `kafjax train --config chd_pretrain`.
 
 Any field is set from the command line: `--config.batch_size=16`. A workdir that holds a checkpoint
-is resumed; Ctrl-C and SIGTERM write one first. `--check` checks everything that a run needs, in
-seconds. Exit status: 0 complete, 2 for a mistake in the command, config or data or a full disk, 1
-for a loss that is not finite, 128 + signal when stopped, 75 if another process of
-the run ended, 70 for a fault of kafjax.
+is resumed; Ctrl-C and SIGTERM write one first. `--check` checks everything that a run needs,
+takes five steps to estimate its time, and stops. Exit status: 0 complete, 2 for a mistake in the
+command, config or data or a full disk, 1 for a loss that is not finite, 128 + signal when stopped,
+75 if another process of the run ended, 70 for a fault of kafjax.
 """
 
 from pathlib import Path
@@ -20,13 +20,15 @@ from kafjax.errors import UserError
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
-from kafjax.training.preflight import look, with_classes
+from kafjax.training.preflight import Finding, look, with_classes
+from kafjax.training.timing import Stopped, see_time
+from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
 _WORKDIR = define_path("workdir", None, "The run's folder. Default: runs/<config name>.")
 _RESUME = flags.DEFINE_bool("resume", False, "Refuse to start without a checkpoint.")
-_CHECK = flags.DEFINE_bool("check", False, "Check everything that the run needs, and stop.")
+_CHECK = flags.DEFINE_bool("check", False, "Check everything the run needs, time it, and stop.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print the network and its parameters, and stop.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the processes of a SLURM, Open MPI, Kubernetes or Cloud TPU job."
@@ -48,12 +50,11 @@ def _run(config: Any, workdir: Path) -> int | None:
         print(describe(with_classes(config)))
         return None
     _join_processes()
+    set_up_xla()
     if _CHECK.value:
-        _check(config, workdir)
-        return None
+        return _check(config, workdir)
     if _RESUME.value:
         check_resumable(workdir)
-    set_up_xla()
     return train(config, workdir)
 
 
@@ -85,12 +86,20 @@ def _join_cluster() -> None:
         ) from error
 
 
-def _check(config: Any, workdir: Path) -> None:
+def _check(config: Any, workdir: Path) -> int | None:
+    """Reports everything that a run needs and, if nothing is wrong, times some steps of it."""
     findings = look(config, workdir)
     print("\n".join(map(str, findings)), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]
     if wrong:
         raise UserError(f"the run would not start: {', '.join(wrong)}")
+    if jax.process_count() > 1:
+        return None  # a timing's workdir is this process's own
+    try:
+        print(Finding("time", see_time(config, Workdir(workdir))))
+    except Stopped as stopped:
+        return stopped.number
+    return None
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ NEEDS = (
     "several hosts",
     "SLURM",
     "a TPU",
+    "Docker",
     "a clone",  # of the repository, to install in: `make demo` and its like
     "minutes",
     "hours",

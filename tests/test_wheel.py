@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,3 +157,19 @@ def test_a_fresh_environment_needs_only_the_wheel(wheel: Path, tmp_path: Path) -
     by_path = ("-m", "kafjax.main", "--config", "configs/chd_pretrain.py", "--describe")
     assert fresh.run("python", *by_path).startswith("kaf_unet, pretraining, 32 filters")
     from_phantoms_to_a_run(fresh)
+
+
+def test_the_container_is_built_from_the_files_of_a_wheel() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    copied = {
+        name
+        for words in re.findall(r"^COPY (.+) \S+$", recipe, re.MULTILINE)
+        for name in words.split()
+    }
+    assert copied == {*SOURCES, *FILES}  # which the wheel of these tests is built from
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    (default,) = re.findall(r"^ARG EXTRAS=(\S+)$", recipe, re.MULTILINE)
+    asked = {default, *re.findall(r"--build-arg EXTRAS=(\S+)", recipe)}
+    extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert {extra for text in asked for extra in text.split(",")} == {"data", "cuda"} <= set(extras)

@@ -19,6 +19,7 @@ def _run_from_command_line() -> None:
         "images", None, "Folder of scans, files or folders of DICOM.", required=True
     )
     labels = define_path("labels", None, "Folder of labels with the scans' names.")
+    subjects = define_path("subjects", None, "CSV or TSV of subjects that have several scans.")
     output = define_path("output", None, "Folder of all results.", required=True)
     minutes = flags.DEFINE_float("minutes", None, "Of the whole. Default: up to a night.")
     estimate = flags.DEFINE_bool(
@@ -38,6 +39,7 @@ def _run_from_command_line() -> None:
         request = Request.of(
             images.value,
             labels.value,
+            subjects.value,
             classes=tuple(classes.value),
             minutes=minutes.value,
             estimate=estimate.value,

@@ -1,19 +1,22 @@
 """The plan of `kafjax auto`: what it decides before it works, as a config that can be edited."""
 
+import math
 import pprint
 import runpy
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from data_prep.builder import Options
 from data_prep.check import Survey, fingerprint, suggest_patch
 from data_prep.findings import equal_images
-from kafjax.auto.probe import NAME, prepare_probe
-from kafjax.auto.progress import format_seconds
+from data_prep.resampling import Size, is_spacing, size_at
+from kafjax.auto import sizes
+from kafjax.auto.probe import NAME, Grid, Probe
 from kafjax.auto.request import Request
 from kafjax.auto.sizes import Choice, Network, Work, choose
 from kafjax.config_files import load_config
@@ -23,6 +26,7 @@ from kafjax.data.splits import group_subjects
 from kafjax.errors import UserError
 from kafjax.files import differences, write_text
 from kafjax.training.preflight import device_memory
+from kafjax.training.timing import format_seconds
 
 DEFAULT_MINUTES = 480.0  # a night
 HELD_OUT_FROM = 4  # labelled subjects; one is held out for the score
@@ -124,21 +128,26 @@ def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, 
     """
     seconds = 60 * (DEFAULT_MINUTES if request.minutes is None else request.minutes)
     slices = _count_slices(survey, request)
-    options = Options(max_keypoints=fingerprint(survey)["suggestion"]["max_keypoints"])
-    make = _config_maker(survey, options.max_keypoints, slices)
-    with prepare_probe(survey, options) as probe:
-        preparing = probe.seconds_per_slice * slices.whole
+    facts = fingerprint(survey)
+    with tempfile.TemporaryDirectory(prefix="kafjax_plan_") as folder:
+        probe = Probe(survey, Path(folder))
+        grid_of = _grid_maker(survey, probe)
+        pace = grid_of(sizes.NETWORKS[-1]).seconds_per_slice
         labelled = bool(slices.fine_tuning)
         work = Work(
             seconds=seconds,
-            fixed=preparing + _REPORT_SECONDS,
+            edge=max(int(facts["size"][axis]["max"]) for axis in ("rows", "columns")),
+            places=facts["suggestion"]["max_keypoints"],
+            fixed=pace * slices.whole + _REPORT_SECONDS,
             # The scans, and labelled ones to score and to choose post-processing.
             predicted=labelled * (slices.whole + 2 * slices.fine_tuning),
-            keypoint_seconds=0.5 * probe.seconds_per_slice,
+            keypoint_seconds=0.5 * pace,
             fine_tunings=labelled * (1 + slices.folds),
         )
+        make = _config_maker(survey, grid_of, slices)
         choice = choose(probe, make, lambda: seconds - (time.perf_counter() - began), work)
-    plan = _as_plan(request, survey, choice, options, slices, preparing)
+        grid = grid_of(choice.network)
+    plan = _as_plan(request, survey, choice, grid, slices)
     return plan, describe_plan(plan, survey, choice, slices.held_out)
 
 
@@ -157,6 +166,7 @@ def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | No
     """The plan in words, as it is printed before the work."""
     facts = fingerprint(survey)
     steps, timings = choice.steps, choice.timings
+    spacing = plan.preparation["pixel_spacing"]
     batches = [plan.pretraining["batch_size"], plan.fine_tuning.get("batch_size")]
     lines = [
         f"{facts['num_volumes']} scans, {facts['num_labelled']} with labels, "
@@ -164,10 +174,13 @@ def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | No
         + _sizes(survey)
         + f"; {', '.join(survey.reader.classes[1:]) or 'no labels'}",
         f"patch {plan.shared['data.patch_size'][0]} x {plan.shared['data.patch_size'][1]}, "
-        f"K = {plan.preparation['max_keypoints']} keypoints, intensities: "
+        + ("" if spacing is None else f"on a grid of {spacing:g} mm, ")
+        + f"K = {plan.preparation['max_keypoints']} keypoints, intensities: "
         f"{plan.preparation['intensity']}",
-        f"KAF-UNet, {choice.network.filters} filters, {choice.network.attention_layers} attention "
-        "layers",
+        f"UNet, {choice.network.filters} filters"
+        if not choice.network.attention_layers
+        else f"KAF-UNet, {choice.network.filters} filters, {choice.network.attention_layers} "
+        "attention layers",
         f"pretraining on all: {steps[0]} steps of {batches[0]} pairs, {timings[0].step:.3g} s each",
     ]
     if timings[1] is not None:
@@ -176,9 +189,8 @@ def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | No
             + (f", and again for each of {plan.folds} folds" if plan.folds else "")
         )
         lines.append(_about_score(plan, facts["num_labelled"], held_out))
-    memory = max(timing.memory for timing in timings if timing)
     lines.append(
-        f"memory: about {memory / 2**30:.2f} of {device_memory() / 2**30:.1f} GiB on "
+        f"memory: about {choice.memory / 2**30:.2f} of {device_memory() / 2**30:.1f} GiB on "
         f"{jax.device_count()} x {jax.local_devices()[0].device_kind}"
     )
     stages = ", ".join(f"{n} {format_seconds(s)}" for n, s in plan.expected.items())
@@ -229,7 +241,7 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
     tests = {source.id for source in survey.reader.find(survey.raw_dir)[0] if source.test}
     labelled = [id for id, v in survey.volumes.items() if v.facts.labelled and id not in tests]
     groups = equal_images(volume.facts for volume in survey.volumes.values())
-    subject = group_subjects(labelled, groups)
+    subject = group_subjects(labelled, groups, survey.subjects)
     subjects = sorted(set(subject.values()))
     if request.estimate and len(subjects) < 2:
         raise UserError(
@@ -247,29 +259,63 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
     )
 
 
+def coarser_spacing(
+    sizes: Sequence[Size], spacings: Sequence[tuple[float, float]], edge: int
+) -> float | None:
+    """The pixel size, mm, on which three quarters of the slices fit whole into patches of `edge`.
+
+    Crops do not show a slice's position, from which pretraining learns (docs/results.md).
+
+    Args:
+      sizes: rows and columns of each volume.
+      spacings: mm between rows and between columns.
+      edge: pixels.
+
+    Returns:
+      None if slices fit as they are, or nearly, or if headers' spacings cannot all be true.
+    """
+    finest = np.min(spacings, axis=1)
+    extents = (np.array(sizes) * np.array(spacings)).max(axis=1)
+    wanted = math.ceil(100 * np.quantile(extents, 0.75, method="higher") / edge) / 100
+    whole = max(suggest_patch(sizes)) <= edge
+    if whole or wanted < 1.1 * np.median(finest) or finest.max() > 4 * finest.min():
+        return None
+    return wanted if is_spacing(wanted) else None
+
+
+def _grid_maker(survey: Survey, probe: Probe) -> Callable[[Network], Grid]:
+    """A function that prepares the grid of a network's patches."""
+    sizes = [volume.facts.size for volume in survey.volumes.values()]
+    spacings = [volume.spacing[:2] for volume in survey.volumes.values()]
+    usual = float(np.median(spacings))
+
+    def make(network: Network) -> Grid:
+        spacing = coarser_spacing(sizes, spacings, network.edge)
+        shrunk = 1.0 if spacing is None else usual / spacing
+        return probe.grid(spacing, max(round(shrunk * survey.reader.radius), 1))
+
+    return make
+
+
 def _config_maker(
-    survey: Survey, places: int, slices: _Slices
+    survey: Survey, grid_of: Callable[[Network], Grid], slices: _Slices
 ) -> Callable[[Network, int], tuple[Any, Any | None]]:
     """A function that makes the configs of a network, with batches up to a limit."""
-    volumes = {id: volume.facts for id, volume in survey.volumes.items()}
-    patch = suggest_patch([fact.size for fact in volumes.values()])
-    metadata = {
-        "max_keypoints": places,
-        "volumes": {
-            id: {"size": fact.size, "num_slices": fact.num_slices} for id, fact in volumes.items()
-        },
-    }
     # An estimate trains on as little as half of the labelled slices.
     most = (slices.pretraining, slices.fine_tuning // (2 if slices.folds else 1))
 
     def make(network: Network, limit: int) -> tuple[Any, Any | None]:
+        grid = grid_of(network)
+        volumes = _volumes_on(survey, grid)
+        patch = suggest_patch([volume["size"] for volume in volumes.values()])
         size = (min(patch[0], network.edge), min(patch[1], network.edge))
+        metadata = {"max_keypoints": grid.max_keypoints, "volumes": volumes}
         shared = {
             "data.name": NAME,
+            "data.dir": str(grid.data_dir),
             "data.patch_size": size,
             "data.patch_keypoints": count_places(metadata, size),
-            "model.filters": network.filters,
-            "model.num_attention_layers": network.attention_layers,
+            **_model_fields(network),
         }
         limit = min(limit, network.batch)
         pretraining = own_pretrain.get_config()
@@ -277,12 +323,40 @@ def _config_maker(
         for config, there in zip((pretraining, fine_tuning), most, strict=True):
             config.update_from_flattened_dict(shared)
             config.batch_size = _batch(min(config.batch_size, limit, there))
-        pretraining.model.embedding = network.embedding
-        pretraining.model.num_matcher_layers = network.matcher_layers
+        pretraining.update_from_flattened_dict(_pretraining_fields(network))
         fine_tuning.data.fold = None
         return pretraining, fine_tuning if slices.fine_tuning else None
 
     return make
+
+
+def _volumes_on(survey: Survey, grid: Grid) -> dict[str, dict[str, Any]]:
+    """Size and number of slices of each volume on a grid."""
+    found = {}
+    for id, volume in survey.volumes.items():
+        size = volume.facts.size
+        if grid.pixel_spacing is not None:
+            size = size_at(size, volume.spacing[:2], grid.pixel_spacing)
+        found[id] = {"size": size, "num_slices": volume.facts.num_slices}
+    return found
+
+
+def _model_fields(network: Network) -> dict[str, Any]:
+    """Fields of the network in both configs."""
+    if not network.attention_layers:
+        return {"model.name": "unet", "model.filters": network.filters}
+    return {
+        "model.filters": network.filters,
+        "model.num_attention_layers": network.attention_layers,
+    }
+
+
+def _pretraining_fields(network: Network) -> dict[str, Any]:
+    """Fields of the pretraining heads; a UNet has only the global one, of PCL."""
+    fields: dict[str, Any] = {"model.embedding": network.embedding}
+    if not network.attention_layers:
+        return fields | {"loss.weights.kaf": 0.0, "loss.weights.matching": 0.0}
+    return fields | {"model.num_matcher_layers": network.matcher_layers}
 
 
 def _batch(wanted: int) -> int:
@@ -295,20 +369,19 @@ def _as_plan(
     request: Request,
     survey: Survey,
     choice: Choice,
-    options: Options,
+    grid: Grid,
     slices: _Slices,
-    preparing: float,
 ) -> Plan:
     first, second = choice.configs
     pretraining, fine_tuning = choice.steps
     names = ("data.name", "data.patch_size", "data.patch_keypoints")
     shared = {name: first.data[name.removeprefix("data.")] for name in names}
-    shared |= {
-        "model.filters": choice.network.filters,
-        "model.num_attention_layers": choice.network.attention_layers,
-    }
+    shared |= _model_fields(choice.network)
     seconds = [t.step * n for t, n in zip(choice.timings, choice.steps, strict=True) if t]
-    expected = {"prepare": preparing, "pretrain": seconds[0] + choice.timings[0].compilation / 3}
+    expected = {
+        "prepare": grid.seconds_per_slice * slices.whole,
+        "pretrain": seconds[0] + choice.timings[0].compilation / 3,
+    }
     fields: dict[str, Any] = {}
     if second is not None and choice.timings[1] is not None:
         fields = _schedule(second.batch_size, fine_tuning, slices.fine_tuning)
@@ -330,14 +403,14 @@ def _as_plan(
     return Plan(
         request=_fields(request),
         preparation={
-            "max_keypoints": options.max_keypoints,
-            "radius": survey.reader.radius,
+            "max_keypoints": grid.max_keypoints,
+            "radius": grid.radius,
+            "pixel_spacing": grid.pixel_spacing,
             "intensity": survey.reader.facts["intensity"],
         },
         shared=shared,
         pretraining={
-            "model.embedding": choice.network.embedding,
-            "model.num_matcher_layers": choice.network.matcher_layers,
+            **_pretraining_fields(choice.network),
             **_schedule(first.batch_size, pretraining, slices.pretraining),
         },
         fine_tuning=fields,

@@ -1,107 +1,87 @@
-"""Times training on this device: a few volumes are prepared apart, and the loop takes some steps.
-
-So an estimate covers a whole step: reading, augmentation, and the compiled program, which the
-later run finds in the cache.
-"""
+"""Prepares a few of the scans on each grid that is considered, to time preparation and training."""
 
 import contextlib
 import dataclasses
 import io
-import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.builder import Options
-from data_prep.check import Survey
+from data_prep.check import Survey, fingerprint, survey_dataset
+from data_prep.folder import OwnReader
 from data_prep.prepare import prepare_dataset
 from data_prep.volumes import Source
-from kafjax.data.dataset import SliceDataset, open_dataset
-from kafjax.training.loop import train
+from kafjax.data.dataset import open_dataset
 from kafjax.training.preflight import complete_config, estimate_memory
-from kafjax.workdir.metrics import read_metrics
+from kafjax.training.timing import Timing, time_steps
 
 NAME = "own"
-_STEPS = 5  # the first one compiles
 _ENOUGH_SLICES = 32
 
 
-class Timing(NamedTuple):
-    """Seconds of compilation and of a step, and bytes on each device by estimate."""
-
-    compilation: float
-    step: float
-    memory: int
-
-
-class Stopped(BaseException):
-    """A signal stopped a run, which saved its state."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """Prepared volumes.
+class Grid(NamedTuple):
+    """Scans on one grid, of which some are prepared.
 
     Attributes:
-      data_dir: where they are.
-      dataset: the volumes.
-      seconds_per_slice: of their preparation, by one process.
+      data_dir: folder of those that are prepared.
+      pixel_spacing: mm of resampled slices; None: as they are.
+      radius: of correspondences, pixels.
+      max_keypoints: K, enough for nearly all slices.
+      seconds_per_slice: of preparation, by one process.
     """
 
     data_dir: Path
-    dataset: SliceDataset
+    pixel_spacing: float | None
+    radius: int
+    max_keypoints: int
     seconds_per_slice: float
 
+
+class Probe:
+    """Some of the surveyed scans, prepared in a folder.
+
+    They are as many of those with labels, and of those without, as fill a batch.
+    """
+
+    def __init__(self, survey: Survey, folder: Path):
+        self._survey, self._folder = survey, folder
+        self._ids = _choose(survey)
+        self._grids: dict[float | None, Grid] = {}
+
+    def grid(self, pixel_spacing: float | None, radius: int) -> Grid:
+        """The grid of a pixel size, prepared when first asked for."""
+        if pixel_spacing not in self._grids:
+            self._grids[pixel_spacing] = self._prepare(pixel_spacing, radius)
+        return self._grids[pixel_spacing]
+
+    def _prepare(self, pixel_spacing: float | None, radius: int) -> Grid:
+        survey, raw_dir = self._survey, self._survey.raw_dir
+        assert isinstance(survey.reader, OwnReader)
+        reader = dataclasses.replace(survey.reader, pixel_spacing=pixel_spacing, radius=radius)
+        some: Any = _Some(reader, self._ids)
+        folder = self._folder / f"grid{len(self._grids)}"
+        with quiet():
+            if pixel_spacing is not None:
+                survey, _ = survey_dataset(some, raw_dir, num_workers=0)
+            places = fingerprint(survey)["suggestion"]["max_keypoints"]
+            options = Options(max_keypoints=places)
+            begin = time.perf_counter()
+            done = prepare_dataset(some, raw_dir, folder, name=NAME, options=options, num_workers=0)
+        seconds = (time.perf_counter() - begin) / done.num_slices
+        return Grid(folder, pixel_spacing, radius, places, seconds)
+
     def memory(self, config: Any) -> int:
-        """Bytes on each device that a step takes, by estimate."""
-        return estimate_memory(self._completed(config), self.dataset)
+        """Bytes on each device that a step takes, by estimate; the config names the data."""
+        dataset = open_dataset(config.data.dir, NAME)
+        return estimate_memory(complete_config(config, dataset), dataset)
 
     def time(self, config: Any) -> Timing:
-        """Trains some steps. Raises `Stopped` where a signal came."""
-        config = self._completed(config)
-        config.num_steps = _STEPS
-        config.every.update({"log": 1, "picture": 0, "checkpoint": 10**6})
-        with tempfile.TemporaryDirectory(dir=self.data_dir) as workdir, quiet():
-            begin = time.perf_counter()
-            if received := train(config, workdir):
-                raise Stopped(received)
-            whole = time.perf_counter() - begin
-            rows = read_metrics(workdir)
-        step = statistics.median(row["time"]["seconds_per_step"] for row in rows[2:])
-        return Timing(max(whole - len(rows) * step, 0.0), step, self.memory(config))
-
-    def _completed(self, config: Any) -> Any:
-        config = config.copy_and_resolve_references()
-        config.data.dir = str(self.data_dir)
-        return complete_config(config, self.dataset)
-
-
-@contextlib.contextmanager
-def prepare_probe(survey: Survey, options: Options) -> Iterator[Probe]:
-    """Prepares some of the surveyed volumes in a folder that is removed at the end.
-
-    Of those with labels and of those without, as many as fill a batch.
-    """
-    ids = _choose(survey)
-    with tempfile.TemporaryDirectory(prefix="kafjax_plan_") as folder:
-        begin = time.perf_counter()
+        """Trains some steps. Raises `Stopped` if a signal came."""
+        completed = complete_config(config, open_dataset(config.data.dir, NAME))
         with quiet():
-            done = prepare_dataset(
-                _Some(survey.reader, ids),  # type: ignore[arg-type]
-                survey.raw_dir,
-                Path(folder),
-                name=NAME,
-                options=options,
-                num_workers=0,
-            )
-        seconds = (time.perf_counter() - begin) / done.num_slices
-        yield Probe(Path(folder), open_dataset(folder, NAME), seconds)
+            return time_steps(completed)
 
 
 @contextlib.contextmanager
@@ -129,7 +109,7 @@ def _choose(survey: Survey) -> set[str]:
 class _Some:
     """A reader that finds some volumes only."""
 
-    def __init__(self, reader: Any, ids: set[str]):
+    def __init__(self, reader: OwnReader, ids: set[str]):
         self._reader, self._ids = reader, ids
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
+from kafjax.training.timing import format_seconds
+
 _QUIET_SECONDS = 30.0  # between lines where the output is no terminal
 
 
@@ -70,12 +72,3 @@ class Progress:
         if self._width:
             print(file=self._stream, flush=True)
         self._width = 0
-
-
-def format_seconds(seconds: float) -> str:
-    """A length of time in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from data_prep.folder import open_folder
+from data_prep.folder import OwnReader, open_folder
 from data_prep.nnunet import open_nnunet
-from data_prep.volumes import Reader
+from data_prep.subjects import read_subjects
 from kafjax.errors import UserError
 from kafjax.paths import expand
 
@@ -18,6 +18,7 @@ class Request(NamedTuple):
     Attributes:
       images: folder of scans, or of nnU-Net's layout.
       labels: folder of their labels, None in nnU-Net's layout or without.
+      subjects: table of subjects that have several scans (`data_prep.subjects`), if any.
       classes: names of the labels' numbers, ascending; none for class_<number>.
       minutes: of the whole command; None for as long as training needs, up to a night.
       estimate: whether the score is estimated by leaving labelled subjects out.
@@ -25,17 +26,19 @@ class Request(NamedTuple):
 
     images: str
     labels: str | None = None
+    subjects: str | None = None
     classes: tuple[str, ...] = ()
     minutes: float | None = None
     estimate: bool = False
 
     @classmethod
-    def of(cls, images: str, labels: str | None = None, **options: Any) -> Self:
+    def of(
+        cls, images: str, labels: str | None = None, subjects: str | None = None, **options: Any
+    ) -> Self:
         """A request with absolute paths."""
-        places = (None if p is None else str(expand(p).resolve()) for p in (images, labels))
-        first, second = places
-        assert first is not None
-        return cls(first, second, **options)
+        folder = expand(images).resolve()
+        others = [None if p is None else str(expand(p).resolve()) for p in (labels, subjects)]
+        return cls(str(folder), others[0], others[1], **options)
 
     @property
     def is_nnunet(self) -> bool:
@@ -57,13 +60,23 @@ class Request(NamedTuple):
             for flag, place in given.items()
             if place is not None and output == Path(place)
         ]
+        try:
+            self.read_subjects()
+        except OSError as error:
+            faults.append(f"--subjects is {self.subjects}: {error.strerror}")
+        except UserError as error:
+            faults.append(str(error))
         if output.exists() and not output.is_dir():
             faults.append(f"--output is {output}, a file; expected a folder")
         if faults:
             raise UserError("\n".join(faults))
 
-    def open_reader(self, **changes: Any) -> Reader:
-        """The reader of the scans; `changes` are of intensity and radius."""
+    def read_subjects(self) -> dict[str, str] | None:
+        """The subjects of the scans, if a table names them."""
+        return None if self.subjects is None else read_subjects(Path(self.subjects))
+
+    def open_reader(self, **changes: Any) -> OwnReader:
+        """The reader of the scans; `changes` are of intensity, radius and pixel spacing."""
         if self.is_nnunet:
             return open_nnunet(Path(self.images), **changes)
         labels = None if self.labels is None else Path(self.labels)

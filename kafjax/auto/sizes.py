@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kafjax.auto.probe import Probe, Timing
-from kafjax.auto.progress import format_seconds
+from kafjax.auto.probe import Probe
 from kafjax.errors import UserError
 from kafjax.training.preflight import device_memory
+from kafjax.training.timing import FORWARD_SHARE, Timing, format_seconds
 
 
 class Network(NamedTuple):
-    """A KAF-UNet, its pretraining heads, and limits of its patches and batches.
+    """A network, its pretraining heads, and limits of its patches and batches.
 
     Attributes:
       filters: of the first level.
-      attention_layers: of each KAF layer.
+      attention_layers: of each KAF layer; 0: a plain UNet, pretrained with PCL alone.
       embedding: size of the embeddings that are contrasted.
-      matcher_layers: of the matching head.
+      matcher_layers: of the matching head, if there are KAF layers.
       edge: the longest of its patches, pixels.
       batch: the largest, in pairs or slices.
     """
@@ -35,26 +35,42 @@ class Network(NamedTuple):
     edge: int
     batch: int
 
-    @property
-    def work(self) -> float:
-        """Roughly, relative to others: which one is worth timing next."""
-        layers = 1 + (self.attention_layers + self.matcher_layers) / 8
-        return self.filters**1.5 * self.edge * layers * self.batch
+    def work(self, edge: int, places: int) -> float:
+        """Time of a step, roughly, relative to other networks: which one is worth timing next.
+
+        The ratio of convolutions to keypoints fits steps on CPU from 8 filters and 64 px to the
+        paper's size (docs/performance.md).
+
+        Args:
+          edge: pixels of the longest slice.
+          places: K on that grid; a smaller patch has fewer keypoints.
+        """
+        patch = min(edge, self.edge)
+        work = self.filters**1.5 * patch**2
+        if self.attention_layers:
+            layers = 1 + (self.attention_layers + self.matcher_layers) / 8
+            work += 125 * self.filters**2 * layers * places * (patch / edge) ** 2
+        return work * self.batch
 
 
-# The paper's first.
+# The paper's first. On CPU the plain UNet compiles in half the time of the smallest KAF-UNet, and a
+# step takes an eighth: it is for minutes.
 NETWORKS = (
     Network(32, 16, 512, 4, edge=512, batch=16),
     Network(32, 4, 256, 4, edge=384, batch=16),
     Network(16, 4, 128, 4, edge=256, batch=16),
     Network(16, 2, 64, 2, edge=192, batch=8),
     Network(8, 1, 32, 2, edge=128, batch=8),
+    Network(16, 0, 64, 0, edge=128, batch=8),
+    Network(8, 0, 32, 0, edge=128, batch=6),
 )
 # Steps: the useful maximum, the minimum of a larger network, and the minimum to train at all.
 PRETRAINING_STEPS = (20_000, 1000, 100)
 FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps on
 _SHARE_OF_PRETRAINING = 0.5
 _SHARE_OF_MEMORY = 0.8
+_SHARE_OF_TIME = 0.9  # of what training may take: other work on the machine may slow it down
+_COMPILING = 2.5  # times that of the smallest network
 _LEAST_BATCH = 4
 
 
@@ -63,6 +79,8 @@ class Work(NamedTuple):
 
     Attributes:
       seconds: available for the whole, from now on.
+      edge: pixels of the longest slice.
+      places: K.
       fixed: seconds of preparation and report.
       predicted: slices that the runs segment in all.
       keypoint_seconds: of a slice's keypoints, for those of them that are raw scans.
@@ -70,6 +88,8 @@ class Work(NamedTuple):
     """
 
     seconds: float
+    edge: int
+    places: int
     fixed: float
     predicted: int
     keypoint_seconds: float
@@ -82,6 +102,7 @@ class Choice(NamedTuple):
     network: Network
     configs: tuple[Any, Any | None]
     timings: tuple[Timing, Timing | None]
+    memory: int  # bytes on each device
     steps: tuple[int, int]
     predicting: float  # seconds
     overhead: float  # seconds of all but the steps
@@ -104,12 +125,13 @@ def choose(
     """
 
     def look(network: Network) -> Choice | None:
-        configs = _within_memory(probe, make, network)
-        if configs is None:
+        fitting = _within_memory(probe, make, network)
+        if fitting is None:
             return None
-        first, second = configs
+        (first, second), memory = fitting
         timings = (probe.time(first), None if second is None else probe.time(second))
-        return _share_out(network, (first, second), timings, work, seconds_left())
+        found = Choice(network, (first, second), timings, memory, (0, 0), 0.0, 0.0)
+        return _share_out(found, work, seconds_left())
 
     smallest = NETWORKS[-1]
     least = look(smallest)
@@ -119,53 +141,48 @@ def choose(
             "of the device"
         )
     for network in NETWORKS[:-1]:
-        ratio = network.work / smallest.work
-        compiling = 2 * sum(t.compilation for t in least.timings if t)
+        ratio = network.work(work.edge, work.places) / smallest.work(work.edge, work.places)
+        compiling = _COMPILING * sum(t.compilation for t in least.timings if t)
         if not _well_trained(_slower(least, ratio, work, seconds_left() - compiling)):
             continue
         found = look(network)
         if found is not None and _well_trained(found):
             return found
-    found = _share_out(smallest, least.configs, least.timings, work, seconds_left())
+    found = _share_out(least, work, seconds_left())
     _refuse_too_short(found, work, seconds_left())
     return found
 
 
 def _within_memory(
     probe: Probe, make: MakeConfigs, network: Network
-) -> tuple[Any, Any | None] | None:
-    """The configs with the largest batches that fit into memory, if any do."""
+) -> tuple[tuple[Any, Any | None], int] | None:
+    """The configs with the largest batches that fit into memory, and its bytes, if any do."""
     limit = 10**6
     while True:
         configs = make(network, limit)
         needed = max(probe.memory(config) for config in configs if config is not None)
         if needed <= _SHARE_OF_MEMORY * device_memory():
-            return configs
+            return configs, needed
         limit = max(config.batch_size for config in configs if config is not None) // 2
         if limit < max(_LEAST_BATCH, jax.device_count()):
             return None
 
 
-def _share_out(
-    network: Network,
-    configs: tuple[Any, Any | None],
-    timings: tuple[Timing, Timing | None],
-    work: Work,
-    seconds: float,
-) -> Choice:
-    """Numbers of steps that fit into the seconds, which may be too few."""
-    first, second = timings
+def _share_out(choice: Choice, work: Work, seconds: float) -> Choice:
+    """The choice with numbers of steps that fit into the seconds, which may be too few."""
+    first, second = choice.timings
+    fine_tuning = choice.configs[1]
     # A run starts, loads its program from the cache, and saves.
     starting = sum(5 + 0.3 * t.compilation for t in (first, second) if t)
     starting += max(work.fine_tunings - 1, 0) * (5 + 0.3 * (second.compilation if second else 0))
     predicting = work.predicted * work.keypoint_seconds
-    if second is not None and configs[1] is not None:
-        # A forward pass takes about a third of a step.
-        predicting += work.predicted * 0.4 * second.step / configs[1].batch_size
+    if second is not None and fine_tuning is not None:
+        predicting += work.predicted * FORWARD_SHARE * second.step / fine_tuning.batch_size
         predicting += 0.3 * second.compilation
     overhead = work.fixed + starting + predicting
-    steps = _steps(timings, work.fine_tunings, seconds - overhead)
-    return Choice(network, configs, timings, steps, predicting, overhead)
+    left = _SHARE_OF_TIME * (seconds - overhead)
+    steps = _steps(choice.timings, work.fine_tunings, left)
+    return choice._replace(steps=steps, predicting=predicting, overhead=overhead)
 
 
 def _steps(
@@ -201,7 +218,7 @@ def _slower(choice: Choice, ratio: float, work: Work, seconds: float) -> Choice:
     ]
     first, second = timings
     assert first is not None
-    return _share_out(choice.network, choice.configs, (first, second), work, seconds)
+    return _share_out(choice._replace(timings=(first, second)), work, seconds)
 
 
 def _well_trained(choice: Choice) -> bool:
@@ -217,7 +234,7 @@ def _refuse_too_short(choice: Choice, work: Work, seconds: float) -> None:
     if _has(choice, 2):
         return
     training = _least_seconds(choice.timings, work.fine_tunings)
-    needed = work.seconds - seconds + choice.overhead + training
+    needed = work.seconds - seconds + choice.overhead + training / _SHARE_OF_TIME
     raise UserError(
         f"--minutes {work.seconds / 60:g} are too short for the smallest network on this device, "
         f"whose shortest training takes {format_seconds(training)}; expected at least "

@@ -25,7 +25,7 @@ from data_prep.entries import is_scan_name
 from data_prep.faults import DatasetError, findings_text, refuse
 from data_prep.prepare import prepare_dataset
 from kafjax.auto.plan import Plan, config_of, make_plan, read_plan, write_plan
-from kafjax.auto.probe import NAME, Stopped, quiet
+from kafjax.auto.probe import NAME, quiet
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
 from kafjax.data.dataset import labelled_volumes, open_dataset, volumes_for_test
@@ -37,6 +37,7 @@ from kafjax.inference.prediction_files import list_requests
 from kafjax.paths import expand
 from kafjax.report.page import report
 from kafjax.training.loop import train
+from kafjax.training.timing import Stopped
 from kafjax.workdir.lock import locked
 from kafjax.workdir.preparation import read_preparation
 from kafjax.workdir.scores import Scores, read_scores
@@ -86,9 +87,15 @@ def _plan(request: Request, folder: Path, began: float, *, num_workers: int) -> 
     print("Looking at the scans, and timing training on this device.", flush=True)
     reader = request.open_reader()
     with quiet():
-        survey, faults = survey_dataset(reader, Path(request.images), num_workers=num_workers)
-    for line in findings_text(refuse(faults)):
+        survey, faults = survey_dataset(
+            reader,
+            Path(request.images),
+            num_workers=num_workers,
+            subjects=request.read_subjects(),
+        )
+    for line in findings_text(fault for fault in faults if not fault.stops):
         print(f"note: {line}")
+    refuse([fault for fault in faults if fault.stops])
     plan, text = make_plan(survey, request, began=began)
     write_plan(folder / _PLAN, plan, text)
     print(f"\n{text}\n\nThe plan is in {folder / _PLAN}.", flush=True)
@@ -146,6 +153,7 @@ class _Walk:
                 name=NAME,
                 options=options,
                 num_workers=self._num_workers,
+                subjects=self._request.read_subjects(),
             )
         except DatasetError:
             raise
