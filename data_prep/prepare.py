@@ -159,7 +159,10 @@ def _differences(final: Path, reader: Reader, sources: list[Source], options: Op
     ]
     there = {id: volume["sources"] for id, volume in volumes.items()}
     sha256 = functools.cache(digest)  # a cine's frames share their file
-    here = {source.id: {p.name: sha256(p) for p in source.files} for source in sources}
+    here = {
+        source.id: {name: sha256(path) for name, path in source.file_names.items()}
+        for source in sources
+    }
     return differences + [
         f"{id}: its files {_change(there.get(id), here.get(id))}"
         for id in sorted(there.keys() | here.keys())

@@ -42,6 +42,16 @@ class Source:
         return (self.image,) if self.label is None else (self.image, self.label)
 
     @property
+    def file_names(self) -> dict[str, Path]:
+        """The existing files by name; labels named like their scan, in another folder, by both."""
+        if self.label is None or self.label.name != self.image.name:
+            return {path.name: path for path in self.files}
+        return {
+            self.image.name: self.image,
+            f"{self.label.parent.name}/{self.label.name}": self.label,
+        }
+
+    @property
     def image_name(self) -> str:
         """The image's name in messages."""
         return self.image.name + ("" if self.frame is None else f", frame {self.frame + 1}")
@@ -147,7 +157,7 @@ class Reader(abc.ABC):
             faults += label_faults
         if faults or image is None:
             raise DatasetError(faults)
-        sha256 = {path.name: file.sha256 for path, file in files.items()}
+        sha256 = {name: files[path].sha256 for name, path in source.file_names.items()}
         return _volume(source, image, classes, self.plane(image.affine), sha256)
 
     def _classes(self, path: Path, label: Scan) -> tuple[np.ndarray | None, list[Fault]]:

@@ -15,6 +15,7 @@ from data_prep.readers import reader_of
 from data_prep.subjects import read_subjects
 from kafjax.data.dataset import labelled_volumes, open_dataset, volumes_for_test
 from kafjax.data.splits import Split
+from kafjax.errors import UserError
 from kafjax.training.preflight import split_run
 from tests.raw_layouts import heart, save, write_nnunet
 from tests.runs import tiny_config
@@ -83,6 +84,13 @@ def test_metadata_give_the_reader_back(folders: tuple[Path, Path], tmp_path: Pat
     found = dataset.read(dataset.volumes["anna"][2], with_label=True).label
     expected = np.array([0, 1, 1, 0, 0, 2, 0, 0])[heart(0)[1][:, :, 2].T]
     np.testing.assert_array_equal(found, expected)
+
+    # Its labels have the scan's name.
+    save(scans / "anna.nii.gz", heart(9)[0])
+    with pytest.raises(UserError, match="anna: its files have changed"):
+        prepare_dataset(
+            reader, scans, tmp_path, name="own", options=Options(max_keypoints=16), num_workers=0
+        )
 
 
 def test_every_fault_of_both_folders_has_a_line(folders: tuple[Path, Path]) -> None:
