@@ -165,7 +165,7 @@ class Benchmark:
         self._write_timing(run, {**timing, "step_seconds": facts["mean_step_seconds"] or step})
         split = read_split(Workdir(folder / "train"))
         assert split is not None
-        if split.names != case.split:
+        if split.names._replace(unlabelled=()) != case.split:
             raise UserError(f"{run.name}: its config trains on other volumes than {case.split}")
         begin = time.time()
         flags = ["--workdir", folder / "train", "--input", case.images]
