@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-slow bench faults docs lint clean
+.PHONY: demo test test-slow test-pythons bench faults docs lint clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# On each version of Python, in an environment of its own.
+PYTHONS ?= python3.11 python3.12
+test-pythons:
+	for python in $(PYTHONS); do \
+	    $(MAKE) test PYTHON=$$python VENV=.venv-$$python || exit 1; \
+	done
 
 # Without PyTorch only kafjax is timed: pip install '.[bench]' adds the peers.
 bench: $(INSTALLED)
