@@ -2,7 +2,7 @@
 
     python -m benchmarks.suggest --data_dir data --name acdc_small --pretrain runs/pretrain \
         --output chosen --fold 3 --num_labeled 2 --draws 6 \
-        --config 'own_finetune:scratch --config.data.patch_size=(96,96)'
+        --run 'own_finetune:scratch --config.data.patch_size=(96,96)'
 
 Trains a config on M subjects of a fold's training part, those that `kafjax suggest` chooses among
 them and some random draws, with the same seeds, and scores each run on the fold's unseen volumes.
@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> report.Result:
     dice: dict[str, list[float]] = {name: [] for name in sets}
     for seed, (number, name) in itertools.product(a.seeds, enumerate(sets)):
         folder = a.output / f"{name.replace(' ', '')}_seed{seed}"
-        config, *fields = shlex.split(a.config)
+        config, *fields = shlex.split(a.run)
         own = {
             "data.dir": a.data_dir,
             "data.name": a.name,
@@ -120,7 +120,7 @@ def make_table(
 def main() -> None:
     """Runs the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", required=True, help="a config with its fields")
+    parser.add_argument("--run", required=True, help="a config with its fields")
     parser.add_argument("--data_dir", type=Path, required=True, help="of the prepared dataset")
     parser.add_argument("--name", required=True, help="of the prepared dataset")
     parser.add_argument("--pretrain", type=Path, required=True, help="workdir of pretraining")
