@@ -1,8 +1,8 @@
 # The kafjax command in a container, on CPU or, with EXTRAS=data,cuda, on NVIDIA GPUs:
 #
-#   docker build --tag kafjax .
+#   docker build --tag kafjax:cpu .
 #   docker build --tag kafjax:cuda --build-arg EXTRAS=data,cuda .
-#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" kafjax \
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" kafjax:cpu \
 #       auto --images scans --labels labels --output study
 #
 # The second image runs with --gpus all; the host has the driver, the image the libraries.
