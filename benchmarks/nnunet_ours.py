@@ -55,14 +55,13 @@ def set_length(config: Any, num_steps: int | None, epoch: int) -> None:
 def report_of(seconds: list[float], end: float) -> dict[str, Any]:
     """The times of a run, from the clock after each of its steps and at its end.
 
-    The first two steps compile or wait for what does, so the pace is the median of the others.
+    The first two steps compile or wait for what does, so the pace is the mean of the others.
     """
     steps = [b - a for a, b in itertools.pairwise(seconds[1:])]
     return {
         "steps": len(seconds),
         "first_step_seconds": seconds[0],
-        "step_seconds": statistics.median(steps) if steps else None,
-        "mean_step_seconds": statistics.fmean(steps) if steps else None,
+        "step_seconds": statistics.fmean(steps) if steps else None,
         "seconds": end,
     }
 

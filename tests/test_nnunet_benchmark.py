@@ -81,8 +81,7 @@ def test_a_run_and_its_schedule_end_with_the_time(
 
 def test_the_pace_leaves_out_what_waits_for_compilation() -> None:
     found = report_of([30.0, 45.0, 46.0, 48.0, 49.0], 60.0)
-    assert found["step_seconds"] == 1
-    np.testing.assert_allclose(found["mean_step_seconds"], 4 / 3)
+    np.testing.assert_allclose(found["step_seconds"], 4 / 3)
     assert (found["steps"], found["first_step_seconds"], found["seconds"]) == (5, 30, 60)
     assert report_of([30.0], 31.0)["step_seconds"] is None
 
@@ -212,3 +211,36 @@ def test_a_suggestion_is_compared_with_the_draws() -> None:
     assert table.notes == [
         "Draws: 0.550 ± 0.212 (standard deviation). Suggested: +0.050, better than 1 of 2."
     ]
+
+
+def test_a_run_that_took_too_long_is_made_again_with_fewer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds and 0.5 s a step in the timing, 0.8 s a step afterwards."""
+    own = [["own", "own_finetune:scratch"]]
+    (run,) = nnunet.plan(arguments(nnunet=False, kafjax=own, minutes="1"))
+    benchmark = object.__new__(nnunet.Benchmark)
+    benchmark.output, benchmark.arguments = tmp_path, arguments()
+    asked: list[int | None] = []
+
+    def train(run: Any, workdir: Path, folder: Path, steps: int | None = None) -> dict[str, Any]:
+        asked.append(steps)
+        pace = 0.5 if steps is None else 0.8
+        n = steps or 20
+        return {"steps": n, "step_seconds": pace, "seconds": 10 + n * pace}
+
+    class StopHereError(Exception):
+        pass
+
+    def stop(_: Any) -> None:
+        raise StopHereError
+
+    monkeypatch.setattr(benchmark, "_train", train)
+    monkeypatch.setattr(nnunet, "read_split", stop)
+    with pytest.raises(StopHereError):
+        benchmark.train_ours(run, Case(Split((), ()), tmp_path), tmp_path / "run")
+    assert asked == [None, 100, 62]
+    assert benchmark.fitting_steps(run) == 62  # the next run needs no timing
+    run = nnunet.plan(arguments(nnunet=False, kafjax=own, minutes="0.1"))[0]
+    with pytest.raises(UserError, match=r"a step takes 0\.8 s and all else 10 s"):
+        benchmark.fitting_steps(run)
