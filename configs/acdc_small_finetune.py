@@ -21,6 +21,7 @@ def get_config(start: str = "pretrained") -> ml_collections.ConfigDict:
         config.data[field] = pretraining.data[field]
     for field in ("filters", "num_attention_layers"):
         config.model[field] = pretraining.model[field]
+    config.model.num_classes = 4
     config.batch_size = 6
     config.num_epochs = 50
     config.postprocess = False

@@ -4,8 +4,8 @@
         --pixel_spacing 4 --max_keypoints 128
     kafjax train --config acdc_small_pretrain
 
-96 x 96 pixels hold more than half of the volumes whole, and the others but for a margin; f = 8, two
-attention layers, batches of 16 pairs, some 210 steps.
+96 x 96 pixels hold more than half of the volumes whole, and of the others all except a margin;
+f = 8, two attention layers, batches of 16 pairs, some 210 steps.
 Random smaller patches of the paper's grid do not save time: they do not reveal a slice's position
 in its volume, and the global losses stay at their plateau (docs/results.md).
 """

@@ -70,7 +70,7 @@ def test_a_run_of_two_tasks_is_stopped_requeued_and_equal_to_an_undisturbed_one(
     while "Stopped by a signal" not in output.read_text():
         assert time.monotonic() < end, output.read_text()
         time.sleep(0.2)
-    # A requeued job waits for two minutes unless it is told to start.
+    # A requeued job waits for two minutes by default.
     time.sleep(5)
     cluster.call("scontrol", "update", f"jobid={job}", "StartTime=now")
     cluster.wait(job, output)

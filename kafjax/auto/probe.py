@@ -22,7 +22,7 @@ _ENOUGH_SLICES = 32
 
 
 class Grid(NamedTuple):
-    """Scans on one grid, of which some are prepared.
+    """Scans on one grid; some of them are prepared.
 
     Attributes:
       data_dir: folder of those that are prepared.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kafjax.errors import UserError
+
 _TOLERANCE = 1e-9  # of the total: a swap must win more than rounding
 
 
@@ -40,7 +42,7 @@ def k_medoids(distances: np.ndarray, k: int, *, fixed: Sequence[int] = ()) -> Me
     """
     n = len(distances)
     if distances.shape != (n, n) or not 1 <= k <= n - len(fixed):
-        raise ValueError(
+        raise UserError(
             f"distances are {distances.shape}, k is {k}; expected [n, n] and 1 to n - {len(fixed)}"
         )
     chosen = list(fixed)
