@@ -26,13 +26,6 @@ from kafjax.xla import leave_out_ynnpack
 
 TIMED_STEPS = 20
 
-_CONFIG = define_config("The run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "About how many; default: only times some.")
-_CLOCK = flags.DEFINE_enum("clock", "wall", ("wall", "cpu"), "Which seconds count.")
-_BEGIN = flags.DEFINE_float("begin", None, "time.time() at the process's start.", required=True)
-_REPORT = flags.DEFINE_string("report", None, "JSON file of the times.", required=True)
-
 
 def set_length(config: Any, num_steps: int | None, epoch: int) -> None:
     """Makes a run and its schedule as long as `num_steps`, to within half an epoch.
@@ -67,17 +60,19 @@ def report_of(seconds: list[float], end: float) -> dict[str, Any]:
 
 
 def _clock() -> Callable[[], float]:
-    return time.process_time if _CLOCK.value == "cpu" else lambda: time.time() - _BEGIN.value
+    return (
+        time.process_time if flags.FLAGS.clock == "cpu" else lambda: time.time() - flags.FLAGS.begin
+    )
 
 
 def _run() -> int | None:
-    config, clock, seconds = _CONFIG.value, _clock(), list[float]()
+    config, clock, seconds = flags.FLAGS.config, _clock(), list[float]()
     dataset = open_run_dataset(config)
     epoch = steps_per_epoch(dataset, config.batch_size, split_run(config, dataset).train)
-    set_length(config, _NUM_STEPS.value, epoch)
-    received = train(config, _WORKDIR.value, on_step=lambda *_: seconds.append(clock()))
+    set_length(config, flags.FLAGS.num_steps, epoch)
+    received = train(config, flags.FLAGS.workdir, on_step=lambda *_: seconds.append(clock()))
     if received is None:
-        Path(_REPORT.value).write_text(json.dumps(report_of(seconds, clock())))
+        Path(flags.FLAGS.report).write_text(json.dumps(report_of(seconds, clock())))
     return received
 
 
@@ -87,5 +82,16 @@ def main(_: list[str]) -> None:
     run_command(_run)
 
 
+def _define_flags() -> None:
+    """Not at import, because flags are those of the process and this module is imported too."""
+    define_config("The run.")
+    flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
+    flags.DEFINE_integer("num_steps", None, "About how many; default: only times some.")
+    flags.DEFINE_enum("clock", "wall", ("wall", "cpu"), "Which seconds count.")
+    flags.DEFINE_float("begin", None, "time.time() at the process's start.", required=True)
+    flags.DEFINE_string("report", None, "JSON file of the times.", required=True)
+
+
 if __name__ == "__main__":
+    _define_flags()
     app.run(main, flags_parser=parse_flags)
