@@ -19,9 +19,8 @@ from absl import app, flags
 
 from kafjax.commands import parse_flags, run_command
 from kafjax.config_files import define_config
-from kafjax.data.batches import steps_per_epoch
 from kafjax.training.loop import train
-from kafjax.training.preflight import open_run_dataset, split_run
+from kafjax.training.preflight import open_run_dataset, run_epoch, split_run
 from kafjax.xla import leave_out_ynnpack
 
 TIMED_STEPS = 20
@@ -68,8 +67,8 @@ def _clock() -> Callable[[], float]:
 def _run() -> int | None:
     config, clock, seconds = flags.FLAGS.config, _clock(), list[float]()
     dataset = open_run_dataset(config)
-    epoch = steps_per_epoch(dataset, config.batch_size, split_run(config, dataset).train)
-    set_length(config, flags.FLAGS.num_steps, epoch)
+    split = split_run(config, dataset)
+    set_length(config, flags.FLAGS.num_steps, run_epoch(config, dataset, split))
     received = train(config, flags.FLAGS.workdir, on_step=lambda *_: seconds.append(clock()))
     if received is None:
         Path(flags.FLAGS.report).write_text(json.dumps(report_of(seconds, clock())))

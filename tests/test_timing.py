@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kafjax.configs import phantom_finetune
+from kafjax.configs import own_finetune, phantom_finetune
 from kafjax.training import timing
 from kafjax.training.preflight import complete_config, open_run_dataset
 from kafjax.training.timing import Timing, estimate_seconds, format_seconds, time_steps
@@ -72,6 +72,21 @@ def test_a_run_takes_its_steps_and_its_validations(phantom_dataset: Path, tmp_pa
         complete_config(config, dataset), Workdir(tmp_path), dataset, Timing(30.0, 2.0)
     )
     assert found == pytest.approx(30 + 60 * 2.0 + 5 * 12 / 6 * 0.4 * 2.0)
+
+
+def test_an_epoch_with_unlabelled_slices_is_a_pass_over_the_labelled_ones(
+    phantom_dataset: Path, tmp_path: Path
+) -> None:
+    config = own_finetune.get_config("scratch,copy_paste")
+    config.data.update({"dir": str(phantom_dataset.parents[1]), "name": "phantom"})
+    config.data.update({"fold": 0, "num_folds": 4, "num_labeled": 1})
+    config.update({"batch_size": 12, "num_epochs": 10})
+    config.every.validation_epochs = 0
+    dataset = open_run_dataset(config)
+    # 12 labelled slices, 6 to a batch.
+    completed = complete_config(config, dataset)
+    found = estimate_seconds(completed, Workdir(tmp_path), dataset, Timing(30.0, 2.0))
+    assert found == pytest.approx(30 + 10 * 2 * 2.0 + 12 / 12 * 0.4 * 2.0)
 
 
 def test_lengths_of_time_have_two_units() -> None:

@@ -12,11 +12,15 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-from kafjax.data.batches import steps_per_epoch
 from kafjax.data.dataset import SliceDataset
 from kafjax.training.cadence import Cadence
 from kafjax.training.loop import train
-from kafjax.training.preflight import complete_config, open_run_dataset, open_run_split
+from kafjax.training.preflight import (
+    complete_config,
+    open_run_dataset,
+    open_run_split,
+    run_epoch,
+)
 from kafjax.workdir.workdir import Workdir
 
 # A forward pass of a batch, as in validation and prediction, takes at most this share of a step.
@@ -78,7 +82,7 @@ def time_steps(config: Any) -> Timing:
 def estimate_seconds(config: Any, workdir: Workdir, dataset: SliceDataset, timing: Timing) -> float:
     """Seconds of a whole run, with its validation."""
     split = open_run_split(config, workdir, dataset).names
-    epoch = steps_per_epoch(dataset, config.batch_size, split.train)
+    epoch = run_epoch(config, dataset, split)
     steps = int(min(config.num_steps or math.inf, epoch * config.num_epochs))
     cadence = Cadence(config.every, steps, epoch, has_validation=bool(split.validation))
     batches = sum(len(dataset.volumes[name]) for name in split.validation) / config.batch_size
