@@ -8,6 +8,7 @@ without that field, written by hand, is taken as it is.
 
 import codecs
 import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def write_text(
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV, with Unix newlines on every system."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -10,8 +10,6 @@ paper crops, are predicted in tiles (`kafjax.inference.predictor`); for smaller 
 not count.
 """
 
-import csv
-import io
 import math
 import os
 import time
@@ -32,7 +30,7 @@ from kafjax.data.dataset import (
 )
 from kafjax.data.splits import equal_images_across
 from kafjax.errors import UserError
-from kafjax.files import write_checked, write_text
+from kafjax.files import csv_text, write_checked, write_text
 from kafjax.inference.postprocessing import (
     LARGEST,
     Example,
@@ -309,19 +307,17 @@ def _chance(counts: np.ndarray) -> float:
 
 def write_results(results: Results, stem: Path) -> None:
     """Writes STEM.json and STEM.csv, each atomically."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     more = [FIELD] if "uncertainty" in results else []
-    writer.writerow(["volume", "class", *_METRICS, "empty", "missed", *more])
+    rows: list[list[Any]] = [["volume", "class", *_METRICS, "empty", "missed", *more]]
     for name, value in results["pooled_dice"].items():
-        writer.writerow(["pooled", name, value, *[None] * (4 + len(more))])
+        rows.append(["pooled", name, value, *[None] * (4 + len(more))])
     for volume, classes in results["by_volume"].items():
         for name, found in classes.items():
             flags = [int(found["empty"]), int(found["missed"])]
             numbers = [found[metric] for metric in _METRICS]
-            writer.writerow([volume, name, *numbers, *flags, *(found[n] for n in more)])
+            rows.append([volume, name, *numbers, *flags, *(found[n] for n in more)])
     write_checked(stem.with_name(f"{stem.name}.json"), results)
-    write_text(stem.with_name(f"{stem.name}.csv"), stream.getvalue())
+    write_text(stem.with_name(f"{stem.name}.csv"), csv_text(rows))
 
 
 def format_table(results: Results) -> str:

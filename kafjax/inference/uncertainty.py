@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from kafjax.errors import UserError
-from kafjax.files import printable, read_text, write_text
+from kafjax.files import csv_text, printable, read_text, write_text
 
 FILE = "uncertainty.csv"
 FIELD = "entropy"
@@ -60,13 +60,12 @@ def mean_of_classes(numbers: Iterable[float]) -> float:
 def add_to_table(path: Path, volume: str, numbers: Mapping[str, float]) -> None:
     """Writes a volume's numbers by class into `uncertainty.csv`, in place of earlier ones."""
     table = {**(read_table(path) if path.exists() else {}), printable(volume): numbers}
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for name, of_volume in sorted(table.items()):
-        for class_name, value in of_volume.items():
-            writer.writerow([name, class_name, "" if math.isnan(value) else f"{value:.6g}"])
-    write_text(path, stream.getvalue())
+    rows = [
+        [name, class_name, "" if math.isnan(value) else f"{value:.6g}"]
+        for name, of_volume in sorted(table.items())
+        for class_name, value in of_volume.items()
+    ]
+    write_text(path, csv_text([_COLUMNS, *rows]))
 
 
 def read_table(path: Path) -> dict[str, Mapping[str, float]]:

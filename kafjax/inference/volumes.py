@@ -1,13 +1,11 @@
 """Volumes of classes in mm^3, predicted and labelled: `volumes.csv`."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kafjax.files import write_text
+from kafjax.files import csv_text, write_text
 
 
 def count_mm3(
@@ -41,10 +39,9 @@ def count_mm3(
 
 def write_volumes(mm3: Mapping[str, Mapping[str, tuple[float, float | None]]], path: Path) -> None:
     """Writes what `count_mm3` gave of each volume as CSV, a row for each volume and class."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["volume", "class", "prediction_mm3", "reference_mm3"])
-    for volume, of_volume in mm3.items():
-        for name, values in of_volume.items():
-            writer.writerow([volume, name, *(v if v is None else round(v, 3) for v in values)])
-    write_text(path, stream.getvalue(), errors="backslashreplace")
+    rows = [
+        [volume, name, *(v if v is None else round(v, 3) for v in values)]
+        for volume, of_volume in mm3.items()
+        for name, values in of_volume.items()
+    ]
+    write_text(path, csv_text([["volume", "class", "prediction_mm3", "reference_mm3"], *rows]))

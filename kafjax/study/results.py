@@ -14,8 +14,6 @@ compare with other rows. Such runs are named, and so is the checkpoint that scor
 runs give the same bytes.
 """
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -27,7 +25,7 @@ from matplotlib.figure import Figure
 
 from kafjax.drawing.colours import CURVES
 from kafjax.drawing.figures import FONT_SIZE, WIDTH, save_figure
-from kafjax.files import write_text
+from kafjax.files import csv_text, write_text
 from kafjax.study.plan import Row, Study
 from kafjax.study.runs import RunKey, complete_scores, listed, run_config
 from kafjax.workdir.scores import Scores
@@ -194,7 +192,7 @@ def format_markdown(results: Results, command: str = "") -> str:
 
 def format_csv(lines: Sequence[Line]) -> str:
     """The lines with all digits."""
-    return _csv([list(lines[0]), *(list(line.values()) for line in lines)])
+    return csv_text([list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def format_json(results: Results) -> str:
@@ -233,7 +231,7 @@ def format_runs(results: Results) -> str:
         ]
         for row, run, scores in results.runs()
     ]
-    return _csv([header, *body])
+    return csv_text([header, *body])
 
 
 def draw(results: Results) -> Figure:
@@ -319,9 +317,3 @@ def _missing(results: Results) -> list[str]:
 def _place(study: Study, row: Row, run: RunKey) -> str:
     """A run's workdir below the study's root."""
     return str((study.row_dir(row) / run.name).relative_to(study.root))
-
-
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
-    return stream.getvalue()

@@ -4,8 +4,6 @@ Before there are labels, the subjects whose volumes are typical of many others a
 each other: the medoids of embeddings. After, the volumes that segmentation runs are least sure of.
 """
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from kafjax.data.splits import group_subjects
 from kafjax.drawing.figures import save_figure
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset
-from kafjax.files import write_text
+from kafjax.files import csv_text, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.inference.uncertainty import Meter, mean_of_classes
 from kafjax.paths import expand
@@ -223,12 +221,8 @@ def describe_uncertain(found: Sequence[Uncertain]) -> str:
 
 def _write(found: Sequence[Any], figure: Figure, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["rank", *found[0]._fields])
-    for rank, one in enumerate(found, start=1):
-        writer.writerow([rank, *map(_cell, one)])
-    write_text(folder / f"{STEM}.csv", stream.getvalue())
+    rows = [[rank, *map(_cell, one)] for rank, one in enumerate(found, start=1)]
+    write_text(folder / f"{STEM}.csv", csv_text([["rank", *found[0]._fields], *rows]))
     save_figure(figure, folder / f"{STEM}.png")
 
 
