@@ -94,8 +94,8 @@ def make_labelled(
     labelled = dataset.read(record, with_label=True)
     assert labelled.label is not None
     origin = patch_origin(labelled.label.shape, patch_size, rng)
-    view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
+    fields = _labelled_crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
+    return {**fields, **_numbers(sample, record, seed)}
 
 
 def make_foreground(
@@ -128,8 +128,8 @@ def make_foreground(
         origin = patch_origin_around(pixel, labelled.label.shape, patch_size, rng)
     else:
         origin = patch_origin(labelled.label.shape, patch_size, rng)
-    view, _ = _crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
-    return _labelled_sample(dataset, view, labelled, origin, patch_size, (sample, record, seed))
+    fields = _labelled_crop(dataset, labelled, origin, patch_size, patch_keypoints, rng)
+    return {**fields, **_numbers(sample, record, seed)}
 
 
 def make_unlabelled(
@@ -138,14 +138,14 @@ def make_unlabelled(
     record: int,
     *,
     patch_size: PatchSize,
-    seed: int,
+    seed: int | None,
     patch_keypoints: int | None = None,
 ) -> Batch:
-    """One slice cropped at random for (seed, sample), whose label, if it has one, is not read.
+    """One slice cropped as by `make_labelled`, whose label, if it has one, is not read.
 
     Returns the fields of `make_labelled`; every pixel of the label is `IGNORED`.
     """
-    rng = np.random.default_rng((seed, sample))
+    rng = None if seed is None else np.random.default_rng((seed, sample))
     unlabelled = dataset.read(record)
     origin = patch_origin(unlabelled.image.shape[:2], patch_size, rng)
     view, _ = _crop(dataset, unlabelled, origin, patch_size, patch_keypoints, rng)
@@ -153,24 +153,21 @@ def make_unlabelled(
     return {**view, "label": label, **_numbers(sample, record, seed)}
 
 
-def _labelled_sample(
+def _labelled_crop(
     dataset: SliceDataset,
-    view: Batch,
     labelled: Slice,
     origin: np.ndarray,
     patch_size: PatchSize,
-    numbers: tuple[int, int, int | None],
+    places: int | None,
+    rng: np.random.Generator | None,
 ) -> Batch:
-    """The fields of `make_labelled`; `numbers` are the sample, the record and the seed."""
+    """A slice's patch with its label."""
     assert labelled.label is not None
+    view, _ = _crop(dataset, labelled, origin, patch_size, places, rng)
     # Padding is background, or in datasets with sparse labels not annotated: it would outweigh what
     # is.
     outside = IGNORED if dataset.metadata.get("sparse_labels") else 0
-    return {
-        **view,
-        "label": cut_patch(labelled.label - outside, origin, patch_size) + outside,
-        **_numbers(*numbers),
-    }
+    return {**view, "label": cut_patch(labelled.label - outside, origin, patch_size) + outside}
 
 
 def _numbers(sample: int, record: int, seed: int | None) -> Batch:

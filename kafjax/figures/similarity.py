@@ -32,7 +32,7 @@ from kafjax.figures.choice import (
     choose_offset,
     make_chosen_pair,
 )
-from kafjax.models import build_model
+from kafjax.models import encoder_of
 from kafjax.models.unet import NUM_LEVELS
 from kafjax.workdir.workdir import Workdir, name_runs
 
@@ -190,8 +190,7 @@ def similarity_maps(
     Returns:
       For each level float32 [4, h, w] at the level's resolution, in [-1, 1].
     """
-    encoder = build_model(config.model).encoder
-    parts = {name: tree["encoder"] for name, tree in variables.items() if "encoder" in tree}
+    encoder, parts = encoder_of(config.model, variables)
 
     @jax.jit
     def encode(variables: Any, *inputs: Any) -> Any:

@@ -101,11 +101,23 @@ class Predictor:
         return cut_view(*view, origin, self._patch_size, chosen=chosen)
 
     def _run(self, tiles: Iterator[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
-        while batch := list(itertools.islice(tiles, self._batch_size)):
-            # The last batch is padded with a tile whose result is discarded.
-            full = batch + batch[:1] * (self._batch_size - len(batch))
-            stacked = {field: np.stack([tile[field] for tile in full]) for field in batch[0]}
-            yield from self._predict(stacked)[: len(batch)]
+        for batch, count in full_batches(tiles, self._batch_size):
+            yield from self._predict(batch)[:count]
+
+
+def full_batches(
+    samples: Iterator[dict[str, np.ndarray]], size: int
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Batches of `size` samples, and how many of them count.
+
+    The last batch is padded with its first sample, whose further results are to be discarded.
+    """
+    while batch := list(itertools.islice(samples, size)):
+        full = batch + batch[:1] * (size - len(batch))
+        yield (
+            {field: np.stack([sample[field] for sample in full]) for field in batch[0]},
+            len(batch),
+        )
 
 
 def load_predictor(

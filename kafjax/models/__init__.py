@@ -7,7 +7,7 @@ same with a view axis of 2 after b; they return a `PretrainingOutput`, or two fe
 contrast. h and w must be divisible by 16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ __all__ = [
     "PretrainingOutput",
     "SegmentationNetwork",
     "build_model",
+    "encoder_of",
     "example_inputs",
     "init_variables",
     "variable_shapes",
@@ -149,6 +150,12 @@ def build_model(
         return LocalContrastNetwork(encoder, blocks, config.embedding, common["dtype"])
     decoder = backbone.decoder(config.num_classes, remat=config.remat, norm=norm, **common)
     return SegmentationNetwork(encoder, decoder)
+
+
+def encoder_of(config: Any, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The encoder of the network that `config.model` describes, and its part of the variables."""
+    parts = {name: tree["encoder"] for name, tree in variables.items() if "encoder" in tree}
+    return build_model(config).encoder, parts
 
 
 def _norm(config: Any) -> str:
