@@ -36,7 +36,7 @@ def check_spacing(pixel: float) -> None:
 
 
 def resample(volume: Volume, pixel: float) -> Volume:
-    """The volume on a grid of `pixel` mm in plane , float32.
+    """The volume on a grid of `pixel` mm in plane, float32.
 
     Raises `DatasetError` for a spacing that leaves no slice, or slices larger than `MAX_EDGE`.
     """

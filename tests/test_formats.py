@@ -74,6 +74,14 @@ def fault_of(path: Path) -> str:
     return "\n".join(lines)
 
 
+def fault_with(path: Path, old: bytes, new: bytes) -> str:
+    """The fault of a file in which some bytes, which it has, are replaced."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return fault_of(path)
+
+
 @pytest.mark.parametrize("turn", range(len(ORIENTATIONS)))
 def test_a_volume_is_the_same_in_each_format_and_orientation(turn: int, tmp_path: Path) -> None:
     image, _ = phantom()
@@ -382,10 +390,7 @@ def test_a_header_of_metaimage_takes_no_default(
     old: bytes, new: bytes, found: str, tmp_path: Path
 ) -> None:
     path = write_itk(tmp_path / "a.mha", phantom()[0], affine_of(), compress=False)
-    content = path.read_bytes()
-    assert old in content
-    path.write_bytes(content.replace(old, new))
-    assert found in fault_of(path)
+    assert found in fault_with(path, old, new)
 
 
 @pytest.mark.parametrize(
@@ -410,10 +415,7 @@ def test_a_header_of_nrrd_takes_no_default(
     old: bytes, new: bytes, found: str, tmp_path: Path
 ) -> None:
     path = write_itk(tmp_path / "a.nrrd", phantom()[0], affine_of())
-    content = path.read_bytes()
-    assert old in content
-    path.write_bytes(content.replace(old, new))
-    assert found in fault_of(path)
+    assert found in fault_with(path, old, new)
 
 
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "b.nhdr", "b.mhd"])
