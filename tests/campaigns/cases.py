@@ -142,8 +142,17 @@ def _unreadable_steps(workdir: Path) -> str:
 
 
 def make_dataset(folder: Path, number: int = 6) -> Path:
-    """Phantoms, prepared."""
-    return tiny.make_dataset(tiny.make_phantoms(folder / "raw", number), folder / "data")
+    """Phantoms, prepared in a process of its own: OpenCV's threads here would block later forks."""
+
+    def make() -> int:
+        tiny.make_dataset(tiny.make_phantoms(folder / "raw", number), folder / "data")
+        return 0
+
+    with Fork(make, folder / "dataset.log") as maker:
+        if maker.wait() != 0:
+            raise RuntimeError(f"no dataset: {(folder / 'dataset.log').read_text()[-600:]}")
+    (directory,) = (folder / "data" / "phantom").iterdir()
+    return directory
 
 
 def run_undisturbed(case: Case, tally: Tally, devices: int = 1) -> float:

@@ -60,6 +60,7 @@ def _in_own_process(name: str, settings: Settings, count: int) -> list[Tally]:
             "JAX_COMPILATION_CACHE_DIR", str(folder / "xla")
         ),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "OPENBLAS_NUM_THREADS": "1",  # a process with one thread can be forked safely
     }
     with (folder / "tallies.json").open("w+") as output:
         subprocess.run(command, env=environment, stdout=output, check=True)
@@ -69,7 +70,8 @@ def _in_own_process(name: str, settings: Settings, count: int) -> list[Tally]:
 
 def _main() -> None:
     name, seed, count, folder = sys.argv[1:]
-    import kafjax.training.loop  # noqa: F401 - before any fork
+    import data_prep.main  # noqa: F401 - before any fork
+    import kafjax.training.loop  # noqa: F401
 
     rng = np.random.default_rng([int(seed), *name.encode()])
     rows = []
