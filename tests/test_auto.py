@@ -14,7 +14,7 @@ from data_prep.faults import DatasetError
 from data_prep.phantom.subjects import render
 from kafjax.auto import plan as planning
 from kafjax.auto import sizes, walk
-from kafjax.auto.plan import read_plan
+from kafjax.auto.plan_file import read_plan
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
 from kafjax.auto.walk import run_auto
@@ -39,6 +39,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "NETWORKS", (PLAIN,))
     monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (8, 4, 2))
     monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (6, 4, 2))
+    monkeypatch.setattr(sizes, "SEMI_SUPERVISED_STEPS", 3)
 
 
 def write_scans(folder: Path, labelled: int = 2, count: int = 6, *, scale: int = 1) -> Request:
@@ -66,6 +67,7 @@ def test_a_folder_of_scans_ends_in_labels_for_all(
     planned = capsys.readouterr().out
     assert "6 scans, 2 with labels, 36 axial slices of 2 sizes, 24 x 32 to 32 x 32" in planned
     assert "score: none, as all labels are trained on; --estimate" in planned
+    assert "half of each batch from the scans without labels, by copy-paste" in planned
     assert sorted(path.name for path in out.iterdir()) == ["plan.py"]
 
     # The plan is a file to edit.
@@ -124,6 +126,7 @@ def test_a_folder_of_scans_ends_in_labels_for_all(
     split = read_split(Workdir(out / "finetune"))
     assert split is not None
     assert (list(split.train), split.validation) == (SCANS[:2], {})
+    assert list(split.unlabelled) == SCANS[2:]
     rows = (out / "predictions" / "volumes.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 * 2
     assert rows[1].startswith("scan_0,class_5,")
@@ -195,12 +198,12 @@ def test_labelled_subjects_are_kept_or_left_out_by_their_number(tmp_path: Path) 
     reader = request.open_reader()
     survey, _ = survey_dataset(reader, Path(request.images), num_workers=0)
     kept = planning._count_slices(survey, request)
-    assert kept == (36, 36, 3 * 6, "scan_3", 0)
+    assert kept == (36, 36, 3 * 6, 2 * 6, "scan_3", 0)
     left_out = planning._count_slices(survey, request._replace(estimate=True))
-    assert left_out == (36, 36, 4 * 6, None, 4)
+    assert left_out == (36, 36, 4 * 6, 2 * 6, None, 4)
     (tmp_path / "labels" / "scan_3.nii.gz").unlink()
     fewer, _ = survey_dataset(request.open_reader(), Path(request.images), num_workers=0)
-    assert planning._count_slices(fewer, request) == (36, 36, 3 * 6, None, 0)
+    assert planning._count_slices(fewer, request) == (36, 36, 3 * 6, 3 * 6, None, 0)
 
 
 def test_a_table_of_subjects_keeps_the_scans_of_one_together(tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_a_table_of_subjects_keeps_the_scans_of_one_together(tmp_path: Path) -> 
         subjects=request.read_subjects(),
     )
     assert faults == []
-    assert planning._count_slices(survey, request) == (36, 36, 3 * 6, "zoe", 0)
+    assert planning._count_slices(survey, request) == (36, 36, 3 * 6, 6, "zoe", 0)
     table.write_text("volume,subject\nscan_9,zoe\n")
     with pytest.raises(DatasetError, match="holds no volume 'scan_9'"):
         run_auto(request, tmp_path / "out")
@@ -286,14 +289,18 @@ class Clock:
 
     def time(self, config: Any) -> Timing:
         self.timed.append(config)
-        return Timing(10.0, self._seconds * config.filters**1.5)
+        return Timing(10.0, self._seconds * config.work * config.filters**1.5)
 
 
 class Config:
     """What the choice reads of a config."""
 
-    def __init__(self, network: sizes.Network):
-        self.filters, self.batch_size = network.filters, 8
+    def __init__(self, network: sizes.Network, work: float = 1.0):
+        self.filters, self.batch_size, self.work = network.filters, 8, work
+
+
+def make(network: sizes.Network, unlabelled: bool, limit: int) -> tuple[Config, Config]:
+    return Config(network), Config(network, 3.0 if unlabelled else 1.0)
 
 
 NETWORKS = tuple(sizes.Network(f, 0, 16, 0, edge=64, batch=8) for f in (32, 16, 8))
@@ -308,7 +315,7 @@ def test_the_largest_network_that_can_be_trained_well_is_chosen(
     monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
     monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
     probe: Any = Clock(seconds)
-    choice = sizes.choose(probe, lambda n, _: (Config(n), Config(n)), lambda: 3600.0, WORK)
+    choice = sizes.choose(probe, make, lambda: 3600.0, WORK)
     assert choice.network.filters == filters
     step = seconds * filters**1.5
     # A tenth of the time is kept in reserve.
@@ -317,13 +324,30 @@ def test_the_largest_network_that_can_be_trained_well_is_chosen(
     assert used > available - 2 * step or choice.steps == (20_000, 5000)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "filters", "unlabelled"),
+    [(0.001, 32, True), (0.006, 16, True), (0.045, 8, True), (0.08, 8, False)],
+)
+def test_unlabelled_scans_come_before_a_larger_network(
+    seconds: float, filters: int, unlabelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "NETWORKS", NETWORKS)
+    monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
+    monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
+    probe: Any = Clock(seconds)
+    choice = sizes.choose(probe, make, lambda: 3600.0, WORK._replace(unlabelled=True))
+    assert (choice.network.filters, choice.unlabelled) == (filters, unlabelled)
+    assert choice.steps[1] >= (600 if unlabelled else 300)
+    assert sum(config.work > 1 for config in probe.timed) == unlabelled  # none in vain
+
+
 def test_too_little_time_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "NETWORKS", NETWORKS)
     monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
     monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
     probe: Any = Clock(1.0)  # 22.6 s a step: 400 of them, and reserves
     with pytest.raises(ValueError, match=r"shortest training takes 2 h 31 min.*--minutes 187"):
-        sizes.choose(probe, lambda n, _: (Config(n), Config(n)), lambda: 3600.0, WORK)
+        sizes.choose(probe, make, lambda: 3600.0, WORK)
 
 
 def test_work_grows_as_measured_on_cpu() -> None:

@@ -1,8 +1,6 @@
-"""The plan of `kafjax auto`: what it decides before it works, as a config that can be edited."""
+"""The plan of `kafjax auto`: what it decides before it works."""
 
 import math
-import pprint
-import runpy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,15 +14,14 @@ from data_prep.check import Survey, fingerprint, suggest_patch
 from data_prep.findings import equal_images
 from data_prep.resampling import Size, is_spacing, size_at
 from kafjax.auto import sizes
+from kafjax.auto.plan_file import Plan
 from kafjax.auto.probe import NAME, Grid, Probe
 from kafjax.auto.request import Request
-from kafjax.auto.sizes import Choice, Network, Work, choose
-from kafjax.config_files import load_config
+from kafjax.auto.sizes import Choice, MakeConfigs, Network, Work, choose
 from kafjax.configs import own_finetune, own_pretrain
 from kafjax.data.patches import count_places
 from kafjax.data.splits import group_subjects
 from kafjax.errors import UserError
-from kafjax.files import differences, write_text
 from kafjax.training.preflight import device_memory
 from kafjax.training.timing import format_seconds
 
@@ -33,86 +30,7 @@ HELD_OUT_FROM = 4  # labelled subjects; one is held out for the score
 _MOST_FOLDS = 5
 _REPORT_SECONDS = 20.0
 _LATER_CHECKPOINTS = 10
-
-_TEMPLATE = '''\
-"""The plan of kafjax auto. Edit it before a stage has begun, and run the same command again.
-
-It is a config too: kafjax train --config {name}:pretrain, or {name}:finetune.
-{text}
-"""
-
-from pathlib import Path
-
-from kafjax.configs import own_finetune, own_pretrain
-
-OUTPUT = Path(__file__).resolve().parent
-# What was asked for; another request is refused.
-REQUEST = {request}
-PREPARATION = {preparation}
-# Fields of both configs, of pretraining and of fine-tuning.
-SHARED = {shared}
-PRETRAINING = {pretraining}
-FINE_TUNING = {fine_tuning}
-# Folds of the labelled subjects that --estimate trains; 0: none.
-FOLDS = {folds}
-# Expected seconds of each stage.
-EXPECTED = {expected}
-
-
-def get_config(stage="pretrain"):
-    """The config of a stage: pretrain or finetune."""
-    config = own_pretrain.get_config() if stage == "pretrain" else own_finetune.get_config()
-    fields = dict(SHARED, **(PRETRAINING if stage == "pretrain" else FINE_TUNING))
-    config.update_from_flattened_dict(fields)
-    config.data.dir = str(OUTPUT / "data")
-    if stage != "pretrain":
-        config.init_from = str(OUTPUT / "pretrain")
-    return config
-'''
-
-
-class Plan(NamedTuple):
-    """What a plan's file holds; its configs come from `config_of`."""
-
-    request: dict[str, Any]
-    preparation: dict[str, Any]
-    shared: dict[str, Any]
-    pretraining: dict[str, Any]
-    fine_tuning: dict[str, Any]
-    folds: int
-    expected: dict[str, float]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there is anything to fine-tune on."""
-        return bool(self.fine_tuning)
-
-
-def read_plan(path: Path, request: Request) -> Plan | None:
-    """The plan of an output folder, None if there is none yet.
-
-    Raises `UserError` where the file is damaged, or is the plan of another request: each
-    difference.
-    """
-    if not path.exists():
-        return None
-    load_config(f"{path}:pretrain")  # which names what is wrong in one line
-    values = runpy.run_path(str(path))
-    try:
-        plan = Plan(**{name: values[name.upper()] for name in Plan._fields})
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error.args[0]}; remove it to plan anew") from None
-    if differing := differences(plan.request, _fields(request)):
-        raise UserError(
-            f"{path.parent} was planned for another request; give another --output, or remove "
-            f"{path.name} there:\n" + "\n".join(differing)
-        )
-    return plan
-
-
-def config_of(path: Path, stage: str) -> Any:
-    """The config of a stage, `pretrain` or `finetune`, of a plan's file."""
-    return load_config(f"{path}:{stage}")
+_UNLABELLED = "copy_paste"  # the way of configs/own_finetune.py that gained most
 
 
 def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, str]:
@@ -143,23 +61,14 @@ def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, 
             predicted=labelled * (slices.whole + 2 * slices.fine_tuning),
             keypoint_seconds=0.5 * pace,
             fine_tunings=labelled * (1 + slices.folds),
+            # Copy-paste needs as many slices without labels as with them.
+            unlabelled=labelled and slices.unlabelled >= slices.fine_tuning,
         )
         make = _config_maker(survey, grid_of, slices)
         choice = choose(probe, make, lambda: seconds - (time.perf_counter() - began), work)
         grid = grid_of(choice.network)
     plan = _as_plan(request, survey, choice, grid, slices)
     return plan, describe_plan(plan, survey, choice, slices.held_out)
-
-
-def write_plan(path: Path, plan: Plan, text: str) -> None:
-    """Writes the plan's file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {
-        name: pprint.pformat(value, width=88, sort_dicts=False)
-        for name, value in plan._asdict().items()
-    }
-    safe = text.replace("\\", "/").replace('"""', "'''")
-    write_text(path, _TEMPLATE.format(name=path.name, text=f"\n{safe}", **values))
 
 
 def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | None) -> str:
@@ -188,6 +97,10 @@ def describe_plan(plan: Plan, survey: Survey, choice: Choice, held_out: str | No
             f"fine-tuning: {steps[1]} steps of {batches[1]} slices, {timings[1].step:.3g} s each"
             + (f", and again for each of {plan.folds} folds" if plan.folds else "")
         )
+        if choice.unlabelled:
+            lines.append(
+                "half of each batch from the scans without labels, by copy-paste with a teacher"
+            )
         lines.append(_about_score(plan, facts["num_labelled"], held_out))
     lines.append(
         f"memory: about {choice.memory / 2**30:.2f} of {device_memory() / 2**30:.1f} GiB on "
@@ -214,10 +127,6 @@ def _about_score(plan: Plan, num_labelled: int, held_out: str | None) -> str:
     return "score: none, as all labels are trained on; --estimate leaves each out once, for a score"
 
 
-def _fields(request: Request) -> dict[str, Any]:
-    return {**request._asdict(), "classes": list(request.classes)}
-
-
 class _Slices(NamedTuple):
     """Counts of slices, and how labelled subjects are used.
 
@@ -225,6 +134,7 @@ class _Slices(NamedTuple):
       whole: of all scans.
       pretraining: without the test set.
       fine_tuning: of the labelled volumes that are trained on.
+      unlabelled: of those without labels, without the test set.
       held_out: the subject that is kept for the score, if any.
       folds: of an estimate; 0: none.
     """
@@ -232,6 +142,7 @@ class _Slices(NamedTuple):
     whole: int
     pretraining: int
     fine_tuning: int
+    unlabelled: int
     held_out: str | None
     folds: int
 
@@ -254,6 +165,7 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
         whole=sum(counts.values()),
         pretraining=sum(counts[id] for id in counts if id not in tests),
         fine_tuning=sum(counts[id] for id in labelled if subject[id] != held_out),
+        unlabelled=sum(counts[id] for id in counts if id not in tests and id not in labelled),
         held_out=held_out,
         folds=min(len(subjects), _MOST_FOLDS) if request.estimate else 0,
     )
@@ -299,12 +211,12 @@ def _grid_maker(survey: Survey, probe: Probe) -> Callable[[Network], Grid]:
 
 def _config_maker(
     survey: Survey, grid_of: Callable[[Network], Grid], slices: _Slices
-) -> Callable[[Network, int], tuple[Any, Any | None]]:
+) -> MakeConfigs:
     """A function that makes the configs of a network, with batches up to a limit."""
     # An estimate trains on as little as half of the labelled slices.
     most = (slices.pretraining, slices.fine_tuning // (2 if slices.folds else 1))
 
-    def make(network: Network, limit: int) -> tuple[Any, Any | None]:
+    def make(network: Network, unlabelled: bool, limit: int) -> tuple[Any, Any | None]:
         grid = grid_of(network)
         volumes = _volumes_on(survey, grid)
         patch = suggest_patch([volume["size"] for volume in volumes.values()])
@@ -317,12 +229,14 @@ def _config_maker(
             "data.patch_keypoints": count_places(metadata, size),
             **_model_fields(network),
         }
-        limit = min(limit, network.batch)
-        pretraining = own_pretrain.get_config()
-        fine_tuning = own_finetune.get_config("scratch")  # takes as long as from the encoder
+        # From scratch, which takes as long as from the encoder.
+        variant = f"scratch,{_UNLABELLED}" if unlabelled else "scratch"
+        pretraining, fine_tuning = own_pretrain.get_config(), own_finetune.get_config(variant)
         for config, there in zip((pretraining, fine_tuning), most, strict=True):
             config.update_from_flattened_dict(shared)
-            config.batch_size = _batch(min(config.batch_size, limit, there))
+            parts = 2 if "semi" in config else 1  # with labels, and as many without
+            largest = min(config.batch_size, limit) // parts
+            config.batch_size = parts * _batch(min(largest, network.batch, there))
         pretraining.update_from_flattened_dict(_pretraining_fields(network))
         fine_tuning.data.fold = None
         return pretraining, fine_tuning if slices.fine_tuning else None
@@ -384,8 +298,10 @@ def _as_plan(
     }
     fields: dict[str, Any] = {}
     if second is not None and choice.timings[1] is not None:
-        fields = _schedule(second.batch_size, fine_tuning, slices.fine_tuning)
+        labelled = second.batch_size // (2 if choice.unlabelled else 1)
+        fields = _schedule(labelled, fine_tuning, slices.fine_tuning)
         fields |= {
+            "batch_size": second.batch_size,
             "data.fold": None,
             "every.validation_epochs": 0,
             # The score is of volumes that chose nothing.
@@ -401,7 +317,7 @@ def _as_plan(
         expected["predict"] = choice.predicting * 2 / 3
     expected["report"] = _REPORT_SECONDS
     return Plan(
-        request=_fields(request),
+        request=request.fields(),
         preparation={
             "max_keypoints": grid.max_keypoints,
             "radius": grid.radius,
@@ -414,6 +330,7 @@ def _as_plan(
             **_schedule(first.batch_size, pretraining, slices.pretraining),
         },
         fine_tuning=fields,
+        unlabelled=_UNLABELLED if choice.unlabelled else None,
         folds=slices.folds,
         expected={name: round(value, 1) for name, value in expected.items()},
     )

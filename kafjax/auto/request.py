@@ -40,6 +40,10 @@ class Request(NamedTuple):
         others = [None if p is None else str(expand(p).resolve()) for p in (labels, subjects)]
         return cls(str(folder), others[0], others[1], **options)
 
+    def fields(self) -> dict[str, Any]:
+        """The request as a plan's file holds it."""
+        return {**self._asdict(), "classes": list(self.classes)}
+
     @property
     def is_nnunet(self) -> bool:
         """Whether the images are in nnU-Net's layout."""

@@ -1,11 +1,13 @@
 """Chooses the network, and its number of steps, that a device can train in the given time.
 
 The largest network is chosen whose training has steps enough in that time; each is timed by the
-probe before it is accepted. Fewer steps are planned only for the smallest one.
+probe before it is accepted. Where there are scans without labels, training on them too comes before
+a larger network. Fewer steps are planned only for the smallest network.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +69,10 @@ NETWORKS = (
 # Steps: the useful maximum, the minimum of a larger network, and the minimum to train at all.
 PRETRAINING_STEPS = (20_000, 1000, 100)
 FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps on
+# The minimum with unlabelled scans: the fewest with which it was measured (docs/results.md).
+SEMI_SUPERVISED_STEPS = 600
+# Time of a fine-tuning step on unlabelled scans too, relative to one without: measured on CPU.
+_SEMI_SUPERVISED_WORK = 2.7
 _SHARE_OF_PRETRAINING = 0.5
 _SHARE_OF_MEMORY = 0.8
 _SHARE_OF_TIME = 0.9  # of what training may take: other work on the machine may slow it down
@@ -85,6 +91,7 @@ class Work(NamedTuple):
       predicted: slices that the runs segment in all.
       keypoint_seconds: of a slice's keypoints, for those of them that are raw scans.
       fine_tunings: how many runs fine-tune: one, and one for each fold of an estimate; 0: none.
+      unlabelled: whether there are scans without labels, to fine-tune on too.
     """
 
     seconds: float
@@ -94,12 +101,14 @@ class Work(NamedTuple):
     predicted: int
     keypoint_seconds: float
     fine_tunings: int
+    unlabelled: bool = False
 
 
 class Choice(NamedTuple):
     """A network with its batches, timings and numbers of steps; fine-tuning's may be None."""
 
     network: Network
+    unlabelled: bool  # whether it fine-tunes on scans without labels too
     configs: tuple[Any, Any | None]
     timings: tuple[Timing, Timing | None]
     memory: int  # bytes on each device
@@ -108,8 +117,9 @@ class Choice(NamedTuple):
     overhead: float  # seconds of all but the steps
 
 
-# (network, limit of batches) -> configs of pretraining and, with labels, of fine-tuning.
-MakeConfigs = Callable[[Network, int], tuple[Any, Any | None]]
+# (network, whether to fine-tune on unlabelled scans too, limit of batches) -> configs of
+# pretraining and, with labels, of fine-tuning.
+MakeConfigs = Callable[[Network, bool, int], tuple[Any, Any | None]]
 
 
 def choose(
@@ -124,28 +134,29 @@ def choose(
       work: what else has to be done.
     """
 
-    def look(network: Network) -> Choice | None:
-        fitting = _within_memory(probe, make, network)
+    def look(network: Network, unlabelled: bool) -> Choice | None:
+        fitting = _within_memory(probe, partial(make, network, unlabelled))
         if fitting is None:
             return None
         (first, second), memory = fitting
         timings = (probe.time(first), None if second is None else probe.time(second))
-        found = Choice(network, (first, second), timings, memory, (0, 0), 0.0, 0.0)
+        found = Choice(network, unlabelled, (first, second), timings, memory, (0, 0), 0.0, 0.0)
         return _share_out(found, work, seconds_left())
 
     smallest = NETWORKS[-1]
-    least = look(smallest)
+    least = look(smallest, False)
     if least is None:
         raise UserError(
             f"a step of the smallest network needs more than the {device_memory() / 2**30:.1f} GiB "
             "of the device"
         )
-    for network in NETWORKS[:-1]:
+    for network, unlabelled in _candidates(work):
         ratio = network.work(work.edge, work.places) / smallest.work(work.edge, work.places)
         compiling = _COMPILING * sum(t.compilation for t in least.timings if t)
-        if not _well_trained(_slower(least, ratio, work, seconds_left() - compiling)):
+        expected = least._replace(network=network, unlabelled=unlabelled)
+        if not _well_trained(_slower(expected, ratio, work, seconds_left() - compiling)):
             continue
-        found = look(network)
+        found = look(network, unlabelled)
         if found is not None and _well_trained(found):
             return found
     found = _share_out(least, work, seconds_left())
@@ -153,13 +164,19 @@ def choose(
     return found
 
 
+def _candidates(work: Work) -> list[tuple[Network, bool]]:
+    """All but the last resort, which is the smallest network trained on labelled scans alone."""
+    alone = [(network, False) for network in NETWORKS[:-1]]
+    return [(network, True) for network in NETWORKS] * work.unlabelled + alone
+
+
 def _within_memory(
-    probe: Probe, make: MakeConfigs, network: Network
+    probe: Probe, make: Callable[[int], tuple[Any, Any | None]]
 ) -> tuple[tuple[Any, Any | None], int] | None:
     """The configs with the largest batches that fit into memory, and its bytes, if any do."""
     limit = 10**6
     while True:
-        configs = make(network, limit)
+        configs = make(limit)
         needed = max(probe.memory(config) for config in configs if config is not None)
         if needed <= _SHARE_OF_MEMORY * device_memory():
             return configs, needed
@@ -213,25 +230,27 @@ def _least_seconds(timings: tuple[Timing, Timing | None], fine_tunings: int) -> 
 
 def _slower(choice: Choice, ratio: float, work: Work, seconds: float) -> Choice:
     """What would become of a network that takes so many times as long."""
-    timings: Sequence[Timing | None] = [
-        None if t is None else t._replace(step=t.step * ratio) for t in choice.timings
-    ]
-    first, second = timings
-    assert first is not None
+    first, second = choice.timings
+    first = first._replace(step=first.step * ratio)
+    if second is not None:
+        ratio *= _SEMI_SUPERVISED_WORK if choice.unlabelled else 1
+        second = second._replace(step=second.step * ratio)
     return _share_out(choice._replace(timings=(first, second)), work, seconds)
 
 
 def _well_trained(choice: Choice) -> bool:
-    return _has(choice, 1)
+    if choice.network == NETWORKS[-1]:
+        return _has(choice, (PRETRAINING_STEPS[2], SEMI_SUPERVISED_STEPS))
+    return _has(choice, (PRETRAINING_STEPS[1], FINE_TUNING_STEPS[1]))
 
 
-def _has(choice: Choice, level: int) -> bool:
-    needed = (PRETRAINING_STEPS[level], FINE_TUNING_STEPS[level] if choice.configs[1] else 0)
-    return all(there >= least for there, least in zip(choice.steps, needed, strict=True))
+def _has(choice: Choice, needed: tuple[int, int]) -> bool:
+    pretraining, fine_tuning = choice.steps
+    return pretraining >= needed[0] and (not choice.configs[1] or fine_tuning >= needed[1])
 
 
 def _refuse_too_short(choice: Choice, work: Work, seconds: float) -> None:
-    if _has(choice, 2):
+    if _has(choice, (PRETRAINING_STEPS[2], FINE_TUNING_STEPS[2])):
         return
     training = _least_seconds(choice.timings, work.fine_tunings)
     needed = work.seconds - seconds + choice.overhead + training / _SHARE_OF_TIME

@@ -24,7 +24,8 @@ from data_prep.check import survey_dataset
 from data_prep.entries import is_scan_name
 from data_prep.faults import DatasetError, findings_text, refuse
 from data_prep.prepare import prepare_dataset
-from kafjax.auto.plan import Plan, config_of, make_plan, read_plan, write_plan
+from kafjax.auto.plan import make_plan
+from kafjax.auto.plan_file import Plan, config_of, read_plan, write_plan
 from kafjax.auto.probe import NAME, quiet
 from kafjax.auto.progress import Progress
 from kafjax.auto.request import Request
