@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
 from jax.typing import ArrayLike
 
 Counts = TypeVar("Counts", np.ndarray, jax.Array)
@@ -155,15 +154,19 @@ def surface_distances(
     Returns:
       float64 [surface elements of a] and [surface elements of b], in mm.
     """
+    from scipy import ndimage  # takes longer to import than JAX; training needs no distances
+
     # No surface lies outside the box around both masks, and volumes are mostly background.
-    (box,) = scipy.ndimage.find_objects((a | b).astype(np.uint8))
+    (box,) = ndimage.find_objects((a | b).astype(np.uint8))
     surface_a, surface_b = _surface(a[box]), _surface(b[box])
     to_a, to_b = (
-        scipy.ndimage.distance_transform_edt(~surface, sampling=spacing)
+        ndimage.distance_transform_edt(~surface, sampling=spacing)
         for surface in (surface_a, surface_b)
     )
     return to_b[surface_a], to_a[surface_b]
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~scipy.ndimage.binary_erosion(mask)
+    from scipy import ndimage
+
+    return mask & ~ndimage.binary_erosion(mask)

@@ -87,20 +87,24 @@ def test_microbatches_that_do_not_divide_the_batch_are_refused() -> None:
         apply_training(MODEL, *variables.values(), (images,), num_microbatches=3)
 
 
-def test_tasks_and_the_step_import_no_reader() -> None:
-    """So that benchmarks, and users' own loops, need no more than JAX, Flax and Optax."""
+def test_tasks_and_the_step_import_no_reader_and_training_no_plots() -> None:
+    """Users' own loops need no more than JAX, Flax and Optax, and a run starts soon."""
     script = """
         import sys
         from kafjax.tasks import TASKS
         import kafjax.training.step
         print({name.partition(".")[0] for name in sys.modules})
+        import kafjax.main
+        print({name.partition(".")[0] for name in sys.modules})
     """
-    loaded = subprocess.run(
+    loaded, of_main = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    ).stdout
+    ).stdout.splitlines()
+    assert "'orbax'" in of_main
+    assert not any(f"'{name}'" in of_main for name in ("matplotlib", "scipy"))
     assert "'flax'" in loaded
     for name in ("grain", "orbax", "tensorflow_datasets", "matplotlib", "tensorboardX", "cv2"):
         assert f"'{name}'" not in loaded

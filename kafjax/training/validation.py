@@ -7,17 +7,19 @@ with invalid slices, and a task's counts are integers that add up.
 import contextlib
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kafjax.data.batches import BatchOptions, evaluation_batches
 from kafjax.data.dataset import SliceDataset
 from kafjax.data.samples import Batch, make_labelled
-from kafjax.drawing.figures import render
-from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.segmentation_metrics import mean_pooled_dice
 from kafjax.tasks.base import Task
 from kafjax.training.step import TrainState, make_count, own_part, shard, to_host
+
+if TYPE_CHECKING:
+    from kafjax.drawing.segmentations import SegmentedSlice
 
 _SHOWN = 3  # worst and best slices in a picture
 
@@ -76,7 +78,7 @@ class Validation:
             for name, records in shown.items()
         }
 
-    def _predict(self, state: TrainState, records: list[int]) -> dict[int, SegmentedSlice]:
+    def _predict(self, state: TrainState, records: list[int]) -> dict[int, "SegmentedSlice"]:
         """Slices with their labels and predictions, by record."""
         share = self._options.batch_size // self._options.process_count
         rows = {}
@@ -103,10 +105,15 @@ class Validation:
         )
         return {**labelled, "valid": np.array(True)}
 
-    def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> SegmentedSlice:
+    def _row(self, record: int, sample: Batch, prediction: np.ndarray) -> "SegmentedSlice":
+        from kafjax.drawing.segmentations import SegmentedSlice
+
         title, dice = self._dataset.describe_record(record), mean_pooled_dice(self._counts[record])
         image = sample["image"][..., 0]
         return SegmentedSlice(title, image, sample["label"], [prediction], [dice])
 
-    def _draw(self, rows: Sequence[SegmentedSlice]) -> np.ndarray:
+    def _draw(self, rows: Sequence["SegmentedSlice"]) -> np.ndarray:
+        from kafjax.drawing.figures import render  # only pictures need matplotlib
+        from kafjax.drawing.segmentations import draw_segmentations
+
         return render(draw_segmentations(rows, ["prediction"], self._dataset.classes))
