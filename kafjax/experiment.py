@@ -3,6 +3,7 @@
 `kafjax.study.experiment` describes what it does and writes.
 """
 
+import itertools
 import shlex
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from kafjax.config_files import TABLES, find, load_table
 from kafjax.errors import UserError
-from kafjax.study.experiment import format_plan, make_experiment, parse_shard
+from kafjax.study.experiment import format_plan, make_experiment, parse_changes, parse_shard
 from kafjax.study.jobs import Outcome, find_slots, run_jobs
 from kafjax.study.results import write_results
 from kafjax.study.runs import parse_numbers
@@ -34,6 +35,9 @@ def _run_from_command_line() -> None:
         "folds": string("folds", None, "As in 0-4. Default: all; with --small 0,1."),
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
+    changes = flags.DEFINE_multi_string(
+        "set", [], "A field of all configs, as in model.dtype=bfloat16; may be repeated."
+    )
     workdir = define_path("workdir", "runs/experiments", "Folder of the runs.")
     data_dir = define_path("data_dir", "data", "Folder of the prepared dataset.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
@@ -53,6 +57,7 @@ def _run_from_command_line() -> None:
             workdir=workdir.value,
             data_dir=data_dir.value,
             small=small.value,
+            changes=parse_changes(changes.value),
             **{name: parse_numbers(name, flag.value) for name, flag in numbers.items()},
         )
         first, every = parse_shard(shard.value)
@@ -90,10 +95,10 @@ def _repeat(flags: Any) -> str:
     """The command, without what does not change the table."""
     names = (
         *("table", "dataset", "small", "rows", "num_labeled", "folds", "seeds"),
-        *("workdir", "data_dir"),
+        *("set", "workdir", "data_dir"),
     )
-    arguments = [flags[name].serialize() for name in names if flags[name].present]
-    return shlex.join(["kafjax", "experiment", *arguments])
+    arguments = [flags[name].serialize().split("\n") for name in names if flags[name].present]
+    return shlex.join(["kafjax", "experiment", *itertools.chain(*arguments)])
 
 
 if __name__ == "__main__":

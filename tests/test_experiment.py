@@ -19,6 +19,7 @@ from kafjax.study.experiment import (
     format_plan,
     is_pretrained,
     make_experiment,
+    parse_changes,
     parse_shard,
 )
 from kafjax.study.jobs import Job, Slot, run_jobs
@@ -155,6 +156,21 @@ def test_workdirs_of_other_configs_are_refused(tmp_path: Path) -> None:
     (workdir / "config.json").write_text(json.dumps({**fields, "batch_size": 1}))
     with pytest.raises(ValueError, match="batch_size: 1 there"):
         ours.plan()
+
+
+def test_fields_set_for_all_runs_are_in_every_command(tmp_path: Path) -> None:
+    changes = parse_changes(["model.dtype=bfloat16", "num_epochs=2"])
+    assert changes == {"model.dtype": "bfloat16", "num_epochs": 2}
+    planned = experiment(tmp_path, ONE_ROW, changes=changes).plan()
+    training = [line for name, line in commands(planned).items() if "prepare" not in name]
+    assert len(training) > 1
+    for line in training:
+        assert "--config.model.dtype=bfloat16" in line
+        assert "--config.num_epochs=2" in line
+    with pytest.raises(ValueError, match="found 'model.dtype', expected FIELD=VALUE"):
+        parse_changes(["model.dtype"])
+    with pytest.raises(ValueError, match="model.dtype"):
+        experiment(tmp_path, ONE_ROW, changes={"model.dtype": "float12"}).plan()
 
 
 def test_pretraining_is_complete_when_its_last_step_is_saved(tmp_path: Path) -> None:

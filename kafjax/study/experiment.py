@@ -18,16 +18,18 @@ that are complete, and neither runs anything.
 
 The names of workdirs state what was run, so that rows and tables with a run in common share it.
 
-`--small` is for CPUs: DATASET_small's configs, and two folds by default.
+`--small` is for CPUs: DATASET_small's configs, and two folds by default. `--set` changes fields of
+all configs; runs that are there must have the same.
 Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signal when stopped.
 """
 
+import ast
 import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,10 +110,12 @@ class Experiment(Study):
     Attributes:
       data_dir: where the prepared dataset is.
       fold_jobs: whether each fold is a job, and not all folds of a row and a seed together.
+      changes: of all configs, by dotted path.
     """
 
     data_dir: str
     fold_jobs: bool
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def row_dir(self, row: Row) -> Path:
         """The folder of the row's runs, which rows with the same network and pretraining share."""
@@ -247,7 +251,7 @@ class Experiment(Study):
 
     def _command(self, kind: str, changes: Mapping[str, Any]) -> ConfigCommand:
         file = f"configs/{self.dataset}_{kind}"
-        return ConfigCommand(file, {"data.dir": self.data_dir, **changes})
+        return ConfigCommand(file, {"data.dir": self.data_dir, **self.changes, **changes})
 
     def _prepared(self) -> tuple[str, ...]:
         return (f"prepare/{self.base.data.name}",) if self.dataset in PHANTOMS else ()
@@ -276,6 +280,7 @@ def make_experiment(
     num_labeled: Sequence[int] | None = None,
     folds: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """A table on a dataset, with the defaults of both.
 
@@ -289,6 +294,7 @@ def make_experiment(
       num_labeled: values of M; the table's by default.
       folds: numbers from 0; all of the config's by default, two where it is small.
       seeds: the config's by default.
+      changes: of all configs, by dotted path, as in {"model.dtype": "bfloat16"}.
 
     Raises:
       ValueError: there is no such dataset or row, or the table has no M for it.
@@ -313,7 +319,22 @@ def make_experiment(
         data_dir=data_dir,
         # Small ones spend their time on starting; large ones should keep many devices busy.
         fold_jobs=not small,
+        changes=changes or {},
     )
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted path of `['model.dtype=bfloat16', 'batch_size=8']`."""
+    changes = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not path or not equals:
+            raise UserError(f"--set: found {text!r}, expected FIELD=VALUE, as model.dtype=bfloat16")
+        try:
+            changes[path] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            changes[path] = value
+    return changes
 
 
 def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
