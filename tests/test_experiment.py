@@ -167,9 +167,9 @@ def test_fields_set_for_all_runs_are_in_every_command(tmp_path: Path) -> None:
     for line in training:
         assert "--config.model.dtype=bfloat16" in line
         assert "--config.num_epochs=2" in line
-    with pytest.raises(ValueError, match="found 'model.dtype', expected FIELD=VALUE"):
+    with pytest.raises(ValueError, match=r"found 'model\.dtype', expected FIELD=VALUE"):
         parse_changes(["model.dtype"])
-    with pytest.raises(ValueError, match="model.dtype"):
+    with pytest.raises(ValueError, match=r"model\.dtype"):
         experiment(tmp_path, ONE_ROW, changes={"model.dtype": "float12"}).plan()
 
 
