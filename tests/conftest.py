@@ -48,3 +48,13 @@ def phantom_dataset(phantom_raw: Path, tmp_path_factory: pytest.TempPathFactory)
         options=Options(max_keypoints=64),
         num_workers=0,
     ).directory
+
+
+# Files that take longest, which a worker should not begin last.
+_LONGEST = ("golden", "end_to_end", "auto", "step", "augment", "loop", "pretraining", "models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the files that take longest: workers then end together."""
+    first = [f"test_{name}.py" for name in _LONGEST]
+    items.sort(key=lambda i: first.index(i.path.name) if i.path.name in first else len(first))

@@ -59,11 +59,13 @@ def test_a_sample_of_the_campaign_holds(campaign, tmp_path):
     assert_held(list(campaign(settings(tmp_path, 12))))
 
 
+@pytest.mark.slow
 def test_a_study_in_a_folder_of_all_odd_characters_holds(tmp_path):
     """Preparation, training, evaluation, resuming, prediction and report; and what is refused."""
     assert_held(list(paths.run(settings(tmp_path, 1))))
 
 
+@pytest.mark.slow
 def test_a_run_and_a_preparation_that_are_killed_hold(tmp_path):
     assert_held(list(runs.run_kills(settings(tmp_path, 2))))
 

@@ -34,17 +34,22 @@ class Case(NamedTuple):
         return f"{self.name}-{self.dtype}" + ("-padded" if self.padded else "")
 
 
-SEGMENTATION = [
+def _slow(*case: Any) -> Any:
+    """Compiles for half a minute and shows little that the others do not."""
+    return pytest.param(Case(*case), marks=pytest.mark.slow)
+
+
+SEGMENTATION: list[Any] = [
     Case("unet", "float64"),
-    Case("unet", "float32"),
-    Case("kaf_unet", "float64"),
+    _slow("unet", "float32"),
+    _slow("kaf_unet", "float64"),
     Case("kaf_unet", "float64", padded=True),
-    Case("kaf_unet", "float32"),
+    _slow("kaf_unet", "float32"),
 ]
-PRETRAINING = [
-    Case("pretrain", "float64"),
+PRETRAINING: list[Any] = [
+    _slow("pretrain", "float64"),
     Case("pretrain", "float64", padded=True),
-    Case("pretrain", "float32"),
+    _slow("pretrain", "float32"),
 ]
 segmentation_cases = pytest.mark.parametrize("case", SEGMENTATION, ids=str)
 pretraining_cases = pytest.mark.parametrize("case", PRETRAINING, ids=str)
@@ -243,6 +248,7 @@ def test_every_gradient_norm_is_the_releases(case: Case) -> None:
     assert {name: pair for name, pair in off.items() if name not in zero} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kaf_unet", "pretrain"])
 def test_48_keypoints_give_the_same_step_in_128_places(name: str) -> None:
     plain, padded = (results(Case(name, "float64", padded=p)) for p in (False, True))

@@ -132,6 +132,7 @@ def test_a_batch_without_any_keypoint_keeps_the_keypoints_statistics(
             jax.tree.map(np.testing.assert_array_equal, now[part], before[part])
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_give_the_same_step() -> None:
     image = np.random.default_rng(0).standard_normal((2, 32, 32, 1)).astype(np.float32)
     keypoints, mask, _ = spread_keypoints([5, 3], 6, (32, 32), seed=0)
