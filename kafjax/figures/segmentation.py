@@ -54,8 +54,10 @@ def segmentation_figure(
     names = list(volumes) if volumes else _held_out(splits, dataset)[:num_slices]
     records = choose_slices(dataset, names, slices)
     shown = [dataset.read(record, with_label=True) for record in records]
-    views = [(s.image, s.keypoints, s.mask) for s in shown]
-    predictions = [[p.argmax(axis=-1) for p in run.probabilities(views)] for run in predictors]
+    predictions = [
+        [p.argmax(axis=-1) for p in run.probabilities(run.views(dataset, records))]
+        for run in predictors
+    ]
     rows = []
     for i, (name, record, one) in enumerate(zip(names, records, shown, strict=True)):
         assert one.label is not None

@@ -24,6 +24,7 @@ from kafjax.data.dataset import (
     Slice,
     SliceDataset,
     check_facts,
+    facts_of_run,
     labelled_volumes,
     open_dataset,
     volumes_for_test,
@@ -118,7 +119,7 @@ def _predict_labelled(
     predictor: Predictor, dataset: SliceDataset, name: str
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """A volume's predicted classes, uint8 [row, col, slice], labels, int16, and spacing in mm."""
-    slices = dataset.read_volume(name)
+    slices = dataset.with_context(predictor.context).read_volume(name)
     views = [(s.image, s.keypoints, s.mask) for s in slices]
     found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
     spacing = [float(mm) for mm in slices[0].spacing]
@@ -204,7 +205,7 @@ def evaluate_run(
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
     dataset = open_dataset(data_dir or config.data.dir, config.data.name)
-    check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
+    check_facts(dataset, facts_of_run(config))
     if record_split and read_split(folder) is None:
         write_split(folder, describe_split(split_run(config, dataset), dataset))
     recorded = open_split(folder, dataset)

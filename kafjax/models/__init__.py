@@ -1,7 +1,7 @@
 """Every network by name: `build_model(config.model)`.
 
 Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)`
-with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and
+with image [b, h, w, c], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and
 return logits [b, h, w, d]; models without keypoints ignore them. The pretraining networks take the
 same with a view axis of 2 after b; they return a `PretrainingOutput`, or two feature maps for local
 contrast. h and w must be divisible by 16.
@@ -77,7 +77,7 @@ class SegmentationNetwork(nn.Module):
 
     def __call__(
         self,
-        image: Float[Array, "b h w 1"],
+        image: Float[Array, "b h w c"],
         keypoints: Int[Array, "b k 2"],
         keypoint_mask: Bool[Array, "b k"],
         *,

@@ -180,16 +180,16 @@ def _measure(
     dataset: SliceDataset, name: str, predictors: Sequence[Predictor]
 ) -> tuple[Uncertain, UncertainSlice]:
     """A volume's numbers, and its slice with the largest total entropy."""
-    slices = [dataset.read(record) for record in dataset.volumes[name]]
-    views = [(s.image, s.keypoints, s.mask) for s in slices]
-    streams = zip(*(predictor.probabilities(views) for predictor in predictors), strict=True)
+    records = dataset.volumes[name]
+    views = {p.context: p.views(dataset, records) for p in predictors}
+    streams = zip(*(p.probabilities(views[p.context]) for p in predictors), strict=True)
     meter, worst = Meter(len(dataset.classes)), -1.0
     for index, members in enumerate(streams):
         probabilities = np.mean(members, axis=0)
         entropy = meter.add(probabilities)
         if entropy.sum() > worst:
             worst = float(entropy.sum())
-            one = slices[index]
+            one = dataset.read(records[index])
             shown = UncertainSlice(
                 f"{name} slice {index}",
                 one.image[..., 0],

@@ -170,9 +170,11 @@ _OF_DATASET = {  # filled in from the dataset
     "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
     "data.sparse_labels": _or_none(_FLAG),
+    "model.num_channels": _integer(1),
 }
 _ANYWHERE = {
     **_OF_DATASET,
+    "data.context": _integer(0, 16),
     "optimizer.momentum": _number(0, 1),
     "checkpoint.select": _choice(("best", "last")),
 }
