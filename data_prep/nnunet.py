@@ -29,7 +29,9 @@ from data_prep.dataset_json import (
     ending_of,
     ignore_label_of,
     listed_channels,
+    listed_regions,
     read_description,
+    regions_as_facts,
 )
 from data_prep.entries import NIFTI_ENDINGS, list_entries, misplaced, unused_folder
 from data_prep.faults import Fault
@@ -37,6 +39,7 @@ from data_prep.folder import DEFAULT_RADIUS, OwnReader, check_grid, split_name
 from data_prep.intensity import Intensity
 from data_prep.volumes import Source, Volume
 from kafjax.errors import UserError
+from kafjax.regions import Region
 
 _PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
 _LAYOUT = (FILE, *(name for part in _PARTS for name in part))
@@ -54,6 +57,7 @@ class NnunetReader(OwnReader):
     channels: tuple[int, ...] = (0,)
     channel_names: tuple[str, ...] = ("",)
     keypoint_channel: int = 0
+    regions: tuple[Region, ...] = ()
     ending: str = NIFTI_ENDINGS[0]
     listed: int = 1
     faults: tuple[Fault, ...] = ()
@@ -67,16 +71,16 @@ class NnunetReader(OwnReader):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The channels and their intensity preparation."""
-        if self.num_channels == 1:
-            channel = {"channel": self.channels[0], "channel_name": self.channel_names[0]}
-            return {**channel, **super().facts}
-        return {
-            "channels": list(self.channels),
-            "channel_names": list(self.channel_names),
-            "keypoint_channel": self.keypoint_channel,
-            **super().facts,
-        }
+        """The channels and their intensity preparation, and the regions if there are some."""
+        channels = {"channel": self.channels[0], "channel_name": self.channel_names[0]}
+        if self.num_channels > 1:
+            channels = {
+                "channels": list(self.channels),
+                "channel_names": list(self.channel_names),
+                "keypoint_channel": self.keypoint_channel,
+            }
+        regions = regions_as_facts(self.regions)
+        return {**channels, **super().facts, **({"regions": regions} if regions else {})}
 
     def keypoint_image(self, volume: Volume) -> np.ndarray:
         """The chosen channel."""
@@ -244,6 +248,7 @@ def open_nnunet(
         pixel_spacing=pixel_spacing,
         channels=channels,
         channel_names=names,
+        regions=listed_regions(path, description, faults),
         keypoint_channel=choose_keypoint_channel(path, listed, channels, keypoint_channel, faults),
         intensity=each if len(each) > 1 else each[0],
         ending=ending_of(path, description, faults),

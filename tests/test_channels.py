@@ -15,17 +15,14 @@ from data_prep.faults import DatasetError
 from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
 from kafjax import intensity
-from kafjax.configs import own_finetune
+from kafjax.configs import own_finetune, own_pretrain
 from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.data.samples import make_pair
 from kafjax.errors import UserError
-from kafjax.inference.evaluation import evaluate_run
-from kafjax.inference.prediction import load_volume_predictor, predict_files, predict_volume
 from kafjax.inference.prediction_files import list_requests
 from kafjax.intensity import IntensityConfig
 from kafjax.models import build_model, example_inputs, variable_shapes
 from kafjax.tasks.registry import make_task
-from kafjax.training.loop import train
 from kafjax.training.preflight import complete_config, open_run_dataset
 from kafjax.training.transfer import check_architecture
 from kafjax.workdir.workdir import Workdir
@@ -161,35 +158,29 @@ def test_the_check_shows_each_channel(raw: Path) -> None:
     assert first["percentile_100"]["max"] == max(heart(number)[0].max() for number in (0, 1))
 
 
-def test_a_run_trains_scores_and_predicts_raw_files_alike(
-    dataset: SliceDataset, raw: Path, tmp_path: Path
-) -> None:
-    config = own_finetune.get_config("scratch")
-    config.update({"batch_size": 4, "num_epochs": 1, "num_steps": 1, "postprocess": False})
+TASKS: dict[str, Any] = {
+    "pretrain": (own_pretrain, "pcl"),
+    "local_contrast": (own_pretrain, "glcl"),
+    "copy_paste": (own_finetune, "scratch,copy_paste"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_takes_channels(dataset: SliceDataset, name: str) -> None:
+    module, variant = TASKS[name]
+    config = module.get_config(variant)
     config.data.update({"dir": str(dataset.directory.parents[1]), "patch_size": (48, 48)})
-    config.data.update({"context": 1, "validation": ("case_002",)})
+    config.data.context = 1
+    config.augment.intensity.probability = 1.0
     config.model.update({"name": "unet", "filters": 4})
-    run = tmp_path / "run"
-    assert train(config, run) is None
-    results = evaluate_run(run)
-    predict_files([run], raw / "imagesTr", tmp_path / "out")
-    found, label = (
-        np.asanyarray(nib.load(folder / "case_002.nii.gz").dataobj)  # type: ignore[attr-defined]
-        for folder in (tmp_path / "out", raw / "labelsTr")
-    )
-    assert found.any()
-    for number, name in enumerate(dataset.classes[1:], start=1):
-        a, b = found == number, label == number
-        expected = 2 * int((a & b).sum()) / int(a.sum() + b.sum())
-        assert results["pooled_dice"][name] == pytest.approx(expected)
-    array = np.stack(
-        [nib.load(raw / "imagesTr" / f"case_002_000{c}.nii.gz").dataobj for c in (0, 1)], -1
-    )
-    predictor = load_volume_predictor([run])
-    again = predict_volume(array.swapaxes(0, 1), (1.7, 1.5, 10.0), predictor, volume_id="case_002")
-    np.testing.assert_array_equal(again, found.swapaxes(0, 1))
-    with pytest.raises(UserError, match=r"\[row, col, slice, channel\] of 2 channels"):
-        predict_volume(array[..., 0], (1.5, 1.7, 10.0), predictor)
+    opened = open_run_dataset(config)
+    task = make_task(complete_config(config, opened))
+    sample = task.sample(opened, 3)
+    assert sample["image"].shape[-3:] == (48, 48, 6)
+    batch = {field: np.stack([value] * 4) for field, value in sample.items()}
+    variables = task.init()
+    (loss, _) = jax.eval_shape(task.loss, variables["params"], variables["batch_stats"], batch)
+    assert loss.shape == ()
 
 
 # Bad input.

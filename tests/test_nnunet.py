@@ -161,7 +161,7 @@ def test_readers_of_other_kinds_come_from_metadata_too():
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"labels": {"background": 0, "tumour": [1, 2]}}, r"labels are regions \(tumour\)"),
+        ({"labels": {"background": 0, "tumour": [1, 2]}}, "has no regions_class_order"),
         ({"labels": {"background": 0, "ignore": 1, "a": 2}}, "the ignore label is 1; expected 2"),
         ({"labels": {"background": 0, "a": 2}}, "labels are numbered 0, 2"),
         ({"labels": {"0": "background", "1": "a"}}, "nnUNetv2_convert_MSD_dataset"),
@@ -227,7 +227,7 @@ def test_all_faults_of_description_names_and_volumes_come_at_once(tmp_path):
         )
     faults = [fault for fault in error.value.faults if fault.stops]
     assert [(fault.path.name, fault.found.split(",")[0]) for fault in faults] == [
-        ("dataset.json", "labels are regions (heart)"),
+        ("dataset.json", "has no regions_class_order"),
         ("a_0000.nii.gz", "has no channel 1 next to it"),
         ("b.nii.gz", "its name does not fit this layout"),
         ("b_0007.nii.gz", "belongs to channel 7"),

@@ -178,6 +178,7 @@ def facts_of_run(config: Mapping[str, Any]) -> dict[str, int]:
     return {
         "max_keypoints": config["data"]["max_keypoints"],
         "num_channels": seen // (1 + 2 * context_of(config)),
+        "num_regions": config["model"].get("num_regions") or 0,
     }
 
 
@@ -192,10 +193,14 @@ def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
 def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
     """Raises `ValueError` listing every fact that the metadata contradicts or lacks.
 
-    `expected` maps metadata names, such as `max_keypoints` and `radius`, or `num_channels`, to the
-    config's values.
+    `expected` maps metadata names, such as `max_keypoints` and `radius`, or `num_channels` and
+    `num_regions`, to the config's values.
     """
-    facts = {**dataset.metadata, "num_channels": count_channels(dataset.metadata, context=0)}
+    facts = {
+        **dataset.metadata,
+        "num_channels": count_channels(dataset.metadata, context=0),
+        "num_regions": len(dataset.metadata.get("regions", ())),
+    }
     wrong = [
         f"  {name}: the dataset has {facts.get(name, 'no such fact')}, the config says {value}"
         for name, value in expected.items()

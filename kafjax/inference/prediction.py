@@ -45,8 +45,9 @@ from kafjax.inference.model_file import is_model, read_model
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.predictor import Predictor, View, load_predictor
-from kafjax.inference.uncertainty import FILE, Meter, add_to_table
+from kafjax.inference.uncertainty import FILE, Meter, add_to_table, check_exclusive
 from kafjax.paths import expand
+from kafjax.regions import most_probable, regions_of
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 from kafjax.workdir.workdir import Workdir
 
@@ -144,12 +145,16 @@ def predict_volume(
       ValueError: the array has other dimensions or channels, is not finite, or is constant.
     """
     volume = _as_volume(array, spacing, volume_id, predictor.reader.num_channels)
-    found = [_classes(p) for p in slice_probabilities(volume, predictor)]
+    found = [
+        most_probable(p, predictor.preparation) for p in slice_probabilities(volume, predictor)
+    ]
     return predictor.clear_up(np.stack(found, axis=-1), spacing)
 
 
 def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
-    """Class probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
+    """Probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
+
+    They are of the classes, or of the regions if the dataset has some.
 
     Raises `DatasetError` immediately for a volume that cannot be prepared.
     """
@@ -199,7 +204,8 @@ def predict_file(
     labels = np.empty((rows, columns, num_slices), np.uint8)
     kept = None
     if request.probabilities is not None:  # by far the larger
-        kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
+        count = len(regions_of(predictor.preparation)) or len(reader.classes)
+        kept = np.empty((*labels.shape, count), np.float32)
     meter, entropy = Meter(len(reader.classes)), np.empty(labels.shape, np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
@@ -209,7 +215,7 @@ def predict_file(
         disable=None,
     )
     for i, probabilities in enumerate(slices):
-        labels[:, :, i] = _classes(probabilities)
+        labels[:, :, i] = most_probable(probabilities, predictor.preparation)
         if kept is not None:
             kept[:, :, i] = probabilities
         if request.uncertainty is not None:
@@ -284,10 +290,12 @@ def predict_files(
       label_text: also write the classes to this file, as ITK-SNAP reads them.
 
     Raises:
-      ValueError: a mistake in the arguments; or entries that are not usable scans, all listed after
-        the others have been written.
+      ValueError: a mistake in the arguments; uncertainty of regions; or entries that are not
+        usable scans, all listed after the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
+    if uncertainty:
+        check_exclusive(preparation, "uncertainty")
     source, target = map(expand, (source, target))
     requests, left_out = list_requests(
         source,
@@ -417,7 +425,3 @@ def _on_grid(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return probabilities
     factors = [to / n for to, n in zip(size, probabilities.shape[:2], strict=True)]
     return ndimage.zoom(probabilities, (*factors, 1), order=1, mode="nearest", grid_mode=True)
-
-
-def _classes(probabilities: np.ndarray) -> np.ndarray:
-    return probabilities.argmax(axis=-1).astype(np.uint8)

@@ -34,6 +34,7 @@ from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.inference.label_files import OUTPUT_ENDINGS
 from kafjax.inference.uncertainty import FILE
+from kafjax.regions import regions_of
 from kafjax.workdir.preparation import Preparation
 
 # The format of a result, where it is not the scan's own; a series has none.
@@ -301,6 +302,7 @@ def _beside(labels: Path, what: str) -> Path:
 def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
     """The requests, except those whose scan is an earlier result on another scan's grid."""
     values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
+    num_regions = len(regions_of(preparation))
     maker = {
         place.resolve(): request
         for request in requests
@@ -311,16 +313,17 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
         request
         for request in requests
         if (made := maker.get(request.source.image.resolve())) is None
-        or not _is_result(request.source.image, made.source.image, values)
+        or not _is_result(request.source.image, made.source.image, values, num_regions)
     ]
 
 
-def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
+def _is_result(path: Path, scan: Path, values: Sequence[int], num_regions: int) -> bool:
     """Whether a file holds labels, probabilities or uncertainty on a scan's grid."""
     try:
         found, grid = open_grid(path), open_grid(scan)
         if found.dtype == np.float32:
-            on_grid = found.shape in (grid.shape, (*grid.shape, len(values)))
+            maps = num_regions or len(values)
+            on_grid = found.shape in (grid.shape, (*grid.shape, maps))
             return on_grid and np.allclose(found.affine, grid.affine)
         labels = read_labels(path, grid)
     except DatasetError:

@@ -27,7 +27,7 @@ from kafjax.data.patches import (
     tile_origins,
 )
 from kafjax.errors import UserError
-from kafjax.tasks.segmentation import Segmentation
+from kafjax.tasks.registry import make_task
 from kafjax.training.step import make_predict
 from kafjax.workdir.workdir import Workdir
 
@@ -71,7 +71,7 @@ class Predictor:
         self._batch_size = batch_size
         self._patch_size: PatchSize = tuple(config.data.patch_size)
         self.variables = variables
-        self._predict = make_predict(Segmentation(config), variables)
+        self._predict = make_predict(make_task(config), variables)
 
     def views(self, dataset: SliceDataset, records: Sequence[int]) -> list[View]:
         """Slices of a dataset as the network sees them."""
@@ -79,7 +79,7 @@ class Predictor:
         return [(s.image, s.keypoints, s.mask) for s in map(dataset.read, records)]
 
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
-        """Float32 [rows, cols, d] of each slice, in order; sums over classes are 1."""
+        """Float32 [rows, cols, d] of each slice, in order; sums are 1 unless d are regions."""
         sizes = [image.shape[:2] for image, _, _ in views]
         corners = [tile_origins(size, self._patch_size) for size in sizes]
         tiles = [

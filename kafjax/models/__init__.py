@@ -102,7 +102,8 @@ def build_model(
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
         computation; parameters and statistics are at least float32), `remat` (recompute blocks in
         the backward pass instead of storing their activations), `norm` (of feature maps, one of
-        `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
+        `NORMS`; batch norm if absent); for segmentation `num_classes`, or `num_regions` if there
+        are some; for pretraining `embedding`,
         `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
         `num_decoder_blocks`.
       head: one of `HEADS`; by default `config.head`.
@@ -148,7 +149,8 @@ def build_model(
             0, remat=config.remat, num_blocks=config.num_decoder_blocks, norm=norm, **common
         )
         return LocalContrastNetwork(encoder, blocks, config.embedding, common["dtype"])
-    decoder = backbone.decoder(config.num_classes, remat=config.remat, norm=norm, **common)
+    outputs = getattr(config, "num_regions", None) or config.num_classes
+    decoder = backbone.decoder(outputs, remat=config.remat, norm=norm, **common)
     return SegmentationNetwork(encoder, decoder)
 
 

@@ -21,6 +21,7 @@ from kafjax.drawing.segmentations import SegmentedSlice
 from kafjax.errors import UserError
 from kafjax.figures.choice import largest_foreground
 from kafjax.inference.predictor import load_predictor
+from kafjax.regions import most_probable
 from kafjax.report.html import Element, element, figure, legend, note
 from kafjax.report.runs import Fields, Run, mean_dice
 from kafjax.segmentation_metrics import slice_dice
@@ -87,7 +88,7 @@ def predict_slices(
     """
     predictor = load_predictor(workdir, step=step)
     found = predictor.probabilities(predictor.views(dataset, records))
-    return [probabilities.argmax(axis=-1) for probabilities in found]
+    return [most_probable(probabilities, dataset.metadata) for probabilities in found]
 
 
 def read_board(workdir: str | os.PathLike[str]) -> dict[str, tuple[int, bytes]]:

@@ -20,7 +20,7 @@ from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset
 from kafjax.files import csv_text, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
-from kafjax.inference.uncertainty import Meter, mean_of_classes
+from kafjax.inference.uncertainty import Meter, check_exclusive, mean_of_classes
 from kafjax.paths import expand
 from kafjax.suggest.embeddings import embed_volumes, normalise
 from kafjax.suggest.medoids import k_medoids
@@ -155,8 +155,9 @@ def suggest_uncertain(
     Probabilities are averaged over the runs.
 
     Raises:
-      UserError: fewer candidates than `number`, or runs on another dataset.
+      UserError: fewer candidates than `number`, runs on another dataset, or one with regions.
     """
+    check_exclusive(dataset.metadata, "a suggestion by entropy")
     splits = [open_split(workdir, dataset) for workdir in workdirs]
     used = {name for split in splits for side in split.names for name in side}
     used |= set(volumes_for_test(dataset))

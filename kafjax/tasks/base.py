@@ -207,6 +207,10 @@ class Task(abc.ABC):
         """Logits [b, h, w, d] of a device's part of a batch, not augmented."""
         raise NotImplementedError(f"{type(self).__name__} predicts no classes")
 
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Probabilities [b, h, w, d] of the logits of `predict`."""
+        raise NotImplementedError(f"{type(self).__name__} predicts no classes")
+
     def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Integer counts [b, ...] to sum over slices, and predicted classes [b, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} is not validated")

@@ -38,6 +38,7 @@ from kafjax.data.splits import (
     unlabelled_volumes,
 )
 from kafjax.errors import UserError
+from kafjax.regions import regions_of
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
 from kafjax.tasks.registry import make_task
 from kafjax.training.config_checks import check_fields
@@ -134,8 +135,8 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with missing fields filled in from the dataset.
 
     These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`),
-    the number of channels unless it is 1, and, for segmentation, the number of classes and whether
-    labels are sparse; and the network's head, from the task: `FROM_DATASET`.
+    the number of channels unless it is 1, and, for segmentation, the number of classes, the regions
+    and whether labels are sparse; and the network's head, from the task: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -150,6 +151,10 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and dataset.metadata.get("sparse_labels"):
             complete.data.sparse_labels = True
+        if config.task == "segment" and (regions := regions_of(dataset.metadata)):
+            complete.data.regions = tuple(region.labels for region in regions)
+            complete.data.regions_class_order = tuple(region.written for region in regions)
+            complete.model.num_regions = len(regions)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
     check_fields(complete)  # again, with the values filled in

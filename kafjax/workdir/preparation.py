@@ -103,6 +103,10 @@ def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
             count_channels(found, context_of(config)),
             config["model"].get("num_channels") or 1,
         ),
+        "number of regions": (
+            len(found.get("regions", ())),
+            config["model"].get("num_regions") or 0,
+        ),
     }
     wrong = [
         f"  {name}: {there} there, {here} in the run's config"

@@ -46,7 +46,10 @@ FROM_DATASET = (
     "data.patch_keypoints",
     "data.radius",
     "data.sparse_labels",
+    "data.regions",
+    "data.regions_class_order",
     "model.num_channels",
+    "model.num_regions",
     "model.num_classes",
     "model.head",
 )
