@@ -288,7 +288,7 @@ def as_text(survey: Survey) -> str:
         _line("", "min", "median", "max"),
         *[_spread_line(axis, found["size"][axis]) for axis in _AXES],
         *[_spread_line(f"mm between {axis}", found["spacing_mm"][axis]) for axis in _AXES],
-        *_intensity_lines(found["intensity"]),
+        *_intensity_lines(found["intensity"], survey.reader.facts.get("channels", ())),
         _spread_line("keypoints in a slice", sampled),
         *_class_lines(found["classes"], found["num_labelled"]),
         *_annotated_lines(found.get("annotated")),
@@ -303,11 +303,14 @@ def as_text(survey: Survey) -> str:
     return "\n".join(lines)
 
 
-def _intensity_lines(found: dict[str, Any] | list[dict[str, Any]]) -> list[str]:
-    channels = found if isinstance(found, list) else [found]
+def _intensity_lines(
+    found: dict[str, Any] | list[dict[str, Any]], numbers: Sequence[int]
+) -> list[str]:
+    """Lines for the only channel, or for each of several, by its number."""
+    channels = zip(numbers, found, strict=True) if isinstance(found, list) else [("", found)]
     return [
-        _spread_line(f"intensity{f' {i}' if len(channels) > 1 else ''}, percentile {p}", of)
-        for i, channel in enumerate(channels)
+        _spread_line(f"intensity{f' {number}' if numbers else ''}, percentile {p}", of)
+        for number, channel in channels
         for p, of in zip(PERCENTILES, channel.values(), strict=True)
     ]
 

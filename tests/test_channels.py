@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.builder import Options
-from data_prep.check import fingerprint, survey_dataset
+from data_prep.check import as_text, fingerprint, survey_dataset
 from data_prep.faults import DatasetError
 from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
@@ -155,6 +155,7 @@ def test_the_check_shows_each_channel(raw: Path) -> None:
     first, second = fingerprint(survey)["intensity"]
     largest = [3 * heart(number)[0].max() + 50 for number in (0, 1)]
     assert second["percentile_100"]["max"] == max(largest)
+    assert "intensity 1, percentile 100" in as_text(survey)
     assert first["percentile_100"]["max"] == max(heart(number)[0].max() for number in (0, 1))
 
 
