@@ -14,8 +14,8 @@ from data_prep.nnunet import open_nnunet
 from data_prep.prepare import prepare_dataset
 from data_prep.readers import reader_of
 from kafjax import losses
-from kafjax.configs import own_finetune
-from kafjax.data.dataset import SliceDataset, open_dataset
+from kafjax.configs import own_finetune, own_pretrain
+from kafjax.data.dataset import SliceDataset, check_facts, facts_of_run, open_dataset
 from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
 from kafjax.inference.folders import evaluate_folders
@@ -215,6 +215,16 @@ def test_a_run_of_two_channels_and_regions(
         predict_volume(array[..., 0], (1.7, 1.5, 10.0), predictor)
     with pytest.raises(UserError, match=r"uncertainty .* the regions heart, myocardium"):
         predict_files([run], raw / "imagesTr", tmp_path / "out", uncertainty=True)
+
+
+def test_pretraining_sees_no_regions(dataset: SliceDataset) -> None:
+    config = own_pretrain.get_config()
+    config.data.update({"dir": str(dataset.directory.parents[1]), "context": 1})
+    complete = complete_config(config, open_run_dataset(config))
+    check_facts(dataset, facts_of_run(complete))
+    complete.task = "segment"
+    with pytest.raises(UserError, match=r"num_regions: the dataset has 2, the config says 0"):
+        check_facts(dataset, facts_of_run(complete))
 
 
 def test_teachers_and_class_weights_do_not_take_regions(dataset: SliceDataset) -> None:

@@ -175,11 +175,13 @@ def context_of(config: Mapping[str, Any]) -> int:
 def facts_of_run(config: Mapping[str, Any]) -> dict[str, int]:
     """What a run's config says about its dataset, for `check_facts`."""
     seen = config["model"].get("num_channels") or 1
-    return {
+    facts = {
         "max_keypoints": config["data"]["max_keypoints"],
         "num_channels": seen // (1 + 2 * context_of(config)),
-        "num_regions": config["model"].get("num_regions") or 0,
     }
+    if config["task"] == "segment":  # pretraining sees no labels
+        facts["num_regions"] = config["model"].get("num_regions") or 0
+    return facts
 
 
 def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
