@@ -52,8 +52,11 @@ class Case(NamedTuple):
 
 def find_sources(dataset: SliceDataset, raw_dir: Path) -> dict[str, Source]:
     """The raw files of a dataset's volumes by name."""
-    is_nnunet = dataset.metadata["kind"] == "nnunet"
-    reader = open_nnunet(raw_dir) if is_nnunet else reader_of(dataset.metadata)
+    if dataset.num_channels > 1:
+        raise UserError(f"{dataset.directory}: has several channels; expected one")
+    reader = reader_of(dataset.metadata)
+    if dataset.metadata["kind"] == "nnunet":
+        reader = open_nnunet(raw_dir, channel=str(dataset.metadata["channel"]))
     sources, _ = reader.find(raw_dir)
     found = {source.id: source for source in sources}
     if missing := [name for name in dataset.volumes if name not in found]:

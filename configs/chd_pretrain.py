@@ -75,6 +75,8 @@ def _kaf() -> ml_collections.ConfigDict:
                 # Slots for the keypoints of a patch; by default its share of the slice's.
                 "patch_keypoints": config_dict.placeholder(int),
                 "radius": config_dict.placeholder(int),
+                # Slices on either side that the network sees as further channels.
+                "context": 0,
                 "num_threads": 16,
             },
             "model": {

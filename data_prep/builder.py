@@ -72,7 +72,7 @@ class Plan:
     reader: Reader
     options: Options
     reach: int  # of the records: the largest of the dataset's volumes
-    dtype: str  # of the records' images
+    dtype: str  # of the records' images, all channels
 
     @property
     def parameters(self) -> Metadata:
@@ -100,7 +100,8 @@ class Plan:
     @property
     def features(self) -> tfds.features.FeaturesDict:
         """The records' features, as `features.json` describes them."""
-        return _features(self.options.max_keypoints, self.reach, self.dtype)
+        options = self.options
+        return _features(options.max_keypoints, self.reach, self.dtype, self.reader.num_channels)
 
 
 @dataclass(frozen=True)
@@ -245,16 +246,27 @@ def _metadata(
     }
 
 
-def _features(max_keypoints: int, reach: int, dtype: str) -> tfds.features.FeaturesDict:
+def _features(
+    max_keypoints: int, reach: int, dtype: str, num_channels: int
+) -> tfds.features.FeaturesDict:
     def tensor(shape: tuple[int | None, ...], dtype: str, doc: str) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="zlib", doc=doc)
 
     def scalar(dtype: type, doc: str) -> tfds.features.Scalar:
         return tfds.features.Scalar(dtype=dtype, doc=doc)
 
+    def moment() -> tfds.features.FeatureConnector:
+        """One number, or one for each of several channels."""
+        if num_channels == 1:
+            return scalar(np.float32, "of the clipped volume")
+        doc = "of the clipped volume, by channel"
+        return tfds.features.Tensor(shape=(num_channels,), dtype=np.float32, doc=doc)
+
     return tfds.features.FeaturesDict(
         {
-            "image": tensor((None, None, 1), dtype, "clipped; normalise by (image - mean) / std"),
+            "image": tensor(
+                (None, None, num_channels), dtype, "clipped; normalise by (image - mean) / std"
+            ),
             "label": tensor((None, None, 1), "uint8", "classes; all 0 where has_label is false"),
             "has_label": scalar(np.bool_, "whether the volume has labels"),
             "keypoints": tensor((max_keypoints, 2), "int16", "(row, col) in pixels, padded with 0"),
@@ -267,8 +279,8 @@ def _features(max_keypoints: int, reach: int, dtype: str) -> tfds.features.Featu
             "slice_index": scalar(np.int32, "from 0, towards the patient's head"),
             "num_slices": scalar(np.int32, "of the volume"),
             "volume_id": tfds.features.Text(doc="name of the volume and of its split"),
-            "mean": scalar(np.float32, "of the clipped volume"),
-            "std": scalar(np.float32, "of the clipped volume"),
+            "mean": moment(),
+            "std": moment(),
             "spacing": tfds.features.Tensor(
                 shape=(3,), dtype=np.float32, doc="mm: row, col, slice"
             ),
@@ -278,9 +290,10 @@ def _features(max_keypoints: int, reach: int, dtype: str) -> tfds.features.Featu
 
 def _slice_keypoints(plan: Plan, prepared: Prepared) -> list[sift.Keypoints]:
     volume, options = prepared.volume, plan.options
+    image = plan.reader.keypoint_image(volume)
     return [
         sift.find_keypoints(
-            volume.image[:, :, i],
+            image[:, :, i],
             max_keypoints=options.max_keypoints,
             selection=options.keypoint_selection,
             rng=sift.slice_generator(options.seed, volume.id, i),
@@ -321,7 +334,7 @@ def _examples(
     blank = np.zeros(volume.image.shape[:2], np.uint8)
     for i, found in enumerate(keypoints):
         yield {
-            "image": volume.image[:, :, i, None].astype(plan.dtype),
+            "image": volume.slice(i).astype(plan.dtype),
             "label": (blank if volume.label is None else volume.label[:, :, i])[..., None],
             "has_label": volume.label is not None,
             "keypoints": np.pad(found.positions, ((0, places - len(found)), (0, 0))),
@@ -330,8 +343,8 @@ def _examples(
             "slice_index": i,
             "num_slices": num_slices,
             "volume_id": volume.id,
-            "mean": prepared.mean,
-            "std": prepared.std,
+            "mean": np.asarray(prepared.mean, np.float32),
+            "std": np.asarray(prepared.std, np.float32),
             "spacing": np.array(volume.spacing, np.float32),
         }
 

@@ -37,7 +37,7 @@ class VolumeSurvey:
     facts: Facts
     spacing: tuple[float, float, float]  # mm
     dtype: str  # of the file's values
-    intensities: tuple[float, ...]  # at PERCENTILES
+    intensities: tuple[tuple[float, ...], ...]  # of each channel, at PERCENTILES
     voxels: tuple[int, ...]  # by class; none without labels
     class_slices: tuple[int, ...]  # slices that show the class
     keypoints: tuple[int, ...]  # by sampled slice
@@ -89,16 +89,18 @@ def _other_modalities(
         volume = volumes.get(source.id)
         if volume is None or volume.facts.labelled or not labelled:
             continue
-        if not any(_alike(volume.intensities, other.intensities) for other in labelled):
-            low, high = volume.intensities[1], volume.intensities[-2]
-            what = f"its values, {low:.4g} to {high:.4g}, are unlike those of every labelled volume"
+        for i, path in enumerate(source.images):
+            own = volume.intensities[i]
+            if any(_alike(own, other.intensities[i]) for other in labelled):
+                continue
+            what = f"its values, {own[1]:.4g} to {own[-2]:.4g}, are unlike those of every labelled"
             remedy = "move it away if it is of another modality"
-            found.append(finding(source.image, what, remedy))
+            found.append(finding(path, f"{what} volume", remedy))
     return found
 
 
 def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two volumes' intensities, at PERCENTILES, can be of the same modality.
+    """Whether two images' intensities, at PERCENTILES, can be of the same modality.
 
     Their middle 98 % overlap, and both or neither have the negative values of CT.
     """
@@ -112,15 +114,16 @@ def survey_volume(reader: Reader, source: Source) -> VolumeSurvey:
     volume = reader.prepare(raw).volume
     num_slices = volume.image.shape[2]
     sampled = np.linspace(0, num_slices - 1, min(SAMPLED_SLICES, num_slices)).round().astype(int)
+    keypoint_image = reader.keypoint_image(volume)
     shown = _count_classes(volume.label, len(reader.classes), sparse=reader.sparse)
     return VolumeSurvey(
         facts=facts_of(raw, volume),
         spacing=volume.spacing,
         dtype=raw.image.dtype.name,
-        intensities=tuple(np.percentile(raw.image, PERCENTILES).tolist()),
+        intensities=tuple(tuple(np.percentile(i, PERCENTILES).tolist()) for i in raw.channels),
         voxels=tuple(np.sum(shown, axis=0).tolist()) if shown else (),
         class_slices=tuple(np.count_nonzero(shown, axis=0).tolist()) if shown else (),
-        keypoints=tuple(_num_keypoints(volume.image[:, :, k]) for k in sampled),
+        keypoints=tuple(_num_keypoints(keypoint_image[:, :, k]) for k in sampled),
         annotated=sum(bool(of_slice.any()) for of_slice in shown)
         if reader.sparse and shown
         else None,
@@ -163,7 +166,9 @@ def as_json(survey: Survey, faults: Sequence[Fault]) -> dict[str, Any]:
                 "size": [*volume.facts.size, volume.facts.num_slices],
                 "spacing_mm": list(map(_round, volume.spacing)),
                 "dtype": volume.dtype,
-                "intensities": list(map(_round, volume.intensities)),
+                "intensities": _one_or_all(
+                    [list(map(_round, channel)) for channel in volume.intensities]
+                ),
                 "voxels": list(volume.voxels),
                 **({} if volume.annotated is None else {"annotated_slices": volume.annotated}),
                 "keypoints": list(volume.keypoints),
@@ -192,8 +197,8 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
         "size": _spreads(_AXES, sizes),
         "spacing_mm": _spreads(_AXES, [volume.spacing for volume in volumes]),
         "dtypes": sorted({volume.dtype for volume in volumes}),
-        "intensity": _spreads(
-            [f"percentile_{p}" for p in PERCENTILES], [volume.intensities for volume in volumes]
+        "intensity": _one_or_all(
+            [_intensity(channel) for channel in zip(*(v.intensities for v in volumes), strict=True)]
         ),
         "planes": planes(volume.facts for volume in volumes),
         "equal_images": equal_images(volume.facts for volume in volumes),
@@ -207,6 +212,15 @@ def fingerprint(survey: Survey) -> dict[str, Any]:
             "volumes_within": sum(inside),
         },
     }
+
+
+def _intensity(volumes: Sequence[Sequence[float]]) -> dict[str, Any]:
+    return _spreads([f"percentile_{p}" for p in PERCENTILES], volumes)
+
+
+def _one_or_all(channels: list[Any]) -> Any:
+    """What is known of the only channel, or a list by channel."""
+    return channels[0] if len(channels) == 1 else channels
 
 
 def _classes(survey: Survey) -> list[dict[str, Any]]:
@@ -274,10 +288,7 @@ def as_text(survey: Survey) -> str:
         _line("", "min", "median", "max"),
         *[_spread_line(axis, found["size"][axis]) for axis in _AXES],
         *[_spread_line(f"mm between {axis}", found["spacing_mm"][axis]) for axis in _AXES],
-        *[
-            _spread_line(f"intensity, percentile {p}", of)
-            for p, of in zip(PERCENTILES, found["intensity"].values(), strict=True)
-        ],
+        *_intensity_lines(found["intensity"], survey.reader.facts.get("channels", ())),
         _spread_line("keypoints in a slice", sampled),
         *_class_lines(found["classes"], found["num_labelled"]),
         *_annotated_lines(found.get("annotated")),
@@ -290,6 +301,18 @@ def as_text(survey: Survey) -> str:
         f"slices of {suggestion['volumes_within']} of {found['num_volumes']} volumes whole",
     ]
     return "\n".join(lines)
+
+
+def _intensity_lines(
+    found: dict[str, Any] | list[dict[str, Any]], numbers: Sequence[int]
+) -> list[str]:
+    """Lines for the only channel, or for each of several, by its number."""
+    channels = zip(numbers, found, strict=True) if isinstance(found, list) else [("", found)]
+    return [
+        _spread_line(f"intensity{f' {number}' if numbers else ''}, percentile {p}", of)
+        for number, channel in channels
+        for p, of in zip(PERCENTILES, channel.values(), strict=True)
+    ]
 
 
 def _class_lines(classes: list[dict[str, Any]], num_labelled: int) -> list[str]:

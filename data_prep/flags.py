@@ -44,6 +44,7 @@ _DEFAULTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "ignore_label": (("folder",), None),
     "blank_slices_unannotated": (_OWN, False),
     "channel": (("nnunet",), None),
+    "keypoint_channel": (("nnunet",), None),
     "intensity": (_OWN, None),
     "radius": (_OWN, DEFAULT_RADIUS),
     "num_subjects": (("phantom",), 6),
@@ -189,7 +190,16 @@ def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
         help="number in the labels of voxels that nobody annotated (nnunet: of the label `ignore`)",
     )
     nnunet = parser.add_argument_group("nnunet")
-    nnunet.add_argument("--channel", help="number or name in dataset.json (default: 0)")
+    nnunet.add_argument(
+        "--channel",
+        metavar="A,B,...",
+        help="numbers or names in dataset.json of the records' channels (default: all)",
+    )
+    nnunet.add_argument(
+        "--keypoint_channel",
+        metavar="A",
+        help="the one of them whose keypoints are taken (default: the first)",
+    )
     own = parser.add_argument_group("folder and nnunet")
     own.add_argument(
         "--intensity",

@@ -23,7 +23,7 @@ import numpy as np
 from data_prep.entries import SCANS, list_entries, unused_folder
 from data_prep.faults import DatasetError, Fault, finding
 from data_prep.formats import read_scan
-from data_prep.intensity import INTENSITIES, Intensity
+from data_prep.intensity import Intensity, prepare_channels
 from data_prep.nifti import Plane, slice_plane
 from data_prep.resampling import check_spacing, resample
 from data_prep.segmentations import is_segmentation
@@ -43,7 +43,7 @@ class OwnReader(Reader):
 
     classes: tuple[str, ...]
     radius: int = DEFAULT_RADIUS
-    intensity: Intensity = "zscore"
+    intensity: Intensity | tuple[Intensity, ...] = "zscore"  # of each channel, if several
     ignore_label: int | None = None  # the files' number of voxels that nobody annotated
     blank_slices_unannotated: bool = False  # whether slices without any class were left out
     pixel_spacing: float | None = None  # mm, of resampled slices; None: as they are
@@ -61,8 +61,9 @@ class OwnReader(Reader):
             "ignore_label": self.ignore_label,
             "blank_slices_unannotated": self.blank_slices_unannotated,
         }
+        several = not isinstance(self.intensity, str)
         return {
-            "intensity": self.intensity,
+            "intensity": list(self.intensity) if several else self.intensity,
             "pixel_spacing": self.pixel_spacing,
             **(sparse if self.sparse else {}),
         }
@@ -79,7 +80,8 @@ class OwnReader(Reader):
         """Resamples slices if asked to; clips CT to its 1st and 99th percentile, nothing else."""
         if self.pixel_spacing is not None:
             volume = resample(volume, self.pixel_spacing)
-        return INTENSITIES[self.intensity](volume)
+        each = (self.intensity,) if isinstance(self.intensity, str) else self.intensity
+        return prepare_channels(volume, each)
 
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
         """The files' numbers to classes, and the ignore label to `STORED`."""

@@ -1,10 +1,11 @@
 """Intensity preparation of a volume: clipped as for CT, or left unchanged.
 
-Either way the volume gets its mean and standard deviation, and is normalised when read.
+Either way the volume gets its mean and standard deviation, and is normalised when read. Channels
+are prepared one by one.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,3 +43,21 @@ INTENSITIES: dict[Intensity, Callable[[Volume], Prepared]] = {
     "ct": clip_percentiles,
     "zscore": with_moments,
 }
+
+
+def prepare_channels(volume: Volume, intensities: Sequence[Intensity]) -> Prepared:
+    """Prepares each channel by its own rule. Raises `DatasetError` with the file of a bad one."""
+    names = list(volume.sha256)  # the channels' files come first
+    parts = []
+    for i, (how, image) in enumerate(zip(intensities, volume.channels, strict=True)):
+        file = {names[i]: volume.sha256[names[i]]}
+        parts.append(INTENSITIES[how](dataclasses.replace(volume, image=image, sha256=file)))
+    prepared = dataclasses.replace(
+        volume,
+        image=parts[0].volume.image,
+        further=tuple(part.volume.image for part in parts[1:]),
+    )
+    if len(parts) == 1:
+        return Prepared(prepared, parts[0].mean, parts[0].std)
+    means, stds = zip(*((part.mean, part.std) for part in parts), strict=True)
+    return Prepared(prepared, means, stds)

@@ -151,6 +151,7 @@ def _reader(arguments: argparse.Namespace, raw_dir: Path) -> Reader:
         return open_nnunet(
             raw_dir,
             channel=arguments.channel,
+            keypoint_channel=arguments.keypoint_channel,
             intensity=arguments.intensity,
             radius=arguments.radius,
             blank_slices_unannotated=arguments.blank_slices_unannotated,

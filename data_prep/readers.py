@@ -18,6 +18,11 @@ READERS: Registry[Reader] = Registry(
 KINDS = (*READERS, FolderReader.kind, NnunetReader.kind)
 
 
+def channels_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of a dataset's channels, from its metadata; of one without numbers, 0."""
+    return tuple(metadata.get("channels") or [metadata.get("channel", 0)])
+
+
 def reader_of(metadata: Mapping[str, Any]) -> Reader:
     """The reader that prepared a dataset, from its metadata, to treat further volumes alike.
 
@@ -25,15 +30,21 @@ def reader_of(metadata: Mapping[str, Any]) -> Reader:
     """
     kind = str(metadata.get("kind"))
     if kind in (FolderReader.kind, NnunetReader.kind):
-        own = {name: metadata[name] for name in ("radius", "intensity")}
-        own |= {
+        intensity = metadata["intensity"]
+        own = {
+            "radius": metadata["radius"],
+            "intensity": intensity if isinstance(intensity, str) else tuple(intensity),
             "classes": tuple(metadata["classes"]),
             "pixel_spacing": metadata.get("pixel_spacing"),
         }
         if kind == FolderReader.kind:
             return FolderReader(**own, label_values=tuple(metadata["label_values"]))
-        channel = {name: metadata[name] for name in ("channel", "channel_name")}
-        return NnunetReader(**own, **channel)
+        channels = channels_of(metadata)
+        names = metadata.get("channel_names") or [metadata["channel_name"]]
+        keypoints = metadata.get("keypoint_channel", channels[0])
+        return NnunetReader(
+            **own, channels=channels, channel_names=tuple(names), keypoint_channel=keypoints
+        )
     if kind == AcdcReader.kind:
         return AcdcReader(pixel_spacing=metadata.get("pixel_spacing", PIXEL))
     if kind not in READERS:

@@ -49,6 +49,7 @@ def resample(volume: Volume, pixel: float) -> Volume:
     return dataclasses.replace(
         volume,
         image=resample_image(volume.image, size),
+        further=tuple(resample_image(image, size) for image in volume.further),
         label=None if volume.label is None else resample_label(volume.label, size),
         spacing=(
             volume.spacing[0] * rows / size[0],

@@ -7,6 +7,7 @@ prepared, and how far apart neighbouring slices may be. Volumes are [row, col, s
 
 import abc
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,17 @@ class Source:
     case: str | None = None  # the volume's own name if it differs from `id`
     subject: str | None = None  # the patient, if the user names one
     test: bool = False  # in the test set, which runs train on only if asked to
+    further: tuple[Path, ...] = ()  # the other channels, in order
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The file of each channel."""
+        return (self.image, *self.further)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The existing files, image first."""
-        return (self.image,) if self.label is None else (self.image, self.label)
+        """The existing files, images first."""
+        return self.images if self.label is None else (*self.images, self.label)
 
     @property
     def file_names(self) -> dict[str, Path]:
@@ -47,7 +54,7 @@ class Source:
         if self.label is None or self.label.name != self.image.name:
             return {path.name: path for path in self.files}
         return {
-            self.image.name: self.image,
+            **{path.name: path for path in self.images},
             f"{self.label.parent.name}/{self.label.name}": self.label,
         }
 
@@ -62,21 +69,34 @@ class Volume:
     """A [row, col, slice] volume, with the SHA-256 of its source files by file name."""
 
     id: str
-    image: np.ndarray
+    image: np.ndarray  # of the first channel
     label: np.ndarray | None  # uint8, classes, or `STORED` where nobody annotated
     spacing: tuple[float, float, float]  # mm, (row, col, slice)
     affine: np.ndarray  # (row, col, slice) index to NIfTI's mm
     sha256: dict[str, str]
     plane: Plane = "axial"
+    further: tuple[np.ndarray, ...] = ()  # the other channels, on the same grid
+
+    @property
+    def channels(self) -> tuple[np.ndarray, ...]:
+        """The image of each channel."""
+        return (self.image, *self.further)
+
+    def slice(self, i: int) -> np.ndarray:
+        """A slice with all channels, [row, col, channel]."""
+        return np.stack([image[:, :, i] for image in self.channels], axis=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A volume with its dataset's rules applied; normalise by (image - mean) / std."""
+    """A volume with its dataset's rules applied; normalise by (image - mean) / std.
+
+    Of several channels each has its own mean and deviation.
+    """
 
     volume: Volume
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,7 @@ class Reader(abc.ABC):
     kind: str
     classes: tuple[str, ...]  # names, background first; empty if a fault hides them
     radius: int  # pixels by Manhattan distance, see `sift.correspondences`
+    num_channels = 1
     one_plane = True  # whether volumes are expected to be cut in the same plane
 
     @abc.abstractmethod
@@ -127,6 +148,10 @@ class Reader(abc.ABC):
         """The plane that a file's slices lie in."""
         return "axial"
 
+    def keypoint_image(self, volume: Volume) -> np.ndarray:
+        """The channel of a volume in which keypoints are found."""
+        return volume.image
+
     def map_labels(self, raw: np.ndarray) -> np.ndarray:
         """Maps raw labels, non-negative integers, to classes, uint8. Raises `ValueError`."""
         highest = (len(self.classes) or MAX_CLASSES) - 1
@@ -144,8 +169,11 @@ class Reader(abc.ABC):
         """Reads and checks one volume. Raises `DatasetError` with all its faults."""
         files, faults = _read_all(source)
         image, label = files.get(source.image), files.get(source.label or Path())
-        if image is not None:
-            faults += _image_faults(source, image)
+        images = {path: files[path] for path in source.images if path in files}
+        for path, channel in images.items():
+            faults += _image_faults(path, channel, source.frame)
+            if image is not None and path != source.image:
+                faults += grid_faults(source.image, image, path, channel, of=source.image.name)
         classes = None
         if label is not None and source.label is not None:
             if image is not None:
@@ -158,7 +186,8 @@ class Reader(abc.ABC):
         if faults or image is None:
             raise DatasetError(faults)
         sha256 = {name: files[path].sha256 for name, path in source.file_names.items()}
-        return _volume(source, image, classes, self.plane(image.affine), sha256)
+        arrays = [channel.array for channel in images.values()]
+        return _volume(source, image, arrays, classes, self.plane(image.affine), sha256)
 
     def _classes(self, path: Path, label: Scan) -> tuple[np.ndarray | None, list[Fault]]:
         found = label_problem(label.array)
@@ -180,13 +209,14 @@ def facts_of(raw: Volume, prepared: Volume) -> Facts:
     """The facts of a volume, from its raw and its prepared form."""
     rows, columns, num_slices = prepared.image.shape
     digest = hashlib.sha256(repr(raw.image.shape).encode())
-    for k in range(raw.image.shape[2]):  # one by one, to save memory
-        digest.update(np.ascontiguousarray(raw.image[:, :, k], np.float32).data)
+    for image in raw.channels:
+        for k in range(image.shape[2]):  # one by one, to save memory
+            digest.update(np.ascontiguousarray(image[:, :, k], np.float32).data)
     return Facts(
         id=prepared.id,
         size=(rows, columns),
         num_slices=num_slices,
-        dtype=prepared.image.dtype.name,
+        dtype=np.result_type(*(image.dtype for image in prepared.channels)).name,
         labelled=prepared.label is not None,
         sha256=prepared.sha256,
         plane=prepared.plane,
@@ -208,9 +238,9 @@ def _read_all(source: Source) -> tuple[dict[Path, Scan], list[Fault]]:
     return files, faults
 
 
-def _image_faults(source: Source, image: Scan) -> list[Fault]:
-    path, values = source.image, image.array
-    where = "" if source.frame is None else f"frame {source.frame + 1}: "
+def _image_faults(path: Path, image: Scan, frame: int | None) -> list[Fault]:
+    values = image.array
+    where = "" if frame is None else f"frame {frame + 1}: "
     if max(values.shape) > MAX_EDGE:
         remedy = f"expected edges of at most {MAX_EDGE}"
         return [Fault(path, f"{where}shape {values.shape}", remedy)]
@@ -225,12 +255,16 @@ def _image_faults(source: Source, image: Scan) -> list[Fault]:
 def grid_faults(
     image_path: Path, image: Scan, path: Path, label: Scan, *, of: str = "the image"
 ) -> list[Fault]:
-    """Why labels do not lie on the grid of an image, or of other labels, by shape and affine."""
+    """Why a file does not lie on the grid of an image, or of other labels, by shape and affine.
+
+    `of` is what the other file is called: for labels `the image` or `the reference`, for a channel
+    the first one's name.
+    """
     if image.array.shape != label.array.shape:
         found = f"shape {label.array.shape}, but {of} has {image.array.shape}"
-        remedy = (
-            f"draw or resample it onto {image_path.name}'s grid, and check that no label is lost"
-        )
+        remedy = f"resample it onto {image_path.name}'s grid"
+        if of != image_path.name:
+            remedy = f"draw or {remedy}, and check that no label is lost"
         return [Fault(path, found, remedy)]
     # The largest distance between one voxel's positions by the two affines, in voxels.
     corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
@@ -258,11 +292,14 @@ def label_problem(values: np.ndarray) -> str:
 def _volume(
     source: Source,
     image: Scan,
+    channels: Sequence[np.ndarray],
     classes: np.ndarray | None,
     plane: Plane,
     sha256: dict[str, str],
 ) -> Volume:
     turned, affine = to_slices(image.array, image.affine, plane)
+    further = tuple(to_slices(array, image.affine, plane)[0] for array in channels[1:])
     label = None if classes is None else to_slices(classes, image.affine, plane)[0]
     row, column, between = map(float, nib.affines.voxel_sizes(affine))
-    return Volume(source.id, turned, label, (row, column, between), affine, sha256, plane)
+    spacing = (row, column, between)
+    return Volume(source.id, turned, label, spacing, affine, sha256, plane, further)

@@ -273,7 +273,7 @@ def augment_view(
       label: sampled at the nearest pixel.
       mode: how keypoints are moved, see `transfer_keypoints`.
       config: ranges of the transform.
-      intensity: random intensity changes after the transform, if any.
+      intensity: random intensity changes after the transform, if any, of each channel.
 
     Returns:
       (image, keypoints, mask) and, if given, the label: same shapes, 0 outside; keypoints int32,

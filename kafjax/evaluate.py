@@ -21,6 +21,7 @@ def _run_from_command_line() -> None:
     labels = define_path("labels", None, "Their references; without, only volumes in mm^3.")
     output = define_path("output", None, "Of the results. Default: that of --predictions.")
     classes = flags.DEFINE_list("classes", [], "Names of the predictions' numbers 1, 2, ...")
+    dataset_json = define_path("dataset_json", None, "Or nnU-Net's: names, regions, ignore label.")
     ignore_label = flags.DEFINE_integer(
         "ignore_label", None, "Number in --labels of voxels that nobody annotated.", lower_bound=1
     )
@@ -46,6 +47,7 @@ def _run_from_command_line() -> None:
                 labels.value,
                 output=output.value,
                 classes=classes.value,
+                dataset_json=dataset_json.value,
                 ignore_label=ignore_label.value,
             )
             return

@@ -11,6 +11,7 @@ because contrast already is a factor.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,7 +72,26 @@ def augment_intensity(
     *,
     config: IntensityConfig = DEFAULT_INTENSITY,
 ) -> Float[Array, "h w c"]:
-    """Changes a slice's intensities at random, each change with its own probability."""
+    """Changes a slice's intensities at random, each change with its own probability.
+
+    Each of several channels changes independently of the others.
+    """
+    return _by_channel(functools.partial(_change, config=config), key, image)
+
+
+def _by_channel(
+    change: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, image: jax.Array
+) -> jax.Array:
+    """A random change of [h, w, 1], applied to each channel with a key of its own."""
+    num_channels = image.shape[-1]
+    if num_channels == 1:
+        return change(key, image)
+    channels = jnp.moveaxis(image, -1, 0)[..., None]
+    changed = jax.vmap(change)(jax.random.split(key, num_channels), channels)
+    return jnp.moveaxis(changed[..., 0], 0, -1)
+
+
+def _change(key: jax.Array, image: jax.Array, *, config: IntensityConfig) -> jax.Array:
     any_key, *keys = jax.random.split(key, 7)
     changes = (
         (config.noise_probability, functools.partial(_noise, config=config)),
@@ -153,16 +173,22 @@ def change_intensity(
 ) -> Float[Array, "h w c"]:
     """Scales a slice about its mean by U(contrast), and adds U(brightness) times its range.
 
+    Each of several channels changes independently of the others.
+
     Args:
       key: PRNG key.
       image: to change.
       contrast: (low, high).
       brightness: (low, high), in units of the slice's range, maximum minus minimum.
     """
-    contrast_key, brightness_key = jax.random.split(key)
-    mean, extent = jnp.mean(image), jnp.max(image) - jnp.min(image)
-    changed = mean + (image - mean) * uniform(contrast_key, contrast)
-    return (changed + uniform(brightness_key, brightness) * extent).astype(image.dtype)
+
+    def change(key: jax.Array, image: jax.Array) -> jax.Array:
+        contrast_key, brightness_key = jax.random.split(key)
+        mean, extent = jnp.mean(image), jnp.max(image) - jnp.min(image)
+        changed = mean + (image - mean) * uniform(contrast_key, contrast)
+        return (changed + uniform(brightness_key, brightness) * extent).astype(image.dtype)
+
+    return _by_channel(change, key, image)
 
 
 def gaussian_filter(

@@ -240,6 +240,65 @@ def dice_loss(
     probabilities = jax.nn.softmax(logits)[..., 1:]
     if ignoring:
         probabilities *= (label != IGNORED)[..., None]
+    loss = _one_minus_dice(probabilities, of_label, axis_name)
+    if class_weights is None:
+        return jnp.mean(loss)
+    weights = jnp.asarray(class_weights, loss.dtype)[1:]
+    return jnp.sum(weights * loss) / jnp.sum(weights)
+
+
+def region_cross_entropy(
+    logits: Float[Array, "b h w r"],
+    inside: Bool[Array, "b h w r"],
+    known: Bool[Array, "b h w"],
+    *,
+    ignoring: bool = False,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """Mean binary cross-entropy over all pixels and regions.
+
+    Args:
+      logits: of r regions, which may overlap.
+      inside: whether a pixel is inside of a region.
+      known: whether a pixel is annotated.
+      ignoring: pixels may be unknown, and those do not count. 0 if all are.
+      axis_name: as of `cross_entropy`.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    of_pixel = optax.sigmoid_binary_cross_entropy(logits, inside.astype(logits.dtype))
+    if not ignoring:
+        return jnp.mean(of_pixel)
+    weights = jnp.broadcast_to(known[..., None], of_pixel.shape).astype(logits.dtype)
+    total, weight = _global_sum((jnp.sum(weights * of_pixel), jnp.sum(weights)), axis_name)
+    return total / jnp.maximum(weight, 1)
+
+
+def region_dice_loss(
+    logits: Float[Array, "b h w r"],
+    inside: Bool[Array, "b h w r"],
+    known: Bool[Array, "b h w"],
+    *,
+    ignoring: bool = False,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """The mean of one minus the soft Dice of each region over the whole batch, as `dice_loss`.
+
+    Args:
+      logits: of r regions, which may overlap.
+      inside: whether a pixel is inside of a region.
+      known: whether a pixel is annotated.
+      ignoring: pixels may be unknown, which no sum covers.
+      axis_name: as of `dice_loss`.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    probabilities = jax.nn.sigmoid(logits)
+    if ignoring:
+        probabilities *= known[..., None]
+    return jnp.mean(_one_minus_dice(probabilities, inside.astype(logits.dtype), axis_name))
+
+
+def _one_minus_dice(probabilities: jax.Array, of_label: jax.Array, axis_name: str | None) -> Any:
+    """One minus the soft Dice of each of d structures, [b, h, w, d], over the global batch."""
     pixels = (0, 1, 2)
     common, both = _global_sum(
         (
@@ -248,11 +307,7 @@ def dice_loss(
         ),
         axis_name,
     )
-    loss = 1 - (2 * common + 2) / (both + 2)
-    if class_weights is None:
-        return jnp.mean(loss)
-    weights = jnp.asarray(class_weights, loss.dtype)[1:]
-    return jnp.sum(weights * loss) / jnp.sum(weights)
+    return 1 - (2 * common + 2) / (both + 2)
 
 
 def consistency(

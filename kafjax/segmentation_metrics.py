@@ -19,11 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from kafjax.regions import Groups, members
+
 Counts = TypeVar("Counts", np.ndarray, jax.Array)
 
 
 def count_pixels(
-    prediction: ArrayLike, label: ArrayLike, num_classes: int, *, valid: ArrayLike | None = None
+    prediction: ArrayLike,
+    label: ArrayLike,
+    num_classes: int,
+    *,
+    valid: ArrayLike | None = None,
+    groups: Groups | None = None,
 ) -> jax.Array:
     """Counts the pixels of each class, on the device.
 
@@ -32,14 +39,18 @@ def count_pixels(
       label: int [b, ...], the same shape; pixels below 0 are not annotated and do not count.
       num_classes: d, with the background.
       valid: bool [b]; false samples do not count.
+      groups: class numbers of each structure to count in place of the foreground classes.
 
     Returns:
       int32 [d, 3]: pixels of the class in both, in the prediction, in the label. One call counts
       up to 2^31 pixels; add the results of several as Python or NumPy int64 numbers.
     """
-    classes = jnp.arange(num_classes)
-    predicted = jnp.asarray(prediction)[..., None] == classes
-    labelled = jnp.asarray(label)[..., None] == classes
+    if groups is None:
+        classes = jnp.arange(num_classes)
+        predicted = jnp.asarray(prediction)[..., None] == classes
+        labelled = jnp.asarray(label)[..., None] == classes
+    else:
+        predicted, labelled = (members(jnp.asarray(x), [[0], *groups]) for x in (prediction, label))
     predicted &= jnp.asarray(label)[..., None] >= 0
     if valid is not None:
         real = jnp.asarray(valid).reshape(-1, *[1] * (predicted.ndim - 1))
@@ -95,7 +106,12 @@ class ClassMetrics(NamedTuple):
 
 
 def volume_metrics(
-    prediction: np.ndarray, label: np.ndarray, *, num_classes: int, spacing: Sequence[float]
+    prediction: np.ndarray,
+    label: np.ndarray,
+    *,
+    num_classes: int,
+    spacing: Sequence[float],
+    groups: Groups | None = None,
 ) -> list[ClassMetrics]:
     """Dice, HD95 and ASSD of each foreground class of a volume.
 
@@ -107,6 +123,7 @@ def volume_metrics(
       label: int array of the same shape.
       num_classes: d, with the background.
       spacing: mm between elements along each axis of the arrays.
+      groups: class numbers of each structure to measure in place of the foreground classes.
 
     Raises:
       ValueError: prediction, label and spacing do not match.
@@ -118,8 +135,10 @@ def volume_metrics(
         )
     known = label >= 0
     found = [
-        _class_metrics((prediction == i) & known, label == i, np.asarray(spacing, float))
-        for i in range(1, num_classes)
+        _class_metrics(
+            np.isin(prediction, group) & known, np.isin(label, group), np.asarray(spacing, float)
+        )
+        for group in groups or [[i] for i in range(1, num_classes)]
     ]
     return found if known.all() else [m._replace(hd95=np.nan, assd=np.nan) for m in found]
 

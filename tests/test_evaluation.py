@@ -46,6 +46,8 @@ TINY = {"model.name": "unet", "model.filters": 4, "seed": 3}
 class Shifted:
     """Predicts each slice's label, moved by a pixel, by the slice's image."""
 
+    context = 0
+
     def __init__(self, dataset: SliceDataset):
         self._labels = {}
         for record in range(len(dataset.reader)):

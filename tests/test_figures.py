@@ -21,6 +21,7 @@ from kafjax.drawing.figures import save_figure
 from kafjax.drawing.overlay import draw_labels
 from kafjax.figures import choice, segmentation, similarity
 from kafjax.figures.__main__ import main, make_parser
+from kafjax.inference.predictor import Predictor
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.workdir.workdir import name_runs
@@ -192,6 +193,9 @@ def test_similarity_figure_of_two_networks(dataset: SliceDataset, runs: dict[str
 
 class Shifted:
     """Predicts each slice's label, moved by a pixel."""
+
+    context = 0
+    views = Predictor.views
 
     def __init__(self, dataset: SliceDataset, config: Any):
         self.config = config

@@ -65,12 +65,12 @@ def test_classes_are_in_order_of_their_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("channel", "number", "intensity"),
-    [(None, 0, "ct"), ("0", 0, "ct"), ("T2", 1, "zscore"), ("1", 1, "zscore"), ("ct", 2, "ct")],
+    [("0", 0, "ct"), ("T2", 1, "zscore"), ("1", 1, "zscore"), ("ct", 2, "ct")],
 )
 def test_a_channel_is_chosen_by_number_or_name(tmp_path, channel, number, intensity):
     write_nnunet(tmp_path, channels=("CT", "T2", "ct"), ending=".nii")
     reader = open_nnunet(tmp_path, channel=channel)
-    assert (reader.channel, reader.intensity) == (number, intensity)
+    assert (reader.channels, reader.intensity) == ((number,), intensity)
     sources, faults = reader.find(tmp_path)
     assert faults == []
     assert {source.image.name[-9:] for source in sources} == {f"_000{number}.nii"}
@@ -161,7 +161,7 @@ def test_readers_of_other_kinds_come_from_metadata_too():
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"labels": {"background": 0, "tumour": [1, 2]}}, r"labels are regions \(tumour\)"),
+        ({"labels": {"background": 0, "tumour": [1, 2]}}, "has no regions_class_order"),
         ({"labels": {"background": 0, "ignore": 1, "a": 2}}, "the ignore label is 1; expected 2"),
         ({"labels": {"background": 0, "a": 2}}, "labels are numbered 0, 2"),
         ({"labels": {"0": "background", "1": "a"}}, "nnUNetv2_convert_MSD_dataset"),
@@ -227,7 +227,7 @@ def test_all_faults_of_description_names_and_volumes_come_at_once(tmp_path):
         )
     faults = [fault for fault in error.value.faults if fault.stops]
     assert [(fault.path.name, fault.found.split(",")[0]) for fault in faults] == [
-        ("dataset.json", "labels are regions (heart)"),
+        ("dataset.json", "has no regions_class_order"),
         ("a_0000.nii.gz", "has no channel 1 next to it"),
         ("b.nii.gz", "its name does not fit this layout"),
         ("b_0007.nii.gz", "belongs to channel 7"),
@@ -249,7 +249,7 @@ def test_a_description_of_any_system_is_read(tmp_path, encoding):
     path.write_bytes(content or text.encode(encoding))
     reader = open_nnunet(tmp_path)
     assert reader.find(tmp_path)[1] == []
-    assert (reader.channel_name, len(reader.classes)) == ("Käse", 3)
+    assert (reader.channel_names, len(reader.classes)) == (("Käse",), 3)
 
 
 def test_labels_named_as_images_are_one_line_with_both_names(tmp_path):

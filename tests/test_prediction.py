@@ -54,6 +54,8 @@ CHD = {
 class Corner:
     """Class 1 where the slice is bright, 2 in its first rows, 3 in its first columns, else 0."""
 
+    context = 0
+
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
         for image, _, _ in views:
             classes = np.where(image[..., 0] > 0.5, 1, 0)
@@ -64,6 +66,8 @@ class Corner:
 
 class Random:
     """Probabilities of each pixel's value, by a random map; nothing but the image matters."""
+
+    context = 0
 
     def __init__(self, seed: int):
         self.config = ml_collections.ConfigDict()
@@ -98,7 +102,7 @@ def prepared(reader: Reader, raw_dir: Path, data_dir: Path) -> SliceDataset:
     return open_dataset(data_dir, "tiny")
 
 
-@pytest.mark.parametrize("kind", ["chd", "acdc", "ct", "mr"])
+@pytest.mark.parametrize("kind", ["chd", "acdc", "ct", "mr", "several"])
 def test_raw_volumes_give_the_numbers_of_the_records(
     kind: str, phantom_raw: Path, tmp_path: Path
 ) -> None:
@@ -111,9 +115,10 @@ def test_raw_volumes_give_the_numbers_of_the_records(
         write_acdc(raw, 1)
         scans = sorted(raw.glob("*/*_frame??.nii.gz"))
     else:
-        write_nnunet(raw, unlabelled=("with-dash",), channels=(kind.upper(), "other"))
-        reader = open_nnunet(raw)
-        scans = sorted(raw.glob("imagesTr/*_0000.nii.gz"))
+        write_nnunet(raw, unlabelled=("with-dash",), channels=(kind.upper(), "other", "CT"))
+        several = {"channel": "1,CT", "keypoint_channel": "CT"}
+        reader = open_nnunet(raw, **(several if kind == "several" else {"channel": "0"}))
+        scans = sorted(raw.glob(f"imagesTr/*_000{int(kind == 'several')}.nii.gz"))
     dataset = prepared(reader, raw, tmp_path / "data")
     facts = {k: v for k, v in dataset.metadata.items() if k != "volumes"}
     read, chosen = set(), 0
@@ -192,6 +197,8 @@ def test_resampled_probabilities_come_back_to_the_sources_grid(tmp_path: Path) -
     """A smooth blob, seen at 1.25 mm, is where it was at 2 mm; probabilities still add up to 1."""
 
     class Bright:
+        context = 0
+
         def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
             for image, _, _ in views:
                 assert image.shape == (64, 48, 1)

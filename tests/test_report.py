@@ -334,8 +334,9 @@ def test_samples_are_image_reference_and_predictions(
     write_evaluation(workdir, {worst: 0.1, middle: 0.5, best: 0.9})
     asked: list[Slice] = []
 
-    def predict(_: Any, slices: list[Slice], *, step: int) -> Any:
+    def predict(_: Any, dataset: Any, records: list[int], *, step: int) -> Any:
         assert step == 4
+        slices = [dataset.read(record, with_label=True) for record in records]
         asked.extend(slices)
         return [slices[0].label, np.roll(slices[1].label, 2, axis=1)]
 
@@ -367,11 +368,16 @@ def test_slices_are_predicted_by_the_evaluated_checkpoint(
     phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(phantom_dataset.parents[1], "phantom")
-    slices = [dataset.read(record, with_label=True) for record in (3, 15)]
+    records = (3, 15)
+    slices = [dataset.read(record, with_label=True) for record in records]
 
     class Fixed:
+        def views(self, of: Any, numbers: Any) -> Any:
+            assert (of, numbers) == (dataset, records)
+            return [s.image for s in slices]
+
         def probabilities(self, views: Any) -> Any:
-            assert all(v[0] is s.image for v, s in zip(views, slices, strict=True))
+            assert all(v is s.image for v, s in zip(views, slices, strict=True))
             return (np.eye(8)[s.label] for s in slices)
 
     def load(workdir: str, step: int) -> Fixed:
@@ -379,7 +385,7 @@ def test_slices_are_predicted_by_the_evaluated_checkpoint(
         return Fixed()
 
     monkeypatch.setattr(pictures, "load_predictor", load)
-    for label, one in zip(predict_slices("run", slices, step=4), slices, strict=True):
+    for label, one in zip(predict_slices("run", dataset, records, step=4), slices, strict=True):
         np.testing.assert_array_equal(label, one.label)
 
 

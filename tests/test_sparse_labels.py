@@ -247,6 +247,8 @@ def test_a_run_is_scored_on_annotated_pixels(dataset: SliceDataset) -> None:
     class Sure:
         """Predicts class 1 everywhere."""
 
+        context = 0
+
         def probabilities(self, views: Any) -> Any:
             return [np.eye(3, dtype=np.float32)[np.ones(v[0].shape[:2], int)] for v in views]
 

@@ -1,12 +1,14 @@
 """A prepared dataset's slices: decoded, normalised, by volume.
 
 Layout is NHWC; keypoints are (row, col) in pixels, and their mask marks the real ones. Images are
-normalised, (x - mean) / std of their volume.
+normalised, (x - mean) / std of their volume, each channel by itself. With a context of n slices
+the channels of up to n slices on either side follow those of the slice itself.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from kafjax.labels import IGNORED, STORED
 
 @dataclass(frozen=True)
 class Slice:
-    """One decoded slice: image float32 [h, w, 1] normalised, keypoints int32 [k, 2], mask [k].
+    """One decoded slice: image float32 [h, w, c] normalised, keypoints int32 [k, 2], mask [k].
 
     `correspondences` int [2 * reach, k] has a row for each neighbour offset -reach..-1, 1..reach.
     `spacing` is float32 [3] mm between rows, columns and slices. `label` is int32 [h, w], `IGNORED`
@@ -42,7 +44,10 @@ class SliceDataset:
     """A prepared dataset: its metadata, the record numbers of each volume's slices, its slices.
 
     `volumes` maps volume names, sorted, to ranges of global record numbers in slice order.
+    `context` is the number of slices on either side whose channels `read` adds.
     """
+
+    context = 0
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -55,6 +60,17 @@ class SliceDataset:
         self._decode = load_decoder(directory, without=("label",))
         self._decode_labelled = load_decoder(directory)
         self._foreground: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def num_channels(self) -> int:
+        """The number of a slice's channels, with those of its context."""
+        return count_channels(self.metadata, self.context)
+
+    def with_context(self, context: int) -> "SliceDataset":
+        """The same dataset, whose slices are read with another context."""
+        other = copy.copy(self)
+        other.context = context
+        return other
 
     def contents(self) -> dict[str, str]:
         """A digest of each volume's records, by name; computed once."""
@@ -82,13 +98,24 @@ class SliceDataset:
     def foreground(self, record: int) -> tuple[int, ...]:
         """The foreground classes in a slice's label; each label is read once."""
         if record not in self._foreground:
-            label = self.read(record, with_label=True).label
+            label = self._read_alone(record, with_label=True).label
             assert label is not None
             self._foreground[record] = tuple(np.unique(label[label > 0]).tolist())
         return self._foreground[record]
 
     def read(self, record: int, *, with_label: bool = False) -> Slice:
-        """Reads one slice; raises `RecordError` if it is damaged."""
+        """Reads one slice, with its context; raises `RecordError` if one of them is damaged."""
+        alone = self._read_alone(record, with_label=with_label)
+        if not self.context:
+            return alone
+        first = record - alone.index
+        images = [
+            alone.image if i == alone.index else self._read_alone(first + i).image
+            for i in slices_of_context(alone.index, alone.num_slices, self.context)
+        ]
+        return replace(alone, image=np.concatenate(images, axis=-1))
+
+    def _read_alone(self, record: int, *, with_label: bool = False) -> Slice:
         features = (self._decode_labelled if with_label else self._decode)(self.reader[record])
         keypoints = features["keypoints"].astype(np.int32)
         image = np.subtract(features["image"], features["mean"], dtype=np.float32)
@@ -110,7 +137,51 @@ class SliceDataset:
     def read_volume(self, name: str) -> list[Slice]:
         """All slices of a volume with their labels, read in threads."""
         with ThreadPoolExecutor(len(usable_cores())) as threads:  # inflating lets other threads run
-            return list(threads.map(partial(self.read, with_label=True), self.volumes[name]))
+            read = partial(self._read_alone, with_label=True)
+            slices = list(threads.map(read, self.volumes[name]))
+        images = add_context([one.image for one in slices], self.context)
+        return [replace(one, image=image) for one, image in zip(slices, images, strict=True)]
+
+
+def count_channels(metadata: Mapping[str, Any], context: int) -> int:
+    """The number of channels that a network sees of a prepared dataset's slices."""
+    return len(metadata.get("channels", [0])) * (1 + 2 * context)
+
+
+def slices_of_context(index: int, num_slices: int, context: int) -> list[int]:
+    """The slices whose channels a network sees of a slice: itself, then its neighbours in pairs.
+
+    The nearest come first. Beyond the volume's ends its outermost slices are repeated.
+    """
+    offsets = [0, *(o for distance in range(1, context + 1) for o in (-distance, distance))]
+    return [min(max(index + offset, 0), num_slices - 1) for offset in offsets]
+
+
+def add_context(images: Sequence[np.ndarray], context: int) -> list[np.ndarray]:
+    """The images [h, w, c] of all slices of a volume with the channels of their context."""
+    if not context:
+        return list(images)
+    return [
+        np.concatenate([images[k] for k in slices_of_context(i, len(images), context)], axis=-1)
+        for i in range(len(images))
+    ]
+
+
+def context_of(config: Mapping[str, Any]) -> int:
+    """The slices on either side that a run's network sees; runs of older versions saw none."""
+    return config["data"].get("context") or 0
+
+
+def facts_of_run(config: Mapping[str, Any]) -> dict[str, int]:
+    """What a run's config says about its dataset, for `check_facts`."""
+    seen = config["model"].get("num_channels") or 1
+    facts = {
+        "max_keypoints": config["data"]["max_keypoints"],
+        "num_channels": seen // (1 + 2 * context_of(config)),
+    }
+    if config["task"] == "segment":  # pretraining sees no labels
+        facts["num_regions"] = config["model"].get("num_regions") or 0
+    return facts
 
 
 def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
@@ -124,13 +195,18 @@ def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
 def check_facts(dataset: SliceDataset, expected: Mapping[str, Any]) -> None:
     """Raises `ValueError` listing every fact that the metadata contradicts or lacks.
 
-    `expected` maps metadata names, such as `max_keypoints` and `radius`, to the config's values.
+    `expected` maps metadata names, such as `max_keypoints` and `radius`, or `num_channels` and
+    `num_regions`, to the config's values.
     """
+    facts = {
+        **dataset.metadata,
+        "num_channels": count_channels(dataset.metadata, context=0),
+        "num_regions": len(dataset.metadata.get("regions", ())),
+    }
     wrong = [
-        f"  {name}: the dataset has {dataset.metadata.get(name, 'no such fact')}, "
-        f"the config says {value}"
+        f"  {name}: the dataset has {facts.get(name, 'no such fact')}, the config says {value}"
         for name, value in expected.items()
-        if name not in dataset.metadata or dataset.metadata[name] != value
+        if name not in facts or facts[name] != value
     ]
     if wrong:
         raise UserError(

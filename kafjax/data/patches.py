@@ -64,7 +64,7 @@ def cut_view(
     """A slice's patch from `origin` with its keypoints.
 
     Args:
-      image: [rows, cols, 1].
+      image: [rows, cols, c].
       keypoints: int [k, 2], (row, col) in the slice.
       mask: bool [k].
       origin: int [2].
@@ -73,7 +73,7 @@ def cut_view(
         keypoint keeps its slot, and p = k.
 
     Returns:
-      `image` [h, w, 1], `keypoints` int32 [p, 2] in the patch's pixels and `keypoint_mask` bool
+      `image` [h, w, c], `keypoints` int32 [p, 2] in the patch's pixels and `keypoint_mask` bool
       [p]; keypoints outside the patch are masked and (0, 0).
     """
     real = keypoints_inside(keypoints, mask, origin, patch_size)

@@ -48,7 +48,7 @@ def make_pair(
 ) -> Batch:
     """One pretraining sample: the slice `record` and a neighbour, drawn for (seed, sample).
 
-    Returns `image` float32 [2, h, w, 1], `keypoints` int32 [2, p, 2], `keypoint_mask` bool [2, p],
+    Returns `image` float32 [2, h, w, c], `keypoints` int32 [2, p, 2], `keypoint_mask` bool [2, p],
     `correspondence` int32 [p] (view 1's keypoint to view 2's index, or -1), `position` int32 [2]
     (the anchor's number, from 1, and the number of slices), `record` int32 [2], `sample` and `seed`
     uint32. In a slice that is its own neighbour every keypoint corresponds to itself. p is
@@ -87,7 +87,7 @@ def make_labelled(
 ) -> Batch:
     """One labelled slice, cropped at random for (seed, sample), or centrally if seed is None.
 
-    Returns `image` float32 [h, w, 1], `label` int32 [h, w], `keypoints` int32 [p, 2],
+    Returns `image` float32 [h, w, c], `label` int32 [h, w], `keypoints` int32 [p, 2],
     `keypoint_mask` bool [p], `record` int32, `sample`, `seed` uint32. p is `patch_keypoints`, or k.
     """
     rng = None if seed is None else np.random.default_rng((seed, sample))

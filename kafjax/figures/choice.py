@@ -17,6 +17,7 @@ from kafjax.augment import AugmentConfig, augment_pair
 from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
+    facts_of_run,
     neighbour_reach,
     open_dataset,
     select_volumes,
@@ -46,7 +47,7 @@ def check_run_dataset(workdir: str | os.PathLike[str], config: Any, dataset: Sli
     name = dataset.directory.parent.name
     if config.data.name != name:
         raise UserError(f"{workdir}: a run on the dataset {config.data.name}; expected {name}")
-    check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
+    check_facts(dataset, facts_of_run(config))
 
 
 def find_record(dataset: SliceDataset, volume: str, index: int) -> int:

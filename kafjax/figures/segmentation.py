@@ -16,6 +16,7 @@ from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
 from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.regions import most_probable
 from kafjax.segmentation_metrics import slice_dice
 from kafjax.workdir.split import open_split
 from kafjax.workdir.workdir import Workdir, name_runs
@@ -54,8 +55,10 @@ def segmentation_figure(
     names = list(volumes) if volumes else _held_out(splits, dataset)[:num_slices]
     records = choose_slices(dataset, names, slices)
     shown = [dataset.read(record, with_label=True) for record in records]
-    views = [(s.image, s.keypoints, s.mask) for s in shown]
-    predictions = [[p.argmax(axis=-1) for p in run.probabilities(views)] for run in predictors]
+    predictions = [
+        [most_probable(p, dataset.metadata) for p in run.probabilities(run.views(dataset, records))]
+        for run in predictors
+    ]
     rows = []
     for i, (name, record, one) in enumerate(zip(names, records, shown, strict=True)):
         assert one.label is not None

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from kafjax.augment import AugmentConfig
 from kafjax.checkpoint.checkpointer import load_variables
-from kafjax.data.dataset import SliceDataset
+from kafjax.data.dataset import SliceDataset, context_of
 from kafjax.data.patches import PatchSize, patch_origin
 from kafjax.data.samples import Batch
 from kafjax.drawing.colours import VERMILION
@@ -63,7 +63,7 @@ class Views(NamedTuple):
     """A slice, its neighbour, and both augmented, as network inputs.
 
     Attributes:
-      images: float32 [4, h, w, 1].
+      images: float32 [4, h, w, c].
       keypoints: int32 [4, k, 2].
       masks: bool [4, k].
       query: the point whose feature is compared.
@@ -101,6 +101,7 @@ def similarity_figure(
     """
     _check_levels(levels)
     configs = [_read_config(workdir, dataset) for workdir in workdirs]
+    dataset = dataset.with_context(max(map(context_of, configs)))
     patch_size = _patch_size(dataset, record, configs[0])
     offset = choose_offset(dataset, record, offset)
     views = make_views(dataset, record, offset, query=query, patch_size=patch_size, seed=seed)
@@ -197,7 +198,9 @@ def similarity_maps(
         encoding = encoder.apply(variables, *inputs, train=False)
         return (*encoding.levels, encoding.center)
 
-    features = encode(parts, views.images, views.keypoints, views.masks)
+    # A smaller context than another run's is the first of the channels.
+    images = views.images[..., : config.model.get("num_channels") or 1]
+    features = encode(parts, images, views.keypoints, views.masks)
     chosen = [np.asarray(features[level], np.float32) for level in levels]
     place = views.query.places[0]
     return [cosine_map(x, place * x.shape[1:3] // views.images.shape[1:3]) for x in chosen]

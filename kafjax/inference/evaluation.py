@@ -24,6 +24,7 @@ from kafjax.data.dataset import (
     Slice,
     SliceDataset,
     check_facts,
+    facts_of_run,
     labelled_volumes,
     open_dataset,
     volumes_for_test,
@@ -43,6 +44,7 @@ from kafjax.inference.postprocessing import (
 from kafjax.inference.predictor import Predictor, load_predictor
 from kafjax.inference.uncertainty import FIELD
 from kafjax.inference.volumes import count_mm3, write_volumes
+from kafjax.regions import most_probable, regions_of, structures_of
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
 from kafjax.training.preflight import split_run
 from kafjax.workdir.environment import describe_environment
@@ -66,8 +68,9 @@ class Evaluation(NamedTuple):
     """The results of `evaluate`.
 
     Attributes:
-      counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`).
-      metrics: for each volume and foreground class, by name, its `ClassMetrics`.
+      counts: pixels, int64 [d, 3], over all volumes (`kafjax.segmentation_metrics.count_pixels`),
+        of the background and `kafjax.regions.structures_of`.
+      metrics: for each volume and foreground class or region, by name, its `ClassMetrics`.
       mm3: for each volume and foreground class, by name, what `count_mm3` gives.
       seconds: for each volume, of reading, prediction and comparison; the first includes
         compilation.
@@ -95,7 +98,8 @@ def evaluate(
       rules: of post-processing.
     """
     classes = dataset.classes
-    counts = np.zeros((len(classes), 3), np.int64)
+    names, groups = structures_of(dataset.metadata)
+    counts = np.zeros((1 + len(names), 3), np.int64)
     metrics: dict[str, dict[str, Any]] = {}
     mm3, seconds = {}, {}
     for name in tqdm.tqdm(volumes, unit="volume", disable=None):
@@ -105,11 +109,13 @@ def evaluate(
             voxel = float(np.prod(spacing))
             prediction = clear_up(prediction, rules, classes[1:], voxel)
         for i in range(label.shape[2]):
-            found = count_pixels(prediction[:, :, i], label[:, :, i], len(classes))
+            found = count_pixels(prediction[:, :, i], label[:, :, i], len(classes), groups=groups)
             counts += np.asarray(found)
-        of_volume = volume_metrics(prediction, label, num_classes=len(classes), spacing=spacing)
-        metrics[name] = dict(zip(classes[1:], of_volume, strict=True))
-        mm3[name] = count_mm3(prediction, label, classes[1:], spacing)
+        of_volume = volume_metrics(
+            prediction, label, num_classes=len(classes), spacing=spacing, groups=groups
+        )
+        metrics[name] = dict(zip(names, of_volume, strict=True))
+        mm3[name] = count_mm3(prediction, label, names, spacing, groups=groups)
         seconds[name] = time.perf_counter() - begin
     return Evaluation(counts, metrics, mm3, seconds)
 
@@ -118,9 +124,9 @@ def _predict_labelled(
     predictor: Predictor, dataset: SliceDataset, name: str
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """A volume's predicted classes, uint8 [row, col, slice], labels, int16, and spacing in mm."""
-    slices = dataset.read_volume(name)
+    slices = dataset.with_context(predictor.context).read_volume(name)
     views = [(s.image, s.keypoints, s.mask) for s in slices]
-    found = [p.argmax(axis=-1).astype(np.uint8) for p in predictor.probabilities(views)]
+    found = [most_probable(p, dataset.metadata) for p in predictor.probabilities(views)]
     spacing = [float(mm) for mm in slices[0].spacing]
     return np.stack(found, axis=-1), _label(slices), spacing
 
@@ -128,7 +134,7 @@ def _predict_labelled(
 def rules_of_run(
     workdir: Workdir, predictor: Predictor, *, data_dir: str | os.PathLike[str] | None = None
 ) -> Rules:
-    """The post-processing of a run, none unless its config says so.
+    """The post-processing of a run, none unless its config says so, and none of regions.
 
     What is not recorded yet is chosen on the run's training volumes, and recorded.
 
@@ -141,7 +147,7 @@ def rules_of_run(
       ValueError: nothing is recorded, and the run's dataset is not there.
     """
     config = workdir.read_config(task="segment")
-    if not config.get("postprocess"):
+    if not config.get("postprocess") or config["data"].get("regions"):
         return {}
     rules = read_rules(workdir, predictor.step)
     if rules is not None:
@@ -204,7 +210,7 @@ def evaluate_run(
     predictor = load_predictor(folder, step=step, batch_size=batch_size)
     config = predictor.config
     dataset = open_dataset(data_dir or config.data.dir, config.data.name)
-    check_facts(dataset, {"max_keypoints": config.data.max_keypoints})
+    check_facts(dataset, facts_of_run(config))
     if record_split and read_split(folder) is None:
         write_split(folder, describe_split(split_run(config, dataset), dataset))
     recorded = open_split(folder, dataset)
@@ -227,7 +233,12 @@ def evaluate_run(
         "equal_images": equal_images_across(
             recorded.names, dataset.metadata.get("equal_images", ())
         ),
-        **summarize(counts, metrics, dataset.classes[1:]),
+        **summarize(
+            counts,
+            metrics,
+            structures_of(dataset.metadata)[0],
+            num_regions=len(regions_of(dataset.metadata)),
+        ),
         **({"postprocessing": rules} if config.get("postprocess") else {}),
         "seconds": seconds,
         "environment": describe_environment(),
@@ -261,18 +272,25 @@ def _volumes(recorded: RunSplit, dataset: SliceDataset, split: str) -> tuple[str
 
 
 def summarize(
-    counts: np.ndarray, metrics: dict[str, dict[str, Any]], classes: tuple[str, ...]
+    counts: np.ndarray,
+    metrics: dict[str, dict[str, Any]],
+    classes: tuple[str, ...],
+    *,
+    num_regions: int = 0,
 ) -> Results:
     """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
 
     `chance` is the expected mean Dice of drawing each pixel's class with the labels' frequencies;
-    for one class it is its frequency.
+    for one class it is its frequency. If the first of the classes are regions, mean and chance are
+    of these; the others are the labels.
 
     Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
     those where neither labels nor prediction have the class, `missed` those where only one does.
     Missing numbers are None.
     """
     dice = pooled_dice(counts)
+    scored = counts[: 1 + num_regions] if num_regions else counts
+    pixels = np.delete(counts, slice(1, 1 + num_regions), axis=0)[:, 2].sum()
     by_class = {}
     for name in classes:
         of_class = [volume[name] for volume in metrics.values()]
@@ -284,10 +302,10 @@ def summarize(
         }
     return {
         "pooled_dice": {
-            "mean": _number(mean_pooled_dice(counts)),
+            "mean": _number(mean_pooled_dice(scored)),
             **{name: _number(value) for name, value in zip(classes, dice, strict=True)},
         },
-        "chance": _number(_chance(counts)),
+        "chance": _number(_chance(scored, pixels)),
         "by_class": by_class,
         "by_volume": {
             volume: {
@@ -299,10 +317,10 @@ def summarize(
     }
 
 
-def _chance(counts: np.ndarray) -> float:
-    labelled = counts[:, 2]
-    there = labelled[1:][labelled[1:] > 0]
-    return float(there.mean() / labelled.sum()) if len(there) else math.nan
+def _chance(counts: np.ndarray, pixels: int) -> float:
+    labelled = counts[1:, 2]
+    there = labelled[labelled > 0]
+    return float(there.mean() / pixels) if len(there) else math.nan
 
 
 def write_results(results: Results, stem: Path) -> None:

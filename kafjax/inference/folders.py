@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import tqdm
 
+from data_prep.dataset_json import read_classes
 from data_prep.entries import SCANS, file_stem, list_entries
 from data_prep.faults import DatasetError, Fault
 from data_prep.formats import read_labels, read_scan
@@ -43,6 +44,7 @@ from kafjax.inference.uncertainty import (
 from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.labels import IGNORED
 from kafjax.paths import expand
+from kafjax.regions import Groups, structures_of
 from kafjax.segmentation_metrics import count_pixels, volume_metrics
 from kafjax.workdir.environment import describe_environment
 
@@ -60,6 +62,7 @@ def evaluate_folders(
     classes: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
     ignore_label: int | None = None,
+    dataset_json: str | os.PathLike[str] | None = None,
 ) -> Results | None:
     """Scores a folder of predictions, prints a table and writes it.
 
@@ -73,6 +76,8 @@ def evaluate_folders(
       numbers: of the background and the classes in the files, if known.
       ignore_label: the number in the references of voxels that nobody annotated, which do not
         count.
+      dataset_json: nnU-Net's, instead of classes, numbers and ignore label; its regions are scored
+        too.
 
     Returns:
       What `evaluation.json` holds; None without `labels`.
@@ -81,6 +86,13 @@ def evaluate_folders(
       UserError: a folder is not there, no names match, or files cannot be compared: all faults.
     """
     folder = expand(predictions)
+    num_regions, groups = 0, None
+    if dataset_json is not None:
+        if classes or ignore_label is not None:
+            raise UserError("dataset.json has classes and ignore label; expected no others")
+        facts = read_classes(expand(dataset_json))
+        classes, ignore_label = facts["classes"][1:], facts["ignore_label"]
+        numbers, num_regions = range(len(facts["classes"])), len(facts["regions"])
     found, faults = _scans(folder)
     pairs: dict[str, Path | None] = dict.fromkeys(found)
     if labels is not None:
@@ -102,9 +114,11 @@ def evaluate_folders(
     if faults := [*faults, *more]:
         raise DatasetError(faults)
     names = classes or tuple(f"class_{number}" for number in numbers[1:])
+    if num_regions:
+        names, groups = structures_of(facts)
     target = folder if output is None else expand(output)
     target.mkdir(parents=True, exist_ok=True)
-    results, mm3 = _compare(found, pairs, numbers, names, ignore_label)
+    results, mm3 = _compare(found, pairs, numbers, names, groups, num_regions, ignore_label)
     write_volumes(mm3, target / "volumes.csv")
     if results is None:
         print(f"{folder}: {len(found)} predictions; volumes: {target / 'volumes.csv'}")
@@ -211,10 +225,12 @@ def _compare(
     pairs: Mapping[str, Path | None],
     numbers: Sequence[int],
     names: Sequence[str],
+    groups: Groups | None,
+    num_regions: int,
     ignore_label: int | None,
 ) -> tuple[Results | None, dict[str, dict[str, Any]]]:
     """Results as of a run, and the volumes of all predictions."""
-    counts = np.zeros((len(numbers), 3), np.int64)
+    counts = np.zeros((1 + len(names), 3), np.int64)
     metrics, mm3 = {}, {}
     for stem, path in tqdm.tqdm(predictions.items(), unit="volume", disable=None):
         (_, predicted), *there = _read_pair(path, pairs[stem])
@@ -225,17 +241,19 @@ def _compare(
             drawn = there[0][1]
             label = _as_classes(drawn, numbers).astype(np.int16)
             label[drawn.array == ignore_label] = IGNORED
-        mm3[stem] = count_mm3(found, label, names, spacing)
+        mm3[stem] = count_mm3(found, label, names, spacing, groups=groups)
         if label is None:
             continue
         # By slice: a call counts up to 2^31 pixels.
         for a, b in zip(np.moveaxis(found, -1, 0), np.moveaxis(label, -1, 0), strict=True):
-            counts += np.asarray(count_pixels(a, b, len(numbers)))
-        of_volume = volume_metrics(found, label, num_classes=len(numbers), spacing=spacing)
+            counts += np.asarray(count_pixels(a, b, len(numbers), groups=groups))
+        of_volume = volume_metrics(
+            found, label, num_classes=len(numbers), spacing=spacing, groups=groups
+        )
         metrics[stem] = dict(zip(names, of_volume, strict=True))
     if not metrics:
         return None, mm3
-    summary = summarize(counts, metrics, tuple(names))
+    summary = summarize(counts, metrics, tuple(names), num_regions=num_regions)
     return {**summary, "environment": describe_environment()}, mm3
 
 

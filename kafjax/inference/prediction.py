@@ -31,6 +31,7 @@ from data_prep.nifti import from_slices
 from data_prep.readers import reader_of
 from data_prep.volumes import Prepared, Reader, Volume
 from kafjax.cores import usable_cores
+from kafjax.data.dataset import add_context
 from kafjax.errors import UserError
 from kafjax.files import printable
 from kafjax.inference.evaluation import rules_of_run
@@ -44,8 +45,9 @@ from kafjax.inference.model_file import is_model, read_model
 from kafjax.inference.postprocessing import Rules, clear_up, common_rules
 from kafjax.inference.prediction_files import Request, list_requests
 from kafjax.inference.predictor import Predictor, View, load_predictor
-from kafjax.inference.uncertainty import FILE, Meter, add_to_table
+from kafjax.inference.uncertainty import FILE, Meter, add_to_table, check_exclusive
 from kafjax.paths import expand
+from kafjax.regions import most_probable, regions_of
 from kafjax.workdir.preparation import Preparation, check_alike, read_preparation
 from kafjax.workdir.workdir import Workdir
 
@@ -130,7 +132,8 @@ def predict_volume(
 
     Args:
       array: [row, col, slice] of raw integers or floats, not normalised; for
-        axial slices rows run to the back, columns to the left and slices to the head.
+        axial slices rows run to the back, columns to the left and slices to the head. Of runs that
+        see several channels, [row, col, slice, channel].
       spacing: mm between rows, columns and slices.
       predictor: of `load_volume_predictor`.
       volume_id: selects keypoints, with the dataset's seed, if there are too many.
@@ -139,15 +142,19 @@ def predict_volume(
       Classes uint8 [row, col, slice].
 
     Raises:
-      ValueError: the array is not three-dimensional, not finite, or constant.
+      ValueError: the array has other dimensions or channels, is not finite, or is constant.
     """
-    volume = _as_volume(array, spacing, volume_id)
-    found = [_classes(p) for p in slice_probabilities(volume, predictor)]
+    volume = _as_volume(array, spacing, volume_id, predictor.reader.num_channels)
+    found = [
+        most_probable(p, predictor.preparation) for p in slice_probabilities(volume, predictor)
+    ]
     return predictor.clear_up(np.stack(found, axis=-1), spacing)
 
 
 def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[np.ndarray]:
-    """Class probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
+    """Probabilities float32 [row, col, d] of each slice of a raw volume, on its own grid.
+
+    They are of the classes, or of the regions if the dataset has some.
 
     Raises `DatasetError` immediately for a volume that cannot be prepared.
     """
@@ -158,19 +165,23 @@ def slice_probabilities(volume: Volume, predictor: VolumePredictor) -> Iterator[
 
 
 def prepare_views(prepared: Prepared, preparation: Preparation) -> list[View]:
-    """The network's input for each slice, identical to that from the dataset's records."""
+    """The network's input for each slice, identical to that from the dataset's records.
+
+    The context is not there yet: it depends on the network.
+    """
     volume, places = prepared.volume, preparation["max_keypoints"]
+    keypoint_image = reader_of(preparation).keypoint_image(volume)
 
     def view(i: int) -> View:
-        image = volume.image[:, :, i]
         found = sift.find_keypoints(
-            image,
+            keypoint_image[:, :, i],
             max_keypoints=places,
             selection=preparation["keypoint_selection"],
             rng=sift.slice_generator(preparation["seed"], volume.id, i),
         ).positions.astype(np.int32)
-        normalised = np.subtract(image[..., None], np.float32(prepared.mean), dtype=np.float32)
-        normalised /= np.float32(prepared.std)
+        image = volume.slice(i)
+        normalised = np.subtract(image, np.asarray(prepared.mean, np.float32), dtype=np.float32)
+        normalised /= np.asarray(prepared.std, np.float32)
         keypoints = np.pad(found, ((0, places - len(found)), (0, 0)))
         return normalised, keypoints, np.arange(places) < len(found)
 
@@ -193,7 +204,8 @@ def predict_file(
     labels = np.empty((rows, columns, num_slices), np.uint8)
     kept = None
     if request.probabilities is not None:  # by far the larger
-        kept = np.empty((*labels.shape, len(reader.classes)), np.float32)
+        count = len(regions_of(predictor.preparation)) or len(reader.classes)
+        kept = np.empty((*labels.shape, count), np.float32)
     meter, entropy = Meter(len(reader.classes)), np.empty(labels.shape, np.float32)
     slices = tqdm.tqdm(
         slice_probabilities(volume, predictor),
@@ -203,7 +215,7 @@ def predict_file(
         disable=None,
     )
     for i, probabilities in enumerate(slices):
-        labels[:, :, i] = _classes(probabilities)
+        labels[:, :, i] = most_probable(probabilities, predictor.preparation)
         if kept is not None:
             kept[:, :, i] = probabilities
         if request.uncertainty is not None:
@@ -278,10 +290,12 @@ def predict_files(
       label_text: also write the classes to this file, as ITK-SNAP reads them.
 
     Raises:
-      ValueError: a mistake in the arguments; or entries that are not usable scans, all listed after
-        the others have been written.
+      ValueError: a mistake in the arguments; uncertainty of regions; or entries that are not
+        usable scans, all listed after the others have been written.
     """
     preparation = _read_preparations(workdirs, data_dir)
+    if uncertainty:
+        check_exclusive(preparation, "uncertainty")
     source, target = map(expand, (source, target))
     requests, left_out = list_requests(
         source,
@@ -340,11 +354,22 @@ def _read_preparations(
     return next(iter(found.values()))
 
 
-def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id: str) -> Volume:
-    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
+def _as_volume(
+    array: np.ndarray, spacing: tuple[float, float, float], volume_id: str, num_channels: int = 1
+) -> Volume:
+    shape, expected = array.shape, "[row, col, slice]"
+    if num_channels > 1:
+        expected = f"[row, col, slice, channel] of {num_channels} channels"
+    elif array.ndim == 3:
+        array = array[..., None]
+    if (
+        array.ndim != 4
+        or array.shape[3] != num_channels
+        or 0 in array.shape
+        or array.dtype.kind not in "iuf"
+    ):
         raise UserError(
-            f"the volume is {array.dtype} of shape {array.shape}; expected integers or floats, "
-            "[row, col, slice]"
+            f"the volume is {array.dtype} of shape {shape}; expected integers or floats, {expected}"
         )
     if len(spacing) != 3 or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
         raise UserError(f"spacing is {spacing}; expected mm between rows, columns and slices")
@@ -356,14 +381,31 @@ def _as_volume(array: np.ndarray, spacing: tuple[float, float, float], volume_id
         narrow = np.abs(array).max() <= np.iinfo(np.int32).max
         array = array.astype(np.int32 if narrow else np.float32)
     # A preparation fault names the volume as it would name a file.
-    return Volume(volume_id, array, None, spacing, np.diag([*spacing, 1.0]), {volume_id: ""})
+    first, *further = np.moveaxis(array, -1, 0)
+    names = [volume_id, *(f"{volume_id}, channel {i + 1}" for i in range(len(further)))]
+    return Volume(
+        volume_id,
+        first,
+        None,
+        spacing,
+        np.diag([*spacing, 1.0]),
+        dict.fromkeys(names, ""),
+        further=tuple(further),
+    )
 
 
 def _average(views: list[View], predictor: VolumePredictor) -> Iterator[np.ndarray]:
     """Each slice's probabilities [h, w, d], the mean over mirror images and networks."""
     mirrors = _MIRRORS if predictor.mirror else _MIRRORS[:1]
-    seen = [_mirror(view, axes) for view in views for axes in mirrors]
-    streams = [network.probabilities(seen) for network in predictor.predictors]
+    streams = []
+    for network in predictor.predictors:
+        images = add_context([image for image, _, _ in views], network.context)
+        seen = [
+            _mirror((image, keypoints, mask), axes)
+            for image, (_, keypoints, mask) in zip(images, views, strict=True)
+            for axes in mirrors
+        ]
+        streams.append(network.probabilities(seen))
     for _ in views:
         parts = [np.flip(next(stream), axes) for axes in mirrors for stream in streams]
         yield np.mean(parts, axis=0)
@@ -383,7 +425,3 @@ def _on_grid(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return probabilities
     factors = [to / n for to, n in zip(size, probabilities.shape[:2], strict=True)]
     return ndimage.zoom(probabilities, (*factors, 1), order=1, mode="nearest", grid_mode=True)
-
-
-def _classes(probabilities: np.ndarray) -> np.ndarray:
-    return probabilities.argmax(axis=-1).astype(np.uint8)

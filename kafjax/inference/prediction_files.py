@@ -28,11 +28,13 @@ from data_prep.entries import (
 from data_prep.faults import DatasetError, Fault
 from data_prep.folder import split_name
 from data_prep.formats import is_series, open_grid, read_labels
+from data_prep.readers import channels_of
 from data_prep.segmentations import is_segmentation
 from data_prep.volumes import Source
 from kafjax.errors import UserError
 from kafjax.inference.label_files import OUTPUT_ENDINGS
 from kafjax.inference.uncertainty import FILE
+from kafjax.regions import regions_of
 from kafjax.workdir.preparation import Preparation
 
 # The format of a result, where it is not the scan's own; a series has none.
@@ -135,7 +137,10 @@ def list_requests(
     maps = {"probabilities": probabilities, "uncertainty": uncertainty}
     for entry in entries:
         if name := _name(entry, preparation):
-            requests.append(_request(entry, name, target, ending, maps))
+            further, missing = _further(entry, preparation)
+            faults += missing
+            if not missing:
+                requests.append(_request(entry, name, target, ending, maps, further))
         elif not _belongs_to_one_of(entry, entries, preparation):
             faults.append(_no_scan(entry, preparation))
     requests = _without_results(requests, preparation)
@@ -216,7 +221,7 @@ def _name(entry: _Entry, preparation: Preparation) -> _Name | None:
         return None
     if kind == "nnunet":
         match = _CHANNEL.fullmatch(stem)
-        if match and int(match[2]) != preparation["channel"]:
+        if match and int(match[2]) != channels_of(preparation)[0]:
             return None
         case = match[1] if match else stem
         return _Name(split_name(case), case)
@@ -231,30 +236,58 @@ def _belongs_to_one_of(entry: _Entry, entries: Iterable[_Entry], preparation: Pr
     elif kind == "acdc":
         scan = rf"{stem[:-3]}_frame\d+" if stem.endswith("_4d") else stem.removesuffix("_gt")
     else:
-        scan = re.escape(f"{stem[:-4]}{preparation['channel']:04d}")
+        scan = re.escape(f"{stem[:-4]}{channels_of(preparation)[0]:04d}")
     return any(re.fullmatch(scan, other.stem) for other in entries)
 
 
 def _no_scan(entry: _Entry, preparation: Preparation) -> Fault:
     path, stem = entry.path, entry.stem
     if preparation["kind"] == "nnunet":
-        channel = preparation["channel"]
-        right = f"{stem}_{channel:04d}{entry.ending}"
-        found = f"belongs to channel {int(stem[-4:])} by its name, the runs use channel {channel}"
+        channels = channels_of(preparation)
+        if int(stem[-4:]) in channels:
+            right = f"{stem[:-4]}{channels[0]:04d}{entry.ending}"
+            return Fault(path, f"has no channel {channels[0]} next to it", f"add {right}")
+        right = f"{stem}_{channels[0]:04d}{entry.ending}"
+        used = f"{'channels' if channels[1:] else 'channel'} {' and '.join(map(str, channels))}"
+        found = f"belongs to channel {int(stem[-4:])} by its name, the runs use {used}"
         return Fault(path, found, f"rename it to {right} if the number is the scan's own")
     found = f"its name is not a scan's in the {preparation['kind']} layout"
     return Fault(path, found, "rename it if it is one")
 
 
+def _further(entry: _Entry, preparation: Preparation) -> tuple[tuple[Path, ...], list[Fault]]:
+    """The files of a scan's other channels, and faults of those that are not there."""
+    channels = channels_of(preparation)
+    if len(channels) == 1:
+        return (), []
+    case = match[1] if (match := _CHANNEL.fullmatch(entry.stem)) else entry.stem
+    files = [entry.path.with_name(f"{case}_{n:04d}{entry.ending}") for n in channels]
+    if not match:
+        found = f"has no channel in its name, and the runs see {len(channels)}"
+        remedy = f"expected {' and '.join(path.name for path in files)}"
+        return (), [Fault(entry.path, found, remedy)]
+    missing = [
+        Fault(entry.path, f"has no channel {n} next to it", f"add {path.name}")
+        for n, path in zip(channels, files, strict=True)
+        if not path.exists()
+    ]
+    return tuple(files[1:]), missing
+
+
 def _request(
-    entry: _Entry, name: _Name, target: Path, ending: str | None, maps: Mapping[str, bool]
+    entry: _Entry,
+    name: _Name,
+    target: Path,
+    ending: str | None,
+    maps: Mapping[str, bool],
+    further: tuple[Path, ...],
 ) -> Request:
     labels = target
     if target.is_dir() or not target.name.endswith(OUTPUT_ENDINGS):
         own = _RESULT_ENDINGS.get(entry.ending, entry.ending)
         labels = target / f"{name.result}{ending or own}"
     return Request(
-        Source(name.volume_id, entry.path),
+        Source(name.volume_id, entry.path, further=further),
         labels,
         **{what: _beside(labels, what) if wanted else None for what, wanted in maps.items()},
     )
@@ -269,6 +302,7 @@ def _beside(labels: Path, what: str) -> Path:
 def _without_results(requests: list[Request], preparation: Preparation) -> list[Request]:
     """The requests, except those whose scan is an earlier result on another scan's grid."""
     values = preparation.get("label_values") or range(len(preparation.get("classes", ())))
+    num_regions = len(regions_of(preparation))
     maker = {
         place.resolve(): request
         for request in requests
@@ -279,16 +313,17 @@ def _without_results(requests: list[Request], preparation: Preparation) -> list[
         request
         for request in requests
         if (made := maker.get(request.source.image.resolve())) is None
-        or not _is_result(request.source.image, made.source.image, values)
+        or not _is_result(request.source.image, made.source.image, values, num_regions)
     ]
 
 
-def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
+def _is_result(path: Path, scan: Path, values: Sequence[int], num_regions: int) -> bool:
     """Whether a file holds labels, probabilities or uncertainty on a scan's grid."""
     try:
         found, grid = open_grid(path), open_grid(scan)
         if found.dtype == np.float32:
-            on_grid = found.shape in (grid.shape, (*grid.shape, len(values)))
+            maps = num_regions or len(values)
+            on_grid = found.shape in (grid.shape, (*grid.shape, maps))
             return on_grid and np.allclose(found.affine, grid.affine)
         labels = read_labels(path, grid)
     except DatasetError:
@@ -301,7 +336,7 @@ def _is_result(path: Path, scan: Path, values: Sequence[int]) -> bool:
 
 def _wrong_places(requests: list[Request]) -> dict[Request, Fault]:
     """The requests whose results would overwrite scans or each other, or cannot be written."""
-    scans = {request.source.image.resolve() for request in requests}
+    scans = {path.resolve() for request in requests for path in request.source.images}
     counts = Counter(place.resolve() for request in requests for place in request.places)
     wrong = {}
     for request in requests:

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_step
+from kafjax.data.dataset import SliceDataset, context_of
 from kafjax.data.patches import (
     PatchSize,
     blend_tiles,
@@ -26,11 +27,11 @@ from kafjax.data.patches import (
     tile_origins,
 )
 from kafjax.errors import UserError
-from kafjax.tasks.segmentation import Segmentation
+from kafjax.tasks.registry import make_task
 from kafjax.training.step import make_predict
 from kafjax.workdir.workdir import Workdir
 
-# (image [rows, cols, 1] normalised, keypoints int [k, 2], mask bool [k]) of one slice.
+# (image [rows, cols, c] normalised, keypoints int [k, 2], mask bool [k]) of one slice.
 View = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _PLACES_STEP = 64
@@ -65,14 +66,20 @@ class Predictor:
                 f"batch_size is {batch_size}, expected a positive multiple of the {devices} devices"
             )
         self.config = config
+        self.context = context_of(config)
         self.step = step
         self._batch_size = batch_size
         self._patch_size: PatchSize = tuple(config.data.patch_size)
         self.variables = variables
-        self._predict = make_predict(Segmentation(config), variables)
+        self._predict = make_predict(make_task(config), variables)
+
+    def views(self, dataset: SliceDataset, records: Sequence[int]) -> list[View]:
+        """Slices of a dataset as the network sees them."""
+        dataset = dataset.with_context(self.context)
+        return [(s.image, s.keypoints, s.mask) for s in map(dataset.read, records)]
 
     def probabilities(self, views: Sequence[View]) -> Iterator[np.ndarray]:
-        """Float32 [rows, cols, d] of each slice, in order; sums over classes are 1."""
+        """Float32 [rows, cols, d] of each slice, in order; sums are 1 unless d are regions."""
         sizes = [image.shape[:2] for image, _, _ in views]
         corners = [tile_origins(size, self._patch_size) for size in sizes]
         tiles = [

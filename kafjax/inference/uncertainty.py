@@ -23,11 +23,22 @@ from scipy import special
 
 from kafjax.errors import UserError
 from kafjax.files import csv_text, printable, read_text, write_text
+from kafjax.regions import regions_of
 
 FILE = "uncertainty.csv"
 FIELD = "entropy"
 _COLUMNS = ["volume", "class", FIELD]
 _FEWEST = 3  # different values of a correlation
+
+
+def check_exclusive(metadata: Mapping[str, Any], what: str) -> None:
+    """Raises `UserError` for a dataset with regions, whose probabilities do not sum to 1."""
+    if regions := regions_of(metadata):
+        names = ", ".join(region.name for region in regions)
+        raise UserError(
+            f"{what} is of classes that exclude each other; the runs' dataset has the regions "
+            f"{names}, which may overlap"
+        )
 
 
 class Meter:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from kafjax.files import csv_text, write_text
+from kafjax.regions import Groups
 
 
 def count_mm3(
@@ -13,6 +14,8 @@ def count_mm3(
     label: np.ndarray | None,
     classes: Sequence[str],
     spacing: Sequence[float],
+    *,
+    groups: Groups | None = None,
 ) -> dict[str, tuple[float, float | None]]:
     """Volumes in mm^3 of each foreground class: of the prediction, and of the label if any.
 
@@ -22,6 +25,7 @@ def count_mm3(
         nobody annotated.
       classes: names of the classes 1, 2, ...
       spacing: mm between elements along each axis.
+      groups: class numbers of each of `classes`, if they are others.
     """
     voxel = float(np.prod(spacing))
     if label is not None and label.min(initial=0) < 0:
@@ -31,9 +35,10 @@ def count_mm3(
         for a in (prediction, label)
     )
     assert found is not None
+    numbers = groups or [[i] for i in range(1, len(classes) + 1)]
     return {
-        name: (float(found[i]), None if there is None else float(there[i]))
-        for i, name in enumerate(classes, start=1)
+        name: (float(found[n].sum()), None if there is None else float(there[n].sum()))
+        for name, n in zip(classes, map(list, numbers), strict=True)
     }
 
 

@@ -1,7 +1,7 @@
 """Every network by name: `build_model(config.model)`.
 
 Segmentation models are called `model.apply(variables, image, keypoints, keypoint_mask, train=...)`
-with image [b, h, w, 1], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and
+with image [b, h, w, c], keypoints int [b, k, 2] in (row, col) pixels and mask bool [b, k], and
 return logits [b, h, w, d]; models without keypoints ignore them. The pretraining networks take the
 same with a view axis of 2 after b; they return a `PretrainingOutput`, or two feature maps for local
 contrast. h and w must be divisible by 16.
@@ -77,7 +77,7 @@ class SegmentationNetwork(nn.Module):
 
     def __call__(
         self,
-        image: Float[Array, "b h w 1"],
+        image: Float[Array, "b h w c"],
         keypoints: Int[Array, "b k 2"],
         keypoint_mask: Bool[Array, "b k"],
         *,
@@ -102,7 +102,8 @@ def build_model(
         `num_attention_layers` (of each KAF layer; of the whole Swin Transformer), `dtype` (of the
         computation; parameters and statistics are at least float32), `remat` (recompute blocks in
         the backward pass instead of storing their activations), `norm` (of feature maps, one of
-        `NORMS`; batch norm if absent); for segmentation `num_classes`; for pretraining `embedding`,
+        `NORMS`; batch norm if absent); for segmentation `num_classes`, or `num_regions` if there
+        are some; for pretraining `embedding`,
         `num_matcher_layers` and `num_sinkhorn_iterations`; for local contrast `embedding` and
         `num_decoder_blocks`.
       head: one of `HEADS`; by default `config.head`.
@@ -148,7 +149,8 @@ def build_model(
             0, remat=config.remat, num_blocks=config.num_decoder_blocks, norm=norm, **common
         )
         return LocalContrastNetwork(encoder, blocks, config.embedding, common["dtype"])
-    decoder = backbone.decoder(config.num_classes, remat=config.remat, norm=norm, **common)
+    outputs = getattr(config, "num_regions", None) or config.num_classes
+    decoder = backbone.decoder(outputs, remat=config.remat, norm=norm, **common)
     return SegmentationNetwork(encoder, decoder)
 
 

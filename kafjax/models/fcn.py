@@ -1,7 +1,7 @@
 """FCN and KAF-FCN: the appendix's table 4.
 
 FCN-8s (Long, Shelhamer and Darrell, CVPR 2015) with each VGG block replaced by two convolutions.
-Images are [b, h, w, 1] with h and w divisible by 16.
+Images are [b, h, w, c] with h and w divisible by 16.
 
 Our choices where the appendix is silent: batch norm and leaky ReLU after each convolution, as in
 the UNet, so that the two differ only in their decoders; channels f, 2f, 4f, 8f, 16f; KAF layers

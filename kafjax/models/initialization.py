@@ -59,7 +59,7 @@ def variable_shapes(
     return jax.eval_shape(init, *inputs)
 
 
-def example_inputs(head: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+def example_inputs(head: str, num_channels: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The smallest image, keypoints and mask for a network with this `config.model.head`.
 
     Sufficient for `init_variables` and `variable_shapes`: the variables' shapes depend neither on
@@ -67,7 +67,7 @@ def example_inputs(head: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     """
     views = () if head == "segmentation" else (2,)
     return (
-        jax.ShapeDtypeStruct((1, *views, 16, 16, 1), jnp.float32),
+        jax.ShapeDtypeStruct((1, *views, 16, 16, num_channels), jnp.float32),
         jax.ShapeDtypeStruct((1, *views, 1, 2), jnp.int32),
         jax.ShapeDtypeStruct((1, *views, 1), jnp.bool_),
     )

@@ -125,7 +125,7 @@ class PretrainingNetwork(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "b 2 h w 1"],
+        image: Float[Array, "b 2 h w c"],
         keypoints: Int[Array, "b 2 k 2"],
         keypoint_mask: Bool[Array, "b 2 k"],
         *,
@@ -187,7 +187,7 @@ class LocalContrastNetwork(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "b 2 h w 1"],
+        image: Float[Array, "b 2 h w c"],
         keypoints: Int[Array, "b 2 k 2"],
         keypoint_mask: Bool[Array, "b 2 k"],
         *,

@@ -338,7 +338,7 @@ class SwinEncoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "b h w 1"],
+        image: Float[Array, "b h w c"],
         keypoints: Int[Array, "b k 2"],
         mask: Bool[Array, "b k"],
         *,

@@ -1,7 +1,7 @@
 """UNet, UNet (c2) and KAF-UNet: docs/method.md section 5 and the appendix's table 1.
 
 One encoder, whose blocks' outputs are widened in one of three ways: not at all, by a copy, or by a
-KAF layer. Images are [b, h, w, 1] with h and w divisible by 16.
+KAF layer. Images are [b, h, w, c] with h and w divisible by 16.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ NUM_LEVELS = 4
 WIDENINGS = ("none", "copy", "kaf")
 
 
-def check_size(image: Float[Array, "b h w 1"]) -> None:
+def check_size(image: Float[Array, "b h w c"]) -> None:
     """Raises ValueError unless height and width can be halved four times."""
     h, w = image.shape[1:3]
     if h % 2**NUM_LEVELS or w % 2**NUM_LEVELS:
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "b h w 1"],
+        image: Float[Array, "b h w c"],
         keypoints: Int[Array, "b k 2"],
         mask: Bool[Array, "b k"],
         *,

@@ -10,6 +10,7 @@ from typing import Any
 
 from kafjax.errors import UserError
 from kafjax.files import flatten, write_text
+from kafjax.regions import regions_of
 from kafjax.report.charts import Curve, chart, curve_legend
 from kafjax.report.html import (
     Child,
@@ -189,9 +190,15 @@ def _points(run: Run) -> dict[str, list[tuple[float, float]]]:
 
 def _titles(runs: Sequence[Run]) -> dict[str, str]:
     """What metrics of classes are called, where all runs have the same classes."""
-    found = {tuple(run.preparation.get("classes", ())) for run in runs}
-    classes = found.pop() if len(found) == 1 else ()
-    return {f"validation_dice_{i}": f"validation_dice of {name}" for i, name in enumerate(classes)}
+    found = {_scored(run.preparation) for run in runs}
+    names = found.pop() if len(found) == 1 else ()
+    return {f"validation_dice_{i}": f"validation_dice of {n}" for i, n in enumerate(names, start=1)}
+
+
+def _scored(preparation: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what validation scores, in order: regions, or classes without the background."""
+    regions = tuple(region.name for region in regions_of(preparation))
+    return regions or tuple(preparation.get("classes", ())[1:])
 
 
 def _board(runs: Sequence[Run]) -> list[Element]:

@@ -15,12 +15,13 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
-from kafjax.data.dataset import Slice, SliceDataset, check_facts, open_dataset
+from kafjax.data.dataset import Slice, SliceDataset, check_facts, facts_of_run, open_dataset
 from kafjax.drawing.overlay import class_colours
 from kafjax.drawing.segmentations import SegmentedSlice
 from kafjax.errors import UserError
 from kafjax.figures.choice import largest_foreground
 from kafjax.inference.predictor import load_predictor
+from kafjax.regions import most_probable
 from kafjax.report.html import Element, element, figure, legend, note
 from kafjax.report.runs import Fields, Run, mean_dice
 from kafjax.segmentation_metrics import slice_dice
@@ -74,7 +75,11 @@ def choose_volumes(scores: Sequence[Mapping[str, float]], *, most: int) -> list[
 
 
 def predict_slices(
-    workdir: str | os.PathLike[str], slices: Sequence[Slice], *, step: int | None = None
+    workdir: str | os.PathLike[str],
+    dataset: SliceDataset,
+    records: Sequence[int],
+    *,
+    step: int | None = None,
 ) -> list[np.ndarray]:
     """The class numbers, int [h, w], that a run as it was at `step` (its best) predicts.
 
@@ -82,8 +87,8 @@ def predict_slices(
       ValueError: the run has no such checkpoint, or a damaged one.
     """
     predictor = load_predictor(workdir, step=step)
-    views = [(s.image, s.keypoints, s.mask) for s in slices]
-    return [probabilities.argmax(axis=-1) for probabilities in predictor.probabilities(views)]
+    found = predictor.probabilities(predictor.views(dataset, records))
+    return [most_probable(probabilities, dataset.metadata) for probabilities in found]
 
 
 def read_board(workdir: str | os.PathLike[str]) -> dict[str, tuple[int, bytes]]:
@@ -115,9 +120,10 @@ def _show_dataset(
         own = [volume for volume in slices if volume in of_run]
         print(f"Segmenting {len(own)} slices by {run.name}", flush=True)
         try:
-            check_facts(dataset, {"max_keypoints": run.config["data"]["max_keypoints"]})
+            check_facts(dataset, facts_of_run(run.config))
             step = _evaluation(run).get("step")
-            found = predict_slices(run.workdir, [slices[volume] for volume in own], step=step)
+            shown = [records[volume] for volume in own]
+            found = predict_slices(run.workdir, dataset, shown, step=step)
         except (UserError, OSError) as error:
             faults.append(note(f"{run.name}: {error}"))
             continue

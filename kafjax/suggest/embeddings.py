@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from kafjax.checkpoint.checkpointer import load_variables
-from kafjax.data.dataset import SliceDataset
+from kafjax.data.dataset import SliceDataset, context_of
 from kafjax.data.samples import make_unlabelled
 from kafjax.inference.predictor import full_batches
 from kafjax.models import encoder_of
@@ -47,6 +47,7 @@ def embed_volumes(
         "patch_size": tuple(config.data.patch_size),
         "patch_keypoints": config.data.get("patch_keypoints"),
     }
+    dataset = dataset.with_context(context_of(config))
     views = (
         make_unlabelled(dataset, 0, record, seed=None, **patch)
         for name in volumes

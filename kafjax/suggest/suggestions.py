@@ -20,7 +20,7 @@ from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset
 from kafjax.files import csv_text, write_text
 from kafjax.inference.predictor import Predictor, load_predictor
-from kafjax.inference.uncertainty import Meter, mean_of_classes
+from kafjax.inference.uncertainty import Meter, check_exclusive, mean_of_classes
 from kafjax.paths import expand
 from kafjax.suggest.embeddings import embed_volumes, normalise
 from kafjax.suggest.medoids import k_medoids
@@ -155,8 +155,9 @@ def suggest_uncertain(
     Probabilities are averaged over the runs.
 
     Raises:
-      UserError: fewer candidates than `number`, or runs on another dataset.
+      UserError: fewer candidates than `number`, runs on another dataset, or one with regions.
     """
+    check_exclusive(dataset.metadata, "a suggestion by entropy")
     splits = [open_split(workdir, dataset) for workdir in workdirs]
     used = {name for split in splits for side in split.names for name in side}
     used |= set(volumes_for_test(dataset))
@@ -180,16 +181,16 @@ def _measure(
     dataset: SliceDataset, name: str, predictors: Sequence[Predictor]
 ) -> tuple[Uncertain, UncertainSlice]:
     """A volume's numbers, and its slice with the largest total entropy."""
-    slices = [dataset.read(record) for record in dataset.volumes[name]]
-    views = [(s.image, s.keypoints, s.mask) for s in slices]
-    streams = zip(*(predictor.probabilities(views) for predictor in predictors), strict=True)
+    records = dataset.volumes[name]
+    views = {p.context: p.views(dataset, records) for p in predictors}
+    streams = zip(*(p.probabilities(views[p.context]) for p in predictors), strict=True)
     meter, worst = Meter(len(dataset.classes)), -1.0
     for index, members in enumerate(streams):
         probabilities = np.mean(members, axis=0)
         entropy = meter.add(probabilities)
         if entropy.sum() > worst:
             worst = float(entropy.sum())
-            one = slices[index]
+            one = dataset.read(records[index])
             shown = UncertainSlice(
                 f"{name} slice {index}",
                 one.image[..., 0],

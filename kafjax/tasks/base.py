@@ -84,7 +84,12 @@ def make_model(config: Any, axis_name: str | None) -> nn.Module:
 
 def network_shapes(config: Any) -> dict[str, Any]:
     """Shapes and types of the variables of the run's network (`variable_shapes`)."""
-    return variable_shapes(make_model(config, None), *example_inputs(HEADS_OF_TASKS[config.task]))
+    return variable_shapes(make_model(config, None), *_example_inputs(config))
+
+
+def _example_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    num_channels = config.model.get("num_channels") or 1  # absent for one channel
+    return example_inputs(HEADS_OF_TASKS[config.task], num_channels)
 
 
 def apply_training(
@@ -202,6 +207,10 @@ class Task(abc.ABC):
         """Logits [b, h, w, d] of a device's part of a batch, not augmented."""
         raise NotImplementedError(f"{type(self).__name__} predicts no classes")
 
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Probabilities [b, h, w, d] of the logits of `predict`."""
+        raise NotImplementedError(f"{type(self).__name__} predicts no classes")
+
     def count(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Integer counts [b, ...] to sum over slices, and predicted classes [b, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} is not validated")
@@ -212,8 +221,7 @@ class Task(abc.ABC):
 
     def init(self) -> dict[str, Any]:
         """Fresh variables {'params', 'batch_stats'} of NumPy arrays, a function of config.seed."""
-        inputs = example_inputs(HEADS_OF_TASKS[self._config.task])
-        return init_variables(self._model, self._config.seed, *inputs)
+        return init_variables(self._model, self._config.seed, *_example_inputs(self._config))
 
     def apply(self, params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, Any]:
         """The network's outputs of an augmented batch, and its new running statistics."""

@@ -6,6 +6,7 @@ from kafjax.registry import Registry
 from kafjax.tasks.base import Task
 from kafjax.tasks.local_contrast import LocalContrast
 from kafjax.tasks.pretraining import Pretraining
+from kafjax.tasks.regions import RegionSegmentation
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.tasks.semi_supervised import SemiSupervised
 
@@ -15,9 +16,12 @@ TASKS: Registry[type[Task]] = Registry(
 
 
 def make_task(config: Any, *, axis_name: str | None = None) -> Task:
-    """The task of a run, `config.task`; segmentation is semi-supervised if `config.semi` is there.
+    """The task of a run, `config.task`.
 
-    Args and errors are those of `Task`.
+    Segmentation is semi-supervised if `config.semi` is there, and of regions if the dataset has
+    some. Args and errors are those of `Task`.
     """
     kind = SemiSupervised if "semi" in config else TASKS[config.task]
+    if kind is Segmentation and config.data.get("regions"):
+        kind = RegionSegmentation
     return kind(config, axis_name=axis_name)

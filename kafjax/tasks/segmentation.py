@@ -14,6 +14,7 @@ import numpy as np
 
 from kafjax import augment, losses
 from kafjax.labels import IGNORED
+from kafjax.regions import Groups
 from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice
 from kafjax.tasks.base import Batch, Metrics, Task, make_transform, sample_keys
 
@@ -122,7 +123,7 @@ class Segmentation(Task):
         """The loss by labels, and a step's metrics."""
         terms = self._terms(logits, batch["label"])
         total = self._weigh(terms)
-        counts = count_pixels(jnp.argmax(logits, axis=-1), batch["label"], self._num_classes)
+        counts = self._count(self.labels(logits), batch["label"])
         dice = jnp.nan_to_num(jnp.nanmean(pooled_dice(self._sum(counts))), nan=1.0)
         metrics = {
             "loss": total,
@@ -131,6 +132,22 @@ class Segmentation(Task):
             "keypoints": jnp.mean(jnp.sum(batch["keypoint_mask"], axis=-1)),
         }
         return total, metrics
+
+    @property
+    def _groups(self) -> Groups | None:
+        """The labels of each structure that is scored; by default of each class its own."""
+        return None
+
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Probabilities of the classes."""
+        return jax.nn.softmax(logits)
+
+    def labels(self, logits: jax.Array) -> jax.Array:
+        """The predicted classes."""
+        return jnp.argmax(logits, axis=-1)
+
+    def _count(self, labels: jax.Array, label: jax.Array, **valid: jax.Array) -> jax.Array:
+        return count_pixels(labels, label, self._num_classes, groups=self._groups, **valid)
 
     def _sum(self, counts: jax.Array) -> jax.Array:
         """The sum over devices."""
@@ -169,11 +186,11 @@ class Segmentation(Task):
           Pixel counts int32 [b, d, 3] to sum over slices, 0 for invalid ones, and the predicted
           classes uint8 [b, h, w].
         """
-        prediction = jnp.argmax(self.predict(variables, batch), axis=-1)
+        prediction = self.labels(self.predict(variables, batch))
 
         def one(*of_slice: jax.Array) -> jax.Array:
             classes, label, valid = (x[None] for x in of_slice)
-            return count_pixels(classes, label, self._num_classes, valid=valid)
+            return self._count(classes, label, valid=valid)
 
         counts = jax.vmap(one)(prediction, batch["label"], batch["valid"])
         return counts, prediction.astype(jnp.uint8)

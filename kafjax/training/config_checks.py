@@ -89,6 +89,17 @@ _NAMES = Rule(
     lambda value: isinstance(value, tuple | list) and all(isinstance(x, str) and x for x in value),
 )
 
+_NUMBERS = Rule(
+    "numbers of labels",
+    lambda value: (
+        isinstance(value, tuple | list) and bool(value) and all(type(x) is int for x in value)
+    ),
+)
+_REGIONS = Rule(
+    "numbers of labels for each region",
+    lambda value: isinstance(value, tuple | list) and all(map(_NUMBERS.holds, value)),
+)
+
 _COMMON = {
     "task": _choice(TASKS),
     "seed": _integer(0, 2**32 - 1),
@@ -170,9 +181,14 @@ _OF_DATASET = {  # filled in from the dataset
     "data.patch_keypoints": _or_none(_integer(1, _MAX_KEYPOINTS)),
     "data.radius": _or_none(_integer(1)),
     "data.sparse_labels": _or_none(_FLAG),
+    "data.regions": _REGIONS,
+    "data.regions_class_order": _NUMBERS,
+    "model.num_channels": _integer(1),
+    "model.num_regions": _integer(1, _MAX_CLASSES),
 }
 _ANYWHERE = {
     **_OF_DATASET,
+    "data.context": _integer(0, 16),
     "optimizer.momentum": _number(0, 1),
     "checkpoint.select": _choice(("best", "last")),
 }
@@ -323,6 +339,11 @@ _TOGETHER: dict[str, Rule] = {
             None in (f["loss.class_weights"], f.get("model.num_classes"))
             or len(f["loss.class_weights"]) == f["model.num_classes"]
         ),
+    ),
+    "data.regions": Rule(
+        "none for config.semi, whose teacher chooses one class for each pixel, and without "
+        "config.loss.class_weights",
+        lambda f: "semi.method" not in f and f.get("loss.class_weights") is None,
     ),
     "loss.weights.cross_entropy": Rule(
         "above 0, or the weight of another loss",

@@ -21,6 +21,7 @@ from kafjax.data.batches import BatchOptions, steps_per_epoch
 from kafjax.data.dataset import (
     SliceDataset,
     check_facts,
+    context_of,
     labelled_volumes,
     open_dataset,
     records_of,
@@ -37,6 +38,7 @@ from kafjax.data.splits import (
     unlabelled_volumes,
 )
 from kafjax.errors import UserError
+from kafjax.regions import regions_of
 from kafjax.tasks.base import HEADS_OF_TASKS, make_model, network_shapes
 from kafjax.tasks.registry import make_task
 from kafjax.training.config_checks import check_fields
@@ -111,6 +113,7 @@ def open_run_dataset(config: Any) -> SliceDataset:
             f"config.data.dir is {config.data.dir!r}, expected the folder of a prepared dataset "
             f"{config.data.name!r} that can be read: {error}"
         ) from error
+    dataset = dataset.with_context(context_of(config))
     given = {name: config.data.get(name) for name in ("max_keypoints", "radius")}
     check_facts(dataset, {name: value for name, value in given.items() if value is not None})
     num_classes = config.model.get("num_classes")
@@ -119,15 +122,21 @@ def open_run_dataset(config: Any) -> SliceDataset:
             f"config.model.num_classes is {num_classes}, expected {len(dataset.classes)}: "
             f"{dataset.directory} has {', '.join(dataset.classes)}"
         )
+    num_channels = config.model.get("num_channels")
+    if num_channels not in (None, dataset.num_channels):
+        raise UserError(
+            f"config.model.num_channels is {num_channels}, expected {dataset.num_channels}, what "
+            f"slices of {dataset.directory} have with config.data.context"
+        )
     return dataset
 
 
 def complete_config(config: Any, dataset: SliceDataset) -> Any:
     """A copy of the config with missing fields filled in from the dataset.
 
-    These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`)
-    and, for segmentation, the number of classes and whether labels are sparse; and the network's
-    head, from the task: `FROM_DATASET`.
+    These are K, the radius of correspondences, the slots for a patch's keypoints (`count_places`),
+    the number of channels unless it is 1, and, for segmentation, the number of classes, the regions
+    and whether labels are sparse; and the network's head, from the task: `FROM_DATASET`.
     """
     complete = config.copy_and_resolve_references()
     with complete.unlocked():
@@ -135,11 +144,17 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
             if complete.data.get(name) is None:
                 complete.data[name] = dataset.metadata[name]
         complete.model.head = HEADS_OF_TASKS[config.task]
+        if dataset.num_channels > 1:
+            complete.model.num_channels = dataset.num_channels
         if complete.data.get("patch_keypoints") is None:
             size = tuple(complete.data.patch_size)
             complete.data.patch_keypoints = count_places(dataset.metadata, size)
         if config.task == "segment" and dataset.metadata.get("sparse_labels"):
             complete.data.sparse_labels = True
+        if config.task == "segment" and (regions := regions_of(dataset.metadata)):
+            complete.data.regions = tuple(region.labels for region in regions)
+            complete.data.regions_class_order = tuple(region.written for region in regions)
+            complete.model.num_regions = len(regions)
         if config.task == "segment" and complete.model.get("num_classes") is None:
             complete.model.num_classes = len(dataset.classes)
     check_fields(complete)  # again, with the values filled in
@@ -147,16 +162,16 @@ def complete_config(config: Any, dataset: SliceDataset) -> Any:
 
 
 def with_classes(config: Any) -> Any:
-    """The completed config (`complete_config`) if its network needs the number of classes.
+    """The completed config (`complete_config`) if the dataset is there, else the config.
 
     Raises:
-      ValueError: the config lacks the number, and the dataset is missing.
+      ValueError: the config lacks the number of classes, and the dataset is missing.
     """
-    if config.task != "segment" or config.model.get("num_classes") is not None:
-        return config
     try:
         return complete_config(config, open_run_dataset(config))
     except UserError as error:
+        if config.task != "segment" or config.model.get("num_classes") is not None:
+            return config
         raise UserError(
             f"config.model.num_classes is None, expected it or the prepared dataset: {error}"
         ) from None

@@ -253,7 +253,7 @@ def make_predict(task: Task, variables: Any) -> Callable[[Batch], np.ndarray]:
     """Class probabilities float32 [b, h, w, d] of a process's batches, spread over its devices."""
 
     def predict(variables: Any, batch: Any) -> jax.Array:
-        return jax.nn.softmax(task.predict(variables, batch).astype(jax.numpy.float32))
+        return task.probabilities(task.predict(variables, batch).astype(jax.numpy.float32))
 
     mapped = map_devices(predict, in_axes=(None, 0), out_axes=0)
     resident = replicate(variables)

@@ -24,9 +24,10 @@ from kafjax.workdir.workdir import Workdir
 Variables = dict[str, Any]
 
 # Config fields that define the encoder's architecture, and those worth reporting.
-_ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm")}
-_OLDER = {"model.norm": "batch"}  # absent in runs of older versions
-_DATA = {"data": ("name", "max_keypoints", "radius", "patch_size")}
+_ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm", "num_channels")}
+# Absent in runs of older versions, and of one channel.
+_OLDER = {"model.norm": "batch", "model.num_channels": 1, "data.context": 0}
+_DATA = {"data": ("name", "max_keypoints", "radius", "patch_size", "context")}
 
 
 class TransferReport(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kafjax.data.dataset import context_of, count_channels
 from kafjax.data.records import find_dataset, open_builder
 from kafjax.errors import UserError
 from kafjax.files import read_checked, write_checked
@@ -98,6 +99,14 @@ def _check(place: Path, found: Preparation, config: Mapping[str, Any]) -> None:
     pairs = {
         "max_keypoints": (found["max_keypoints"], config["data"]["max_keypoints"]),
         "number of classes": (len(found["classes"]), config["model"]["num_classes"]),
+        "number of channels": (
+            count_channels(found, context_of(config)),
+            config["model"].get("num_channels") or 1,
+        ),
+        "number of regions": (
+            len(found.get("regions", ())),
+            config["model"].get("num_regions") or 0,
+        ),
     }
     wrong = [
         f"  {name}: {there} there, {here} in the run's config"

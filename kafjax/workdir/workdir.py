@@ -46,9 +46,16 @@ FROM_DATASET = (
     "data.patch_keypoints",
     "data.radius",
     "data.sparse_labels",
+    "data.regions",
+    "data.regions_class_order",
+    "model.num_channels",
+    "model.num_regions",
     "model.num_classes",
     "model.head",
 )
+
+# Fields that runs of older versions lack, and what they stand for there.
+_OLDER = {"data.context": 0}
 
 # Checkpoints by name.
 CHOICES = ("best", "last")
@@ -138,7 +145,7 @@ class Workdir:
         in may be missing from `config`.
         """
         try:
-            there = flatten(read_checked(self.config_file))
+            there = _OLDER | flatten(read_checked(self.config_file))
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -146,7 +153,7 @@ class Workdir:
                 f"{self.config_file}: not a run's config ({error}); without the file the config "
                 "that is given is used"
             ) from None
-        here = flatten(json.loads(json.dumps(config)))
+        here = _OLDER | flatten(json.loads(json.dumps(config)))
         filled = {name for name in FROM_DATASET if here.get(name) is None}
         differing = differences(there, here, ignore={*may_change, *filled})
         if differing:
