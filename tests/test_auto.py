@@ -326,7 +326,7 @@ def test_the_largest_network_that_can_be_trained_well_is_chosen(
 
 @pytest.mark.parametrize(
     ("seconds", "filters", "unlabelled"),
-    [(0.001, 32, True), (0.006, 16, True), (0.045, 8, True), (0.08, 8, False)],
+    [(0.001, 32, True), (0.006, 16, True), (0.045, 8, True), (0.12, 8, False)],
 )
 def test_unlabelled_scans_come_before_a_larger_network(
     seconds: float, filters: int, unlabelled: bool, monkeypatch: pytest.MonkeyPatch

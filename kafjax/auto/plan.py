@@ -61,8 +61,7 @@ def make_plan(survey: Survey, request: Request, *, began: float) -> tuple[Plan, 
             predicted=labelled * (slices.whole + 2 * slices.fine_tuning),
             keypoint_seconds=0.5 * pace,
             fine_tunings=labelled * (1 + slices.folds),
-            # Copy-paste needs as many slices without labels as with them.
-            unlabelled=labelled and slices.unlabelled >= slices.fine_tuning,
+            unlabelled=labelled and _teaches(survey, slices),
         )
         make = _config_maker(survey, grid_of, slices)
         choice = choose(probe, make, lambda: seconds - (time.perf_counter() - began), work)
@@ -169,6 +168,11 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
         held_out=held_out,
         folds=min(len(subjects), _MOST_FOLDS) if request.estimate else 0,
     )
+
+
+def _teaches(survey: Survey, slices: _Slices) -> bool:
+    """Whether a teacher can label slices for copy-paste: as many as are labelled, no regions."""
+    return slices.unlabelled >= slices.fine_tuning and not survey.reader.facts.get("regions")
 
 
 def coarser_spacing(
