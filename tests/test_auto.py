@@ -326,7 +326,7 @@ def test_the_largest_network_that_can_be_trained_well_is_chosen(
 
 @pytest.mark.parametrize(
     ("seconds", "filters", "unlabelled"),
-    [(0.001, 32, True), (0.006, 16, True), (0.045, 8, True), (0.12, 8, False)],
+    [(0.001, 32, True), (0.006, 16, True), (0.045, 8, True), (0.08, 8, False)],
 )
 def test_unlabelled_scans_come_before_a_larger_network(
     seconds: float, filters: int, unlabelled: bool, monkeypatch: pytest.MonkeyPatch
@@ -334,6 +334,7 @@ def test_unlabelled_scans_come_before_a_larger_network(
     monkeypatch.setattr(sizes, "NETWORKS", NETWORKS)
     monkeypatch.setattr(sizes, "PRETRAINING_STEPS", (20_000, 1000, 100))
     monkeypatch.setattr(sizes, "FINE_TUNING_STEPS", (5000, 1000, 300))
+    monkeypatch.setattr(sizes, "SEMI_SUPERVISED_STEPS", 600)
     probe: Any = Clock(seconds)
     choice = sizes.choose(probe, make, lambda: 3600.0, WORK._replace(unlabelled=True))
     assert (choice.network.filters, choice.unlabelled) == (filters, unlabelled)
