@@ -307,7 +307,7 @@ NETWORKS = tuple(sizes.Network(f, 0, 16, 0, edge=64, batch=8) for f in (32, 16, 
 WORK = sizes.Work(3600.0, 64, 64, fixed=100.0, predicted=0, keypoint_seconds=0.0, fine_tunings=1)
 
 
-@pytest.mark.parametrize(("seconds", "filters"), [(0.001, 32), (0.01, 16), (0.05, 8)])
+@pytest.mark.parametrize(("seconds", "filters"), [(0.001, 32), (0.02, 16), (0.08, 8)])
 def test_the_largest_network_that_can_be_trained_well_is_chosen(
     seconds: float, filters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

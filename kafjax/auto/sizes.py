@@ -73,7 +73,8 @@ FINE_TUNING_STEPS = (5000, 1000, 300)  # the recipe's rates hold from 300 steps 
 SEMI_SUPERVISED_STEPS = 600
 # Time of a fine-tuning step on unlabelled scans too, relative to one without: measured on CPU.
 _SEMI_SUPERVISED_WORK = 2.7
-_SHARE_OF_PRETRAINING = 0.5
+# Of the time left for training. PCL gained a plain UNet nothing on phantoms (docs/results.md).
+_SHARE_OF_PRETRAINING = {"kaf": 0.5, "plain": 0.2}
 _SHARE_OF_MEMORY = 0.8
 _SHARE_OF_TIME = 0.9  # of what training may take: other work on the machine may slow it down
 _COMPILING = 2.5  # times that of the smallest network
@@ -198,14 +199,15 @@ def _share_out(choice: Choice, work: Work, seconds: float) -> Choice:
         predicting += 0.3 * second.compilation
     overhead = work.fixed + starting + predicting
     left = _SHARE_OF_TIME * (seconds - overhead)
-    steps = _steps(choice.timings, work.fine_tunings, left)
+    share = _SHARE_OF_PRETRAINING["kaf" if choice.network.attention_layers else "plain"]
+    steps = _steps(choice.timings, work.fine_tunings, left, share)
     return choice._replace(steps=steps, predicting=predicting, overhead=overhead)
 
 
 def _steps(
-    timings: tuple[Timing, Timing | None], fine_tunings: int, seconds: float
+    timings: tuple[Timing, Timing | None], fine_tunings: int, seconds: float, share: float
 ) -> tuple[int, int]:
-    """Steps of both stages in so many seconds: the least of each, then equal shares; or none."""
+    """Steps of both stages in so many seconds: the least of each, then by shares; or none."""
     first, second = timings
     pace = (first.step, second.step * fine_tunings if second else 0.0)
     limits = (PRETRAINING_STEPS, FINE_TUNING_STEPS if second else (0, 0, 0))
@@ -213,10 +215,10 @@ def _steps(
     if left < 0:
         return 0, 0
     steps = [limit[2] for limit in limits]
-    shares = (_SHARE_OF_PRETRAINING, 1.0, 1.0) if second else (1.0,)
+    shares = (share, 1.0, 1.0) if second else (1.0,)
     # Fine-tuning takes what pretraining leaves, and the other way round.
-    for share, i in zip(shares, (0, 1, 0), strict=False):
-        more = min(int(share * left / pace[i]), limits[i][0] - steps[i])
+    for part, i in zip(shares, (0, 1, 0), strict=False):
+        more = min(int(part * left / pace[i]), limits[i][0] - steps[i])
         steps[i] += more
         left -= more * pace[i]
     return steps[0], steps[1]
@@ -239,9 +241,11 @@ def _slower(choice: Choice, ratio: float, work: Work, seconds: float) -> Choice:
 
 
 def _well_trained(choice: Choice) -> bool:
-    if choice.network == NETWORKS[-1]:
-        return _has(choice, (PRETRAINING_STEPS[2], SEMI_SUPERVISED_STEPS))
-    return _has(choice, (PRETRAINING_STEPS[1], FINE_TUNING_STEPS[1]))
+    smallest = choice.network == NETWORKS[-1]
+    fine_tuning = SEMI_SUPERVISED_STEPS if smallest else FINE_TUNING_STEPS[1]
+    return _has(
+        choice, (PRETRAINING_STEPS[1 if choice.network.attention_layers else 2], fine_tuning)
+    )
 
 
 def _has(choice: Choice, needed: tuple[int, int]) -> bool:
