@@ -23,6 +23,8 @@ _EXTRAS = {
     "nibabel": "data",
     "torch": "torch",
     **dict.fromkeys(("SimpleITK", "pydicom", "highdicom"), "formats"),
+    "onnxruntime": "onnx",
+    "huggingface_hub": "hub",
 }
 
 
