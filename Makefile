@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-slow test-pythons bench faults docs lint clean
+.PHONY: demo test test-slow test-cluster test-pythons bench faults docs lint clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# A real SLURM of one node, and two hosts as network namespaces: minutes, as root on Debian.
+test-cluster: $(INSTALLED)
+	@command -v slurmctld && command -v ip || \
+	    (apt-get update -qq && apt-get install -y -qq slurm-wlm iproute2)
+	$(RUN) tests.cluster
 
 # On each version of Python, in an environment of its own.
 PYTHONS ?= python3.11 python3.12

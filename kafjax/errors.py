@@ -15,6 +15,7 @@ import kafjax
 MISTAKE = 2
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 TRY_AGAIN = 75  # EX_TEMPFAIL
+LOST = "another process of the run has ended; start all with the same command again"
 # XLA's errors when a process, or the network to it, is lost.
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL")
 # Modules that only some commands need, and the extra in setup.cfg that installs them.
@@ -23,6 +24,8 @@ _EXTRAS = {
     "nibabel": "data",
     "torch": "torch",
     **dict.fromkeys(("SimpleITK", "pydicom", "highdicom"), "formats"),
+    "onnxruntime": "onnx",
+    "huggingface_hub": "hub",
 }
 
 
@@ -70,7 +73,7 @@ def lost_process(error: BaseException) -> str:
     if type(error).__name__ != "JaxRuntimeError" or not any(word in str(error) for word in _LOST):
         return ""
     reason = " ".join(str(error).split())[:200]
-    return f"another process of the run has ended; start all with the same command again ({reason})"
+    return f"{LOST} ({reason})"
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from kafjax.checkpoint.checkpointer import check_resumable
 from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
 from kafjax.errors import UserError
+from kafjax.processes import join
 from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import describe
 from kafjax.training.loop import train
@@ -35,6 +36,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "A process of the run silent for so long is lost.", lower_bound=1
+)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 
 
@@ -72,13 +76,13 @@ def _join_processes() -> None:
         return
     if any(value is None for value in flags_of_process):
         raise UserError("several processes need --coordinator, --num_processes and --process_id")
-    jax.distributed.initialize(*flags_of_process)
+    join(*flags_of_process, heartbeat_seconds=_HEARTBEAT.value)
 
 
 def _join_cluster() -> None:
     """Joins the processes that JAX finds in this job's environment."""
     try:
-        jax.distributed.initialize()
+        join(heartbeat_seconds=_HEARTBEAT.value)
     except ValueError as error:  # JAX's own message names an argument of its function
         raise UserError(
             "--distributed: this is no SLURM, Open MPI, Kubernetes or Cloud TPU job that JAX "

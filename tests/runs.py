@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_pretrain
 from kafjax.data.dataset import SliceDataset
 from kafjax.training.preflight import complete_config, split_run
+from kafjax.workdir.metrics import read_metrics
 from kafjax.workdir.split import describe_split, write_split
 from kafjax.workdir.workdir import Workdir
 
@@ -101,13 +103,25 @@ def free_address() -> str:
 
 
 def start_command(
-    dataset: Path, workdir: Path, *extra: str, devices: int = 1, **environment: str
+    dataset: Path,
+    workdir: Path,
+    *extra: str,
+    devices: int = 1,
+    prefix: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.Popen[str]:
-    """Starts `python -m kafjax.main` on the tiny run; stderr goes to stdout."""
+    """Starts `python -m kafjax.main` on the tiny run, behind a prefix; stderr goes to stdout."""
     fields = {**OVERRIDES, "data.dir": str(dataset.parents[1])}
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "kafjax.main", "--config", "configs/phantom_pretrain.py"),
+            *(
+                *prefix,
+                sys.executable,
+                "-m",
+                "kafjax.main",
+                "--config",
+                "configs/phantom_pretrain.py",
+            ),
             *(f"--config.{name}={value}" for name, value in fields.items()),
             *("--workdir", str(workdir)),
             *extra,
@@ -131,3 +145,8 @@ def run_command(
     process = start_command(dataset, workdir, *extra, devices=devices, **environment)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
+
+
+def without_time(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]

@@ -29,7 +29,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
@@ -119,10 +119,15 @@ def one_node(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]:
             time.sleep(1)
         yield cluster
     finally:
+        # What a failed test has left would keep the daemons.
+        subprocess.run(["scancel", "--user=root"], env=environment, check=False)
         for process in reversed(started):
             process.terminate()
         for process in reversed(started):
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def installed() -> bool:

@@ -2,7 +2,6 @@
 
 import signal
 from pathlib import Path
-from typing import Any
 
 import flax
 import numpy as np
@@ -12,7 +11,14 @@ from kafjax.checkpoint import checkpointer as checkpoint
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.step import init_state, make_optimizer
 from kafjax.workdir.metrics import read_metrics
-from tests.runs import PLAIN, free_address, run_command, start_command, tiny_config
+from tests.runs import (
+    PLAIN,
+    free_address,
+    run_command,
+    start_command,
+    tiny_config,
+    without_time,
+)
 
 # Steps of four pairs take half the time; the signal needs a run that does not end before it comes.
 LONG = ("--config.batch_size=4", "--config.num_epochs=1000")
@@ -27,10 +33,6 @@ def state_of(dataset: Path, workdir: Path, step: int) -> dict[str, np.ndarray]:
     assert restored[0].step == step
     tree = flax.serialization.to_state_dict(restored[0])
     return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def without_time(workdir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
 
 
 def test_stopped_and_resumed_runs_end_with_the_same_bits(

@@ -1,15 +1,14 @@
 """Two processes of a run: what ends one ends both, with the reason."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from kafjax.errors import UserError
+from kafjax.errors import TRY_AGAIN, UserError
 from kafjax.processes import check_same, gather, together
-from tests.runs import ROOT
+from tests.runs import ROOT, free_address
 
 CHILD = """
     import sys, jax
@@ -54,9 +53,7 @@ CHILD = """
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """What the two processes print."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = free_address()
     code = "\n".join(line[4:] for line in CHILD.splitlines())
     children = [
         subprocess.Popen(
@@ -109,3 +106,41 @@ def test_one_process_alone_needs_no_other() -> None:
     check_same("the dataset", "text")
     with pytest.raises(UserError, match="mine"), together():
         raise UserError("mine")
+
+
+SILENT = """
+import os, signal, sys, time
+from kafjax.processes import join
+
+join(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3)
+time.sleep(3)
+print("joined", flush=True)
+if sys.argv[2] == sys.argv[3]:
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_without_a_sign_ends_the_others(silent: int) -> None:
+    address = free_address()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT, address, str(i), str(silent)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        _, error = children[1 - silent].communicate(timeout=120)
+        assert children[1 - silent].returncode == TRY_AGAIN, error
+        assert f"(no sign from process {silent} for 3 s)" in error
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -47,7 +47,7 @@ _PART = re.compile(r"\d{1,3}/(params|batch_stats)(/[A-Za-z0-9_]+)+")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "uint32", "int64", "bool")
 _NOT_PACKED = ("equal_images", "subjects", "volumes")  # names of volumes and patients
 _NOT_PACKED_OF_DATA = ("dir", "validation", "splits_file")  # of the config
-_VERSIONS = ("kafjax", "jax", "flax", "numpy", "opencv-python-headless")
+VERSIONS = ("kafjax", "jax", "flax", "numpy", "opencv-python-headless")
 _FETCH_AGAIN = "fetch or pack it again"
 
 
@@ -58,23 +58,30 @@ class Model:
     Attributes:
       preparation: of the networks' dataset.
       members: of each network `config`, `step`, `rules` and `scores`.
+      versions: of the libraries that packed it.
     """
 
     path: Path
     preparation: Preparation
     members: tuple[dict[str, Any], ...]
     parts: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each network's arrays, by part. Raises `UserError` for a damaged one."""
+        with _opened(self.path) as archive:
+            for name, part in self.parts.items():
+                yield name, _read_array(self.path, archive, name, part)
 
     def predictors(self, *, batch_size: int | None = None) -> tuple[Predictor, ...]:
         """The networks. Raises `UserError` for a damaged part."""
         variables: list[dict[str, Any]] = [{} for _ in self.members]
-        with _opened(self.path) as archive:
-            for name, part in self.parts.items():
-                number, *keys = name.split("/")
-                place = variables[int(number)]
-                for key in keys[:-1]:
-                    place = place.setdefault(key, {})
-                place[keys[-1]] = _read_array(self.path, archive, name, part)
+        for name, array in self.arrays():
+            number, *keys = name.split("/")
+            place = variables[int(number)]
+            for key in keys[:-1]:
+                place = place.setdefault(key, {})
+            place[keys[-1]] = array
         return tuple(
             Predictor(
                 ml_collections.ConfigDict(member["config"]),
@@ -130,11 +137,9 @@ def pack(
     first = next(iter(preparations.values()))
     index = {
         "format": _FORMAT,
-        "preparation": {k: v for k, v in first.items() if k not in _NOT_PACKED},
+        "preparation": without_names(first),
         "members": members,
-        "versions": {
-            k: v for k, v in describe_environment(devices=False).items() if k in _VERSIONS
-        },
+        "versions": {k: v for k, v in describe_environment(devices=False).items() if k in VERSIONS},
         "parts": {
             name: {
                 "sha256": hashlib.sha256(_raw(array)).hexdigest(),
@@ -183,7 +188,13 @@ def read_model(path: str | os.PathLike[str]) -> Model:
         for name, part in parts.items():
             if archive.getinfo(name).file_size != _size(place, name, part):
                 raise _refused(place, f"{name} has another size than it says", _FETCH_AGAIN)
-    return Model(place, index["preparation"], tuple(index["members"]), parts)
+    members, versions = tuple(index["members"]), index.get("versions", {})
+    return Model(place, index["preparation"], members, parts, versions)
+
+
+def without_names(preparation: Preparation) -> Preparation:
+    """A preparation without the names of volumes and subjects."""
+    return {k: v for k, v in preparation.items() if k not in _NOT_PACKED}
 
 
 def _describe(

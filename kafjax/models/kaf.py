@@ -21,7 +21,7 @@ def gather_at_keypoints(
     x: Shaped[Array, "b h w c"], keypoints: Int[Array, "b k 2"]
 ) -> Shaped[Array, "b k c"]:
     """Features of a map at keypoints."""
-    return jax.vmap(lambda m, p: m[p[:, 0], p[:, 1]])(x, keypoints)
+    return jnp.asarray(x)[_samples(keypoints), keypoints[..., 0], keypoints[..., 1]]
 
 
 def last_at_pixel(
@@ -29,14 +29,12 @@ def last_at_pixel(
 ) -> Bool[Array, "b k"]:
     """Marks the real keypoints that are the last, in order, at their pixel."""
     h, w = shape
-    order = jnp.arange(keypoints.shape[1], dtype=jnp.int32)
-
-    def one(points: jax.Array, real: jax.Array) -> jax.Array:
-        pixel = jnp.where(real, points[:, 0] * w + points[:, 1], h * w)
-        last = jnp.full(h * w + 1, -1, jnp.int32).at[pixel].max(order)
-        return real & (last[pixel] == order)
-
-    return jax.vmap(one)(keypoints, mask)
+    b, k = mask.shape
+    order = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (b, k))
+    pixel = jnp.where(mask, keypoints[..., 0] * w + keypoints[..., 1], h * w)
+    place = _samples(keypoints), pixel
+    last = jnp.full((b, h * w + 1), -1, jnp.int32).at[place].max(order)
+    return mask & (last[place] == order)
 
 
 def scatter_values(
@@ -75,14 +73,20 @@ def sparse_conv3x3(
     flipped = kernel[::-1, ::-1]
     products = jnp.einsum("bkc,ijcd->bkijd", values, flipped)
     window = jnp.arange(3)
+    samples = _samples(keypoints)[..., None, None]
+    rows = keypoints[..., 0, None, None] + window[:, None]
+    columns = keypoints[..., 1, None, None] + window
+    border = jnp.zeros((values.shape[0], h + 2, w + 2, kernel.shape[-1]), products.dtype)
+    return border.at[samples, rows, columns].add(products)[:, 1:-1, 1:-1]
 
-    def one(points: jax.Array, updates: jax.Array) -> jax.Array:
-        rows = points[:, 0, None, None] + window[:, None]
-        columns = points[:, 1, None, None] + window[None, :]
-        border = jnp.zeros((h + 2, w + 2, updates.shape[-1]), updates.dtype)
-        return border.at[rows, columns].add(updates)[1:-1, 1:-1]
 
-    return jax.vmap(one)(keypoints, products)
+def _samples(keypoints: jax.Array) -> jax.Array:
+    """The number of each keypoint's sample in its batch, [b, 1].
+
+    An index of its own, where `jax.vmap` would make batched gathers and scatters: XLA compiles both
+    to the same, and ONNX has only this form.
+    """
+    return jnp.arange(keypoints.shape[0], dtype=jnp.int32)[:, None]
 
 
 class KeypointConv(nn.Module):

@@ -83,7 +83,7 @@ class WidenedBlock(nn.Module):
             return jnp.concatenate([x, x], axis=-1), None
         if self.widening == "kaf":
             kaf = KAF(self.num_attention_layers, **common, name="kaf")
-            return kaf(x, keypoints // 2**self.level, mask, train=train)
+            return kaf(x, keypoints >> self.level, mask, train=train)
         return x, None
 
 
