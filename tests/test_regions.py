@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import nibabel as nib
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from kafjax.configs import own_finetune, own_pretrain
 from kafjax.data.dataset import SliceDataset, check_facts, facts_of_run, open_dataset
 from kafjax.errors import UserError
 from kafjax.inference.evaluation import evaluate_run
+from kafjax.inference.exported import export
 from kafjax.inference.folders import evaluate_folders
 from kafjax.inference.prediction import load_volume_predictor, predict_files, predict_volume
 from kafjax.regions import Region, members, most_probable, regions_of, structures_of, write_labels
@@ -215,6 +217,18 @@ def test_a_run_of_two_channels_and_regions(
         predict_volume(array[..., 0], (1.7, 1.5, 10.0), predictor)
     with pytest.raises(UserError, match=r"uncertainty .* the regions heart, myocardium"):
         predict_files([run], raw / "imagesTr", tmp_path / "out", uncertainty=True)
+
+    export([run], tmp_path / "net.stablehlo")
+    facts = json.loads((tmp_path / "net.json").read_text())
+    assert facts["inputs"][0]["shape"] == ["b", 48, 48, 2 * 3]
+    assert facts["output"]["shape"] == ["b", 48, 48, 2]
+    assert [region["name"] for region in facts["regions"]] == ["heart", "myocardium"]
+    assert facts["context"] == 1
+    program = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
+    image = np.random.default_rng(0).standard_normal((1, 48, 48, 6)).astype(np.float32)
+    nowhere = (np.zeros((1, 16, 2), np.int32), np.zeros((1, 16), bool))
+    (expected,) = predictor.predictors[0].probabilities([(image[0], nowhere[0][0], nowhere[1][0])])
+    np.testing.assert_allclose(program.call(image, *nowhere)[0], expected, atol=1e-5)
 
 
 def test_pretraining_sees_no_regions(dataset: SliceDataset) -> None:

@@ -24,13 +24,14 @@ import jax.export
 import jax.extend
 import numpy as np
 
+from kafjax.data.dataset import context_of
 from kafjax.errors import UserError, import_extra
 from kafjax.files import replacing, write_checked
 from kafjax.inference.model_file import VERSIONS, without_names
 from kafjax.inference.prediction import VolumePredictor, load_volume_predictor
 from kafjax.inference.predictor import Predictor
-from kafjax.models import example_inputs
-from kafjax.tasks.segmentation import Segmentation
+from kafjax.regions import regions_of
+from kafjax.tasks.registry import make_task
 from kafjax.workdir.environment import describe_environment
 
 ENDINGS = (".stablehlo", ".onnx")
@@ -96,24 +97,28 @@ def _network(predictors: Sequence[Predictor], *, logits: bool, wide: bool) -> Ne
         config = predictor.config.copy_and_resolve_references()
         if wide and config.model.dtype == "bfloat16":
             config.model.dtype = "float32"
-        tasks.append((Segmentation(config), predictor.variables))
+        tasks.append((make_task(config), predictor.variables))
 
     def network(image: Any, keypoints: Any, keypoint_mask: Any) -> jax.Array:
         batch = dict(zip(INPUTS, (image, keypoints, keypoint_mask), strict=True))
         outputs = [task.predict(v, batch).astype(np.float32) for task, v in tasks]
         if logits:
             return outputs[0]
-        return sum(map(jax.nn.softmax, outputs[1:]), jax.nn.softmax(outputs[0])) / len(outputs)
+        each = [task.probabilities(x) for (task, _), x in zip(tasks, outputs, strict=True)]
+        return sum(each[1:], each[0]) / len(each)
 
     return network
 
 
 def _input_shapes(predictors: Sequence[Predictor]) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Image, keypoints and mask of a batch of any size."""
-    sizes = {(*p.config.data.patch_size, p.config.data.max_keypoints) for p in predictors}
+    sizes = {
+        (*c.data.patch_size, c.data.max_keypoints, c.model.get("num_channels") or 1)
+        for c in (predictor.config for predictor in predictors)
+    }
     if len(sizes) > 1:
         raise UserError(
-            "the networks differ in (rows, columns, keypoints) of a patch: "
+            "the networks differ in (rows, columns, keypoints, channels) of a patch: "
             f"{', '.join(map(str, sorted(sizes)))}; export them separately"
         )
     weights = sum(x.nbytes for p in predictors for x in jax.tree.leaves(p.variables))
@@ -121,9 +126,8 @@ def _input_shapes(predictors: Sequence[Predictor]) -> tuple[jax.ShapeDtypeStruct
         raise UserError(
             f"the weights are {weights / 2**30:.1f} GiB; a program holds 2; export fewer networks"
         )
-    rows, columns, places = sizes.pop()
+    rows, columns, places, channels = sizes.pop()
     (b,) = jax.export.symbolic_shape("b")
-    channels = example_inputs("segmentation")[0].shape[-1]
     return (
         jax.ShapeDtypeStruct((b, rows, columns, channels), np.float32),
         jax.ShapeDtypeStruct((b, places, 2), np.int32),
@@ -228,6 +232,7 @@ def _describe(
     preparation = opened.preparation
     image, keypoints, mask = ([*map(_dimension, shape.shape)] for shape in shapes)
     classes = list(opened.reader.classes)
+    regions = regions_of(preparation)
     ct = preparation["kind"] == "chd" or preparation.get("intensity") == "ct"
     versions = describe_environment(devices=False)
     return {
@@ -256,10 +261,14 @@ def _describe(
         "output": {
             "name": "logits" if logits else "probabilities",
             "dtype": "float32",
-            "shape": [*image[:3], len(classes)],
-            "meaning": "of each class at each pixel",
+            "shape": [*image[:3], len(regions) or len(classes)],
+            "meaning": f"of each {'region' if regions else 'class'} at each pixel",
         },
         "classes": classes,
+        # Written one over the other, in this order.
+        "regions": [region._asdict() for region in regions],
+        # Neighbouring slices, whose channels follow the slice's own.
+        "context": context_of(opened.predictors[0].config),
         "normalisation": {
             "clipped_to_percentiles": [1, 99] if ct else None,
             "subtracted": "the mean of the volume, after clipping",
