@@ -23,13 +23,8 @@ from kafjax.checkpoint.checkpointer import load_variables, saved_metrics
 from kafjax.configs import phantom_finetune, phantom_pretrain
 from kafjax.data.dataset import SliceDataset, open_dataset
 from kafjax.files import read_checked, write_checked
-from kafjax.inference.evaluation import (
-    evaluate,
-    evaluate_run,
-    format_table,
-    summarize,
-    write_results,
-)
+from kafjax.inference.evaluation import evaluate, evaluate_run
+from kafjax.inference.results import format_table, summarize, write_results
 from kafjax.segmentation_metrics import ClassMetrics, volume_metrics
 from kafjax.tasks.pretraining import Pretraining
 from kafjax.training.loop import train

@@ -155,7 +155,9 @@ def test_what_cannot_be_exported_is_one_line(
 
 def test_networks_of_other_patches_are_not_averaged(runs: list[Path], tmp_path: Path) -> None:
     other = new_run(tmp_path / "other", "unet", **{"data.patch_size": (32, 32)})
-    with pytest.raises(UserError, match=r"\(32, 32, 8, 1\), \(32, 48, 8, 1\); export them separately"):
+    with pytest.raises(
+        UserError, match=r"\(32, 32, 8, 1\), \(32, 48, 8, 1\); export them separately"
+    ):
         export([runs[0], other], tmp_path / "net.stablehlo")
 
 

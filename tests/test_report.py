@@ -18,7 +18,7 @@ import pytest
 
 from kafjax.configs import phantom_finetune, phantom_pretrain, phantom_scratch
 from kafjax.data.dataset import Slice, open_dataset
-from kafjax.inference.evaluation import summarize, write_results
+from kafjax.inference.results import summarize, write_results
 from kafjax.report import pictures, report
 from kafjax.report.charts import Curve, chart, draw, thin
 from kafjax.report.html import element, page, table

@@ -10,7 +10,6 @@ paper crops, are predicted in tiles (`kafjax.inference.predictor`); for smaller 
 not count.
 """
 
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from kafjax.data.dataset import (
 )
 from kafjax.data.splits import equal_images_across
 from kafjax.errors import UserError
-from kafjax.files import csv_text, write_checked, write_text
 from kafjax.inference.postprocessing import (
     LARGEST,
     Example,
@@ -42,10 +40,10 @@ from kafjax.inference.postprocessing import (
     write_rules,
 )
 from kafjax.inference.predictor import Predictor, load_predictor
-from kafjax.inference.uncertainty import FIELD
+from kafjax.inference.results import Results, format_table, summarize, write_results
 from kafjax.inference.volumes import count_mm3, write_volumes
 from kafjax.regions import most_probable, regions_of, structures_of
-from kafjax.segmentation_metrics import count_pixels, mean_pooled_dice, pooled_dice, volume_metrics
+from kafjax.segmentation_metrics import count_pixels, volume_metrics
 from kafjax.training.preflight import split_run
 from kafjax.workdir.environment import describe_environment
 from kafjax.workdir.scores import SPLITS, describe_run
@@ -58,10 +56,6 @@ from kafjax.workdir.split import (
     write_split,
 )
 from kafjax.workdir.workdir import Workdir
-
-_METRICS = ("dice", "hd95", "assd")
-
-Results = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
@@ -219,10 +213,10 @@ def evaluate_run(
         expected = "labels in labelsTs" if split == "test" else "--split train"
         raise UserError(f"{workdir}: the run has no labelled {split} volume; expected {expected}")
     rules = rules_of_run(folder, predictor, data_dir=data_dir)
-    counts, metrics, mm3, seconds = evaluate(predictor, dataset, volumes, rules=rules)
-    found, how = folder.select_step(step)
+    found = evaluate(predictor, dataset, volumes, rules=rules)
+    chosen, how = folder.select_step(step)
     selected, usual = folder.select_step()
-    if is_selected := step is None or found == selected:
+    if is_selected := step is None or chosen == selected:
         how = usual
     results = {
         "step": predictor.step,
@@ -234,33 +228,36 @@ def evaluate_run(
             recorded.names, dataset.metadata.get("equal_images", ())
         ),
         **summarize(
-            counts,
-            metrics,
+            found.counts,
+            found.metrics,
             structures_of(dataset.metadata)[0],
             num_regions=len(regions_of(dataset.metadata)),
         ),
         **({"postprocessing": rules} if config.get("postprocess") else {}),
-        "seconds": seconds,
+        "seconds": found.seconds,
         "environment": describe_environment(),
     }
     path = folder.scores_file(split, None if is_selected else predictor.step)
     write_results(results, path.with_suffix(""))
-    write_volumes(
-        mm3, path.with_name(path.name.replace("evaluation", "volumes")).with_suffix(".csv")
-    )
+    of_volumes = path.name.replace("evaluation", "volumes")
+    write_volumes(found.mm3, path.with_name(of_volumes).with_suffix(".csv"))
     print(f"{workdir}, fold {config.data.fold}, {split}: {len(volumes)} volumes")
-    print(f"checkpoint: {how}, step {predictor.step}\n")
-    print(format_table(results))
-    for name, rule in rules.items():
-        size = (
-            "its largest component" if rule == LARGEST else f"components of {rule:.4g} mm^3 or more"
-        )
-        print(f"post-processing: of {name}, {size} only")
-    for trained, validated in results["equal_images"]:
-        print(f"\nValidation volume {validated} has the same image as training volume {trained}.")
+    _print_results(results)
     if later := describe_later(recorded, dataset):
         print(f"\n{later}")
     return results
+
+
+def _print_results(results: Results) -> None:
+    print(f"checkpoint: {results['checkpoint']}, step {results['step']}\n")
+    print(format_table(results))
+    for name, rule in results.get("postprocessing", {}).items():
+        kept = (
+            "its largest component" if rule == LARGEST else f"components of {rule:.4g} mm^3 or more"
+        )
+        print(f"post-processing: of {name}, {kept} only")
+    for trained, validated in results["equal_images"]:
+        print(f"\nValidation volume {validated} has the same image as training volume {trained}.")
 
 
 def _volumes(recorded: RunSplit, dataset: SliceDataset, split: str) -> tuple[str, ...]:
@@ -271,116 +268,5 @@ def _volumes(recorded: RunSplit, dataset: SliceDataset, split: str) -> tuple[str
     return tuple(name for name in labelled_volumes(dataset) if name in apart)
 
 
-def summarize(
-    counts: np.ndarray,
-    metrics: dict[str, dict[str, Any]],
-    classes: tuple[str, ...],
-    *,
-    num_regions: int = 0,
-) -> Results:
-    """Pooled Dice, each volume's metrics and, by class, their means and standard deviations.
-
-    `chance` is the expected mean Dice of drawing each pixel's class with the labels' frequencies;
-    for one class it is its frequency. If the first of the classes are regions, mean and chance are
-    of these; the others are the labels.
-
-    Means are over the volumes where the class has a value, `volumes` their number; `empty` counts
-    those where neither labels nor prediction have the class, `missed` those where only one does.
-    Missing numbers are None.
-    """
-    dice = pooled_dice(counts)
-    scored = counts[: 1 + num_regions] if num_regions else counts
-    pixels = np.delete(counts, slice(1, 1 + num_regions), axis=0)[:, 2].sum()
-    by_class = {}
-    for name in classes:
-        of_class = [volume[name] for volume in metrics.values()]
-        by_class[name] = {
-            "empty": sum(m.empty for m in of_class),
-            "missed": sum(m.missed for m in of_class),
-            "volumes": sum(not m.empty for m in of_class),
-            **{f: _mean_and_std([getattr(m, f) for m in of_class]) for f in _METRICS},
-        }
-    return {
-        "pooled_dice": {
-            "mean": _number(mean_pooled_dice(scored)),
-            **{name: _number(value) for name, value in zip(classes, dice, strict=True)},
-        },
-        "chance": _number(_chance(scored, pixels)),
-        "by_class": by_class,
-        "by_volume": {
-            volume: {
-                name: {field: _number(value) for field, value in m._asdict().items()}
-                for name, m in of_volume.items()
-            }
-            for volume, of_volume in metrics.items()
-        },
-    }
-
-
-def _chance(counts: np.ndarray, pixels: int) -> float:
-    labelled = counts[1:, 2]
-    there = labelled[labelled > 0]
-    return float(there.mean() / pixels) if len(there) else math.nan
-
-
-def write_results(results: Results, stem: Path) -> None:
-    """Writes STEM.json and STEM.csv, each atomically."""
-    more = [FIELD] if "uncertainty" in results else []
-    rows: list[list[Any]] = [["volume", "class", *_METRICS, "empty", "missed", *more]]
-    for name, value in results["pooled_dice"].items():
-        rows.append(["pooled", name, value, *[None] * (4 + len(more))])
-    for volume, classes in results["by_volume"].items():
-        for name, found in classes.items():
-            flags = [int(found["empty"]), int(found["missed"])]
-            numbers = [found[metric] for metric in _METRICS]
-            rows.append([volume, name, *numbers, *flags, *(found[n] for n in more)])
-    write_checked(stem.with_name(f"{stem.name}.json"), results)
-    write_text(stem.with_name(f"{stem.name}.csv"), csv_text(rows))
-
-
-def format_table(results: Results) -> str:
-    """A line for each class, and the mean of pooled Dice."""
-    pooled = results["pooled_dice"]
-    width = max(map(len, ["class", *pooled]))
-    lines = [
-        f"{'class':<{width}}  pooled Dice  {'Dice':>13}  {'HD95 mm':>13}  {'ASSD mm':>13}"
-        "  volumes  empty  missed"
-    ]
-    for name, found in results["by_class"].items():
-        columns = [
-            _with_spread(found[metric], digits)
-            for metric, digits in zip(_METRICS, (3, 1, 2), strict=True)
-        ]
-        lines.append(
-            f"{name:<{width}}  {_text(pooled[name], 4):>11}  "
-            + "  ".join(f"{column:>13}" for column in columns)
-            + f"  {found['volumes']:>7}  {found['empty']:>5}  {found['missed']:>6}"
-        )
-    lines.append(f"{'mean':<{width}}  {_text(pooled['mean'], 4):>11}")
-    lines.append(f"{'chance':<{width}}  {_text(results['chance'], 4):>11}")
-    return "\n".join(lines)
-
-
 def _label(slices: Sequence[Slice]) -> np.ndarray:
     return np.stack([s.label for s in slices if s.label is not None], axis=-1).astype(np.int16)
-
-
-def _mean_and_std(values: list[float]) -> dict[str, float | None]:
-    real = [value for value in values if not math.isnan(value)]
-    if not real:
-        return {"mean": None, "std": None}
-    return {"mean": float(np.mean(real)), "std": float(np.std(real))}
-
-
-def _number(value: Any) -> float | bool | None:
-    if isinstance(value, bool):
-        return value
-    return None if math.isnan(value) else float(value)
-
-
-def _text(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _with_spread(found: dict[str, float | None], digits: int) -> str:
-    return f"{_text(found['mean'], digits)} ± {_text(found['std'], digits)}"

@@ -28,13 +28,8 @@ from data_prep.scan import Scan
 from data_prep.volumes import MAX_CLASSES, grid_faults, label_problem
 from kafjax.errors import UserError
 from kafjax.files import printable
-from kafjax.inference.evaluation import (
-    Results,
-    format_table,
-    summarize,
-    write_results,
-)
 from kafjax.inference.prediction_files import MAPS
+from kafjax.inference.results import Results, format_table, summarize, write_results
 from kafjax.inference.uncertainty import (
     FILE,
     compare_with_dice,
