@@ -3,15 +3,16 @@
 A network has an output for each region, without a background, and its sigmoid is the probability
 that a pixel is inside. Labels are written in nnU-Net's order: each region above a half writes its
 own label, `regions_class_order`, over what the regions before it have written. Arrays are NumPy's
-or JAX's.
+or JAX's, which preparation does not import.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 # Label numbers of each region, such as ((1, 2, 3), (2, 3), (3,)).
 Groups = Sequence[Sequence[int]]
@@ -45,14 +46,19 @@ def structures_of(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], Groups 
     return (*(r.name for r in regions), *classes), [*(r.labels for r in regions), *single]
 
 
-def members(label: jax.Array, groups: Groups) -> jax.Array:
+def members(label: "jax.Array", groups: Groups) -> "jax.Array":
     """Marks the pixels inside each group of labels: bool [..., groups]."""
+    import jax.numpy as jnp
+
     return jnp.stack([jnp.isin(label, jnp.asarray(group)) for group in groups], axis=-1)
 
 
 def write_labels(inside: Any, written: Sequence[int]) -> Any:
     """Labels, uint8, of pixels that are inside of regions, bool [..., regions]."""
-    xp = np if isinstance(inside, np.ndarray) else jnp
+    if isinstance(inside, np.ndarray):
+        xp: Any = np
+    else:
+        import jax.numpy as xp
     labels = xp.zeros(inside.shape[:-1], xp.uint8)
     for i, number in enumerate(written):
         labels = xp.where(inside[..., i], xp.uint8(number), labels)

@@ -1,6 +1,7 @@
 """Jobs on slots: order, failures, signals, locks and shards, with jobs that only touch files."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_jobs_follow_what_they_need_and_are_not_run_again(
     printed = capsys.readouterr().out
     assert order(printed, "start") == order(printed, "done") == ["b", "c"]
     assert "(1 of 2) on a: python -c" in printed
-    assert "c after 0:00:00; 0 left" in printed
+    assert re.search(r"c after 0:0\d:\d\d; 0 left", printed)
     assert (tmp_path / "c.log").read_text() == f"$ {jobs[2]}\n"
     assert run_jobs(jobs, TWO) == Outcome((), None)
     assert "start" not in capsys.readouterr().out
@@ -92,7 +93,7 @@ def test_failures_are_named_and_independent_jobs_go_on(
     assert run_jobs(jobs, ONE) == Outcome(("bad", "idle", "needs_bad", "last"), None)
     printed = capsys.readouterr().out
     assert f"(status 1): error: no such field [{tmp_path / 'bad.log'}]" in printed
-    assert "idle after 0:00:00 (its work is not done)" in printed
+    assert re.search(r"idle after 0:0\d:\d\d \(its work is not done\)", printed)
     assert "needs_bad: not started, it needs bad" in printed
     assert (tmp_path / "good").exists()
 

@@ -17,7 +17,6 @@ from kafjax.data.splits import split_volumes
 from kafjax.drawing import segmentations as drawing
 from kafjax.segmentation_metrics import count_pixels
 from kafjax.training import loop as train_module
-from kafjax.training import validation
 from kafjax.training.loop import train
 from kafjax.training.step import TrainState, replicate
 from kafjax.training.validation import Validation
@@ -89,10 +88,9 @@ def test_pictures_show_the_worst_and_best_slices(
     options = BatchOptions(batch_size=batch_size, patch_size=(64, 64), seed=0, num_threads=2)
     state = replicate(TrainState(np.int32(0), {}, {}, {}))
     drawn: list[Any] = []
+    draw = drawing.draw_segmentations
     monkeypatch.setattr(
-        validation,
-        "draw_segmentations",
-        lambda rows, *names: drawn.append(rows) or drawing.draw_segmentations(rows, *names),
+        drawing, "draw_segmentations", lambda rows, *names: drawn.append(rows) or draw(rows, *names)
     )
     slices = Validation(Labels(), dataset, options, names)
     slices.scores(state)
