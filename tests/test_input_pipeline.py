@@ -21,7 +21,6 @@ from kafjax.data.batches import (
 )
 from kafjax.data.dataset import (
     Slice,
-    SliceDataset,
     check_facts,
     neighbour_reach,
     open_dataset,
@@ -48,7 +47,8 @@ class CoordinateDataset:
         self.metadata = {"kind": kind, "reach": reach, "max_keypoints": k, "volumes": facts}
         self.size, self.k = size, k
 
-    volume_of = SliceDataset.volume_of
+    def volume_of(self, record):
+        return next(name for name, records in self.volumes.items() if record in records)
 
     def read(self, record, *, with_label=False):
         volume = next(r for r in self.volumes.values() if record in r)

@@ -243,7 +243,7 @@ def _labelled_maker(
     """Makes labelled slices from (sample, its number among the labelled ones, record)."""
     _check_labelled(dataset, select_volumes(dataset, volumes))
     common: dict[str, Any] = {**_patch(options), "seed": options.seed}
-    records = records_of(dataset, volumes, annotated=True)
+    records = np.array(records_of(dataset, volumes, annotated=True))
 
     def make(sample: int, number: int, record: int) -> Batch:
         if options.needs_foreground(number):

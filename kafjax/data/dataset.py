@@ -6,6 +6,7 @@ the channels of up to n slices on either side follow those of the slice itself.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from kafjax.cores import usable_cores
-from kafjax.data.records import RecordReader, find_dataset, load_decoder, open_builder
+from kafjax.data.dataset_files import find_dataset, make_decoder, open_builder
+from kafjax.data.records import RecordReader
 from kafjax.errors import UserError
 from kafjax.labels import IGNORED, STORED
 
@@ -51,14 +53,15 @@ class SliceDataset:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.metadata: dict[str, Any] = dict(open_builder(directory).info.metadata or {})
-        self.reader = RecordReader(directory)
+        builder = open_builder(directory)  # once: it takes a second for ten thousand volumes
+        self.metadata: dict[str, Any] = dict(builder.info.metadata or {})
+        self.reader = RecordReader(directory, builder)
         self.volumes: Mapping[str, range] = self.reader.splits
         self.classes = tuple(self.metadata["classes"])
         self._contents: dict[str, str] | None = None
         # Inflating the label takes a third of a record's time, and pretraining does not need it.
-        self._decode = load_decoder(directory, without=("label",))
-        self._decode_labelled = load_decoder(directory)
+        self._decode = make_decoder(builder, without=("label",))
+        self._decode_labelled = make_decoder(builder)
         self._foreground: dict[int, tuple[int, ...]] = {}
 
     @property
@@ -88,7 +91,7 @@ class SliceDataset:
 
     def volume_of(self, record: int) -> str:
         """The name of a record's volume."""
-        return next(name for name, records in self.volumes.items() if record in records)
+        return self.reader.split_of(record)
 
     def describe_record(self, record: int) -> str:
         """A record's volume and its slice, counted from 0, for messages."""
@@ -226,7 +229,7 @@ def select_volumes(dataset: SliceDataset, volumes: Sequence[str] | None = None) 
             f"{dataset.directory} has no volume {', '.join(unknown) or 'selected'}; "
             f"it has {', '.join(dataset.volumes)}"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"volumes named twice: {', '.join(twice)}")
     return tuple(names)

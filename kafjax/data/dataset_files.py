@@ -70,7 +70,14 @@ def load_decoder(
 
     TensorFlow is neither needed nor imported.
     """
-    features = open_builder(dataset_dir).info.features
+    return make_decoder(open_builder(dataset_dir), without=without)
+
+
+def make_decoder(
+    builder: tfds.core.DatasetBuilder, *, without: Container[str] = ()
+) -> Callable[[bytes], dict[str, Any]]:
+    """`load_decoder` of an open dataset."""
+    features = builder.info.features
     wanted = {name: feature for name, feature in features.items() if name not in without}
     return tfds.features.FeaturesDict(wanted).deserialize_example_np
 

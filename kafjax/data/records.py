@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
+import tensorflow_datasets as tfds
 
 from kafjax.data.dataset_files import (
     RecordError,
@@ -51,6 +52,7 @@ __all__ = [
     "masked_crc32c",
     "open_builder",
     "records_digest",
+    "shard_digest",
     "write_index",
 ]
 
@@ -88,25 +90,30 @@ def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
     that is missing, truncated, or lacks the records that the dataset's metadata describes.
     """
     directory = Path(dataset_dir)
-    shards = _scan_dataset(directory)
-    _check_prepared(directory, shards)
+    builder = open_builder(directory)
+    shards = _scan_dataset(directory, builder)
+    _check_prepared(directory, shards, builder)
     return _store_index(directory, shards)
 
 
-def load_index(dataset_dir: str | os.PathLike[str]) -> list[Shard]:
+def load_index(
+    dataset_dir: str | os.PathLike[str], builder: tfds.core.DatasetBuilder | None = None
+) -> list[Shard]:
     """The shards in order of split, from the index or, if that is missing or stale, from a scan.
 
     An index is stale if it was written for other shards or shard sizes, or its checksum is wrong. A
-    rebuilt index is written back if the directory allows it. Raises `RecordError` as `write_index`
-    does, and if a description of the records, such as `metadata.json`, does not match the index.
+    rebuilt index is written back if the directory allows it. `builder` is the dataset's, if it is
+    open. Raises `RecordError` as `write_index` does, and if a description of the records, such as
+    `metadata.json`, does not match the index.
     """
     directory = Path(dataset_dir)
-    shards = _read_index(directory)
+    shards = _read_index(directory, builder)
     if shards is not None:
         return shards
     log.info("%s: scanning the shards, no index fits them", directory)
-    shards = _scan_dataset(directory)
-    _check_prepared(directory, shards)
+    builder = builder or open_builder(directory)
+    shards = _scan_dataset(directory, builder)
+    _check_prepared(directory, shards, builder)
     with contextlib.suppress(OSError):  # a read-only dataset is served from memory
         _store_index(directory, shards)
     return shards
@@ -118,9 +125,13 @@ class RecordReader:
     Each read opens its shard: no file descriptor outlives a call, for any number of volumes.
     """
 
-    def __init__(self, dataset_dir: str | os.PathLike[str]):
+    def __init__(
+        self,
+        dataset_dir: str | os.PathLike[str],
+        builder: tfds.core.DatasetBuilder | None = None,
+    ):
         self.directory = Path(dataset_dir)
-        self._shards = load_index(self.directory)
+        self._shards = load_index(self.directory, builder)
         counts = [len(shard.lengths) for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._offsets = [shard.offsets for shard in self._shards]
@@ -140,6 +151,13 @@ class RecordReader:
         """The `records_digest` of each split."""
         return _digests(self._shards)
 
+    def split_of(self, number: int) -> str:
+        """The split of a record."""
+        return self._shards[self._shard_of(number)].split
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
     def record_number(self, split: str, i: int) -> int:
         """Global number of record `i` of a split; `KeyError` or `IndexError` if out of range."""
         return self.splits[split][i]
@@ -148,7 +166,7 @@ class RecordReader:
         """The data of one record, its checksums verified; raises `RecordError` or `IndexError`."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number}: {self.directory} holds {len(self)} records")
-        s = int(np.searchsorted(self._starts, number, side="right")) - 1
+        s = self._shard_of(number)
         shard, i = self._shards[s], int(number - self._starts[s])
         path, length = self.directory / shard.file, int(shard.lengths[i])
         frame = _pread(path, length + _FRAME, int(self._offsets[s][i]))
@@ -169,9 +187,11 @@ def masked_crc32c(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _expected_shards(directory: Path) -> list[tuple[str, str, int]]:
+def _expected_shards(
+    directory: Path, builder: tfds.core.DatasetBuilder
+) -> list[tuple[str, str, int]]:
     """(split, file name, number of records) of each shard, splits in order of name."""
-    splits = open_builder(directory).info.splits
+    splits = builder.info.splits
     with naming_dataset(directory):
         return [
             (name, file, int(count))
@@ -182,14 +202,12 @@ def _expected_shards(directory: Path) -> list[tuple[str, str, int]]:
         ]
 
 
-def _scan_dataset(directory: Path) -> list[Shard]:
+def _scan_dataset(directory: Path, builder: tfds.core.DatasetBuilder) -> list[Shard]:
     shards = []
-    for split, file, count in _expected_shards(directory):
+    for split, file, count in _expected_shards(directory, builder):
         path = directory / file
         try:
-            with path.open("rb") as stream:
-                num_bytes = os.fstat(stream.fileno()).st_size
-                scanned = np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
+            num_bytes, scanned = _scan_file(path)
         except FileNotFoundError:
             raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
         if len(scanned) != count:
@@ -199,6 +217,18 @@ def _scan_dataset(directory: Path) -> list[Shard]:
             )
         shards.append(Shard(split, file, num_bytes, *scanned.reshape(-1, 2).T))
     return shards
+
+
+def shard_digest(path: Path) -> str:
+    """The `records_digest` of a shard, which is a whole split; raises `RecordError`, `OSError`."""
+    return records_digest(*_scan_file(path)[1].reshape(-1, 2).T.tolist())
+
+
+def _scan_file(path: Path) -> tuple[int, np.ndarray]:
+    """A shard's size and its records' lengths and CRCs, int64 [records, 2]."""
+    with path.open("rb") as stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+        return num_bytes, np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
 
 
 def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[int, int]]:
@@ -219,9 +249,11 @@ def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[
         number += 1
 
 
-def _check_prepared(directory: Path, shards: list[Shard]) -> None:
+def _check_prepared(
+    directory: Path, shards: list[Shard], builder: tfds.core.DatasetBuilder
+) -> None:
     """Raises `RecordError` naming the shards whose records differ from the prepared ones."""
-    volumes = dict(open_builder(directory).info.metadata or {}).get("volumes", {})
+    volumes = dict(builder.info.metadata or {}).get("volumes", {})
     found = _digests(shards)
     foreign = [
         f"  {directory / shard.file}"
@@ -314,7 +346,7 @@ def _store_index(directory: Path, shards: list[Shard]) -> Path:
     return path
 
 
-def _read_index(directory: Path) -> list[Shard] | None:
+def _read_index(directory: Path, builder: tfds.core.DatasetBuilder | None) -> list[Shard] | None:
     """The stored index, or None if it is missing, damaged or for other shards."""
     try:
         document = json.loads((directory / INDEX_NAME).read_bytes())
@@ -331,7 +363,7 @@ def _read_index(directory: Path) -> list[Shard] | None:
         for shard in body["shards"]
     ]
     found = [(shard.split, shard.file, len(shard.lengths)) for shard in shards]
-    if found != _expected_shards(directory):
+    if found != _expected_shards(directory, builder or open_builder(directory)):
         return None
     with contextlib.suppress(FileNotFoundError):  # the scan names the missing file
         if all((directory / s.file).stat().st_size == s.num_bytes for s in shards):

@@ -7,6 +7,7 @@ Everything random about a sample depends only on the seed and the sample's numbe
 Sources: Yang et al., NeurIPS 2023 (KAF), appendix on data; the neighbour rules are the release's.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,7 +104,7 @@ def make_foreground(
     sample: int,
     record: int,
     *,
-    records: Sequence[int],
+    records: Sequence[int] | np.ndarray,
     patch_size: PatchSize,
     seed: int,
     patch_keypoints: int | None = None,
@@ -118,7 +119,8 @@ def make_foreground(
     """
     rng = np.random.default_rng((seed, sample))
     others = rng.permutation(records)
-    record = next((r for r in (record, *others.tolist()) if dataset.foreground(r)), record)
+    candidates = itertools.chain((record,), map(int, others))
+    record = next((r for r in candidates if dataset.foreground(r)), record)
     labelled = dataset.read(record, with_label=True)
     assert labelled.label is not None
     classes = dataset.foreground(record)

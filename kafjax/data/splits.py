@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -78,12 +79,15 @@ def equal_images_across(
     split: Split, equal_images: Iterable[Iterable[str]]
 ) -> list[tuple[str, str]]:
     """Pairs (training volume, validation volume) of a split with equal images, in its order."""
-    groups = [set(group) for group in equal_images]
+    rank = {name: i for i, name in enumerate(split.train)}
+    equal: dict[str, set[str]] = {name: set() for name in split.validation}
+    for group in map(set, equal_images):
+        for name in group & equal.keys():
+            equal[name] |= group & rank.keys()
     return [
         (train, validation)
         for validation in split.validation
-        for train in split.train
-        if any({train, validation} <= group for group in groups)
+        for train in sorted(equal[validation], key=rank.__getitem__)
     ]
 
 
@@ -161,7 +165,7 @@ def split_volumes(
     train, validation = folds(subjects, num_folds=num_folds)[fold]
     if num_labeled is not None:
         train = choose_labeled(train, num_labeled)
-    of = {name: sorted(v for v in volumes if subject[v] == name) for name in subjects}
+    of = _by_subject(volumes, subject)
     return Split(
         tuple(volume for name in train for volume in of[name]),
         tuple(volume for name in validation for volume in of[name]),
@@ -203,10 +207,8 @@ def split_by_names(
     subjects = sorted({subject[volume] for volume in chosen}, key=_order)
     if num_labeled is not None:
         subjects = choose_labeled(subjects, num_labeled)
-    return Split(
-        tuple(v for name in subjects for v in sorted(chosen) if subject[v] == name),
-        tuple(sorted(held_out)),
-    )
+    of = _by_subject(chosen, subject)
+    return Split(tuple(v for name in subjects for v in of[name]), tuple(sorted(held_out)))
 
 
 def unlabelled_volumes(
@@ -221,7 +223,8 @@ def unlabelled_volumes(
       subject: of each volume, see `group_subjects`.
     """
     held_out = {subject[volume] for volume in (*split.validation, *apart)}
-    return tuple(v for v in sorted(volumes) if v not in split.train and subject[v] not in held_out)
+    train = set(split.train)
+    return tuple(v for v in sorted(volumes) if v not in train and subject[v] not in held_out)
 
 
 def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[list[str], list[str]]:
@@ -254,13 +257,25 @@ def read_splits_file(path: str | os.PathLike[str], fold: int | None) -> tuple[li
 
 def _find(subject: Mapping[str, str], names: Sequence[str], side: str) -> list[str]:
     """The volumes that names refer to, directly or as subjects, each once."""
-    found = {name: [v for v in subject if name in (v, subject[v])] for name in names}
+    of = _by_subject(tuple(subject), subject)
+    found = {
+        name: [*of.get(name, ()), *([name] if subject.get(name, name) != name else [])]
+        for name in names
+    }
     if unknown := sorted(name for name, of_name in found.items() if not of_name):
         raise UserError(
             f"{side}: no labelled volume or subject {', '.join(unknown)}; there are "
             + ", ".join(sorted(subject))
         )
     return list(dict.fromkeys(volume for of_name in found.values() for volume in of_name))
+
+
+def _by_subject(volumes: Sequence[str], subject: Mapping[str, str]) -> dict[str, list[str]]:
+    """The volumes of each subject, in order of name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for volume in sorted(volumes):
+        found[subject[volume]].append(volume)
+    return found
 
 
 def _order(subject: str) -> tuple[float, str]:

@@ -223,7 +223,7 @@ def split_run(config: Any, dataset: SliceDataset) -> Split:
 def _split_labelled(config: Any, dataset: SliceDataset) -> Split:
     """`split_run` without the unlabelled volumes."""
     data, metadata = config.data, dataset.metadata
-    apart = () if data.get("include_test") else volumes_for_test(dataset)
+    apart = frozenset(() if data.get("include_test") else volumes_for_test(dataset))
     if "fold" not in data:
         volumes = tuple(name for name in dataset.volumes if name not in apart)
         if not volumes:

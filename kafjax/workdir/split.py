@@ -49,12 +49,13 @@ class RunSplit(NamedTuple):
 def describe_split(split: Split, dataset: SliceDataset) -> RunSplit:
     """A split of a dataset with the contents of its volumes."""
     contents = dataset.contents()
+    of_run = {*split.train, *split.validation}
     return RunSplit(
         dataset=dataset.identity(),
         classes=dataset.classes,
         train={name: contents[name] for name in split.train},
         validation={name: contents[name] for name in split.validation},
-        others=tuple(n for n in dataset.volumes if n not in {*split.train, *split.validation}),
+        others=tuple(n for n in dataset.volumes if n not in of_run),
         unlabelled={name: contents[name] for name in split.unlabelled},
     )
 
