@@ -79,7 +79,7 @@ def test_what_is_believed_though_it_is_false_is_silent(tmp_path, monkeypatch):
     """The campaigns detect readers that accept anything."""
     # A frame is 12 bytes of length, the record, and 4 of checksum.
     monkeypatch.setattr("kafjax.data.records._check_record", lambda frame, *_: frame[12:-4])
-    monkeypatch.setattr("kafjax.data.records._check_prepared", lambda directory, found: None)
+    monkeypatch.setattr("kafjax.data.records._check_prepared", lambda *_: None)
     (damaged, *_) = shards.run(settings(tmp_path, 6))
     assert damaged.silent + damaged.unclear > 0
 
