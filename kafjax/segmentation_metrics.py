@@ -11,6 +11,7 @@ They are NaN for a class that neither has; if only one of the two has it, the di
 volume's diagonal.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -136,11 +137,16 @@ def volume_metrics(
     known = label >= 0
     found = [
         _class_metrics(
-            np.isin(prediction, group) & known, np.isin(label, group), np.asarray(spacing, float)
+            _inside(prediction, group) & known, _inside(label, group), np.asarray(spacing, float)
         )
         for group in groups or [[i] for i in range(1, num_classes)]
     ]
     return found if known.all() else [m._replace(hd95=np.nan, assd=np.nan) for m in found]
+
+
+def _inside(classes: np.ndarray, group: Sequence[int]) -> np.ndarray:
+    """Marks the elements of a group of classes; for one class faster than `np.isin`."""
+    return functools.reduce(np.logical_or, [classes == number for number in group])
 
 
 def _class_metrics(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> ClassMetrics:

@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from data_prep.readers import READERS
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.configs import phantom_pretrain
 from kafjax.data.dataset import SliceDataset
@@ -36,6 +37,16 @@ OVERRIDES = {
     "optimizer.learning_rate": 1e-4,
     "every.log": 1,
     "every.checkpoint": 100,
+}
+# Of a run without a dataset, with the names of volumes and patients that must not leave it.
+PREPARATION = {
+    "kind": "chd",
+    "classes": list(READERS["chd"].classes),
+    "max_keypoints": 8,
+    "keypoint_selection": "random",
+    "seed": 3,
+    "subjects": {"ct_1": "Zaphod"},
+    "equal_images": [["ct_1", "ct_2"]],
 }
 # The network that compiles soonest has no keypoint losses.
 PLAIN = {"model.name": "unet", "loss.weights.kaf": 0.0, "loss.weights.matching": 0.0}
@@ -114,14 +125,8 @@ def start_command(
     fields = {**OVERRIDES, "data.dir": str(dataset.parents[1])}
     return subprocess.Popen(
         [
-            *(
-                *prefix,
-                sys.executable,
-                "-m",
-                "kafjax.main",
-                "--config",
-                "configs/phantom_pretrain.py",
-            ),
+            *(*prefix, sys.executable, "-m", "kafjax.main"),
+            *("--config", "configs/phantom_pretrain.py"),
             *(f"--config.{name}={value}" for name, value in fields.items()),
             *("--workdir", str(workdir)),
             *extra,

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.readers import READERS
 from kafjax.configs import phantom_finetune
 from kafjax.errors import UserError
 from kafjax.inference.exported import export
@@ -18,16 +17,8 @@ from kafjax.inference.model_file import pack
 from kafjax.inference.predictor import load_predictor
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.workdir.preparation import write_preparation
-from tests.runs import write_run
+from tests.runs import PREPARATION, write_run
 
-PREPARATION = {
-    "kind": "chd",
-    "classes": list(READERS["chd"].classes),
-    "max_keypoints": 8,
-    "keypoint_selection": "random",
-    "seed": 3,
-    "subjects": {"ct_1": "Zaphod"},
-}
 PROGRAM = """
 import sys
 import numpy as np

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.readers import READERS
 from kafjax.configs import phantom_finetune
 from kafjax.errors import UserError
 from kafjax.files import checksum
@@ -22,18 +21,8 @@ from kafjax.inference.model_file import pack, read_model
 from kafjax.inference.prediction import load_volume_predictor, predict_files
 from kafjax.tasks.segmentation import Segmentation
 from kafjax.workdir.preparation import write_preparation
-from tests.runs import ROOT, command_environment, write_run
+from tests.runs import PREPARATION, ROOT, command_environment, write_run
 from tests.scan_formats import affine_of, phantom, write_nifti
-
-PREPARATION = {
-    "kind": "chd",
-    "classes": list(READERS["chd"].classes),
-    "max_keypoints": 8,
-    "keypoint_selection": "random",
-    "seed": 3,
-    "subjects": {"ct_1": "Zaphod"},
-    "equal_images": [["ct_1", "ct_2"]],
-}
 
 
 @pytest.fixture(scope="module")

@@ -49,15 +49,12 @@ CHILD = """
 """
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """What the two processes print."""
-    folder = tmp_path_factory.mktemp("processes")
+def start_two(code: str, argument: str) -> list[subprocess.Popen[str]]:
+    """Two processes that run the code with an address to meet at, a number and the argument."""
     address = free_address()
-    code = "\n".join(line[4:] for line in CHILD.splitlines())
-    children = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", code, address, str(i), str(folder)],
+            [sys.executable, "-c", code, address, str(i), argument],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
@@ -66,6 +63,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
         )
         for i in range(2)
     ]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """What the two processes print."""
+    folder = tmp_path_factory.mktemp("processes")
+    children = start_two("\n".join(line[4:] for line in CHILD.splitlines()), str(folder))
     try:
         results = [child.communicate(timeout=300) for child in children]
     finally:
@@ -124,18 +128,7 @@ time.sleep(60)
 @pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_process_without_a_sign_ends_the_others(silent: int) -> None:
-    address = free_address()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", SILENT, address, str(i), str(silent)],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    children = start_two(SILENT, str(silent))
     try:
         _, error = children[1 - silent].communicate(timeout=120)
         assert children[1 - silent].returncode == TRY_AGAIN, error

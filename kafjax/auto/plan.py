@@ -22,7 +22,7 @@ from kafjax.configs import own_finetune, own_pretrain
 from kafjax.data.patches import count_places
 from kafjax.data.splits import group_subjects
 from kafjax.errors import UserError
-from kafjax.training.preflight import device_memory
+from kafjax.training.preflight import batch_options, device_memory
 from kafjax.training.timing import format_seconds
 
 DEFAULT_MINUTES = 480.0  # a night
@@ -160,11 +160,12 @@ def _count_slices(survey: Survey, request: Request) -> _Slices:
     held_out = None
     if len(subjects) >= HELD_OUT_FROM and not request.estimate:
         held_out = subjects[-1]
+    pretraining = sum(counts[id] for id in counts if id not in tests)
     return _Slices(
         whole=sum(counts.values()),
-        pretraining=sum(counts[id] for id in counts if id not in tests),
+        pretraining=pretraining,
         fine_tuning=sum(counts[id] for id in labelled if subject[id] != held_out),
-        unlabelled=sum(counts[id] for id in counts if id not in tests and id not in labelled),
+        unlabelled=pretraining - sum(counts[id] for id in labelled),
         held_out=held_out,
         folds=min(len(subjects), _MOST_FOLDS) if request.estimate else 0,
     )
@@ -302,7 +303,7 @@ def _as_plan(
     }
     fields: dict[str, Any] = {}
     if second is not None and choice.timings[1] is not None:
-        labelled = second.batch_size // (2 if choice.unlabelled else 1)
+        labelled = batch_options(second).num_labelled
         fields = _schedule(labelled, fine_tuning, slices.fine_tuning)
         fields |= {
             "batch_size": second.batch_size,

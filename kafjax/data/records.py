@@ -52,7 +52,6 @@ __all__ = [
     "masked_crc32c",
     "open_builder",
     "records_digest",
-    "shard_digest",
     "write_index",
 ]
 
@@ -207,7 +206,9 @@ def _scan_dataset(directory: Path, builder: tfds.core.DatasetBuilder) -> list[Sh
     for split, file, count in _expected_shards(directory, builder):
         path = directory / file
         try:
-            num_bytes, scanned = _scan_file(path)
+            with path.open("rb") as stream:
+                num_bytes = os.fstat(stream.fileno()).st_size
+                scanned = np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
         except FileNotFoundError:
             raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
         if len(scanned) != count:
@@ -217,18 +218,6 @@ def _scan_dataset(directory: Path, builder: tfds.core.DatasetBuilder) -> list[Sh
             )
         shards.append(Shard(split, file, num_bytes, *scanned.reshape(-1, 2).T))
     return shards
-
-
-def shard_digest(path: Path) -> str:
-    """The `records_digest` of a shard, which is a whole split; raises `RecordError`, `OSError`."""
-    return records_digest(*_scan_file(path)[1].reshape(-1, 2).T.tolist())
-
-
-def _scan_file(path: Path) -> tuple[int, np.ndarray]:
-    """A shard's size and its records' lengths and CRCs, int64 [records, 2]."""
-    with path.open("rb") as stream:
-        num_bytes = os.fstat(stream.fileno()).st_size
-        return num_bytes, np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
 
 
 def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from kafjax.data.splits import Split
 from kafjax.drawing.segmentations import SegmentedSlice, draw_segmentations
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset, find_record, largest_foreground
-from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.inference.predictor import Predictor, load_predictor, views_of_each
 from kafjax.regions import most_probable
 from kafjax.segmentation_metrics import slice_dice
 from kafjax.workdir.split import open_split
@@ -56,8 +56,8 @@ def segmentation_figure(
     records = choose_slices(dataset, names, slices)
     shown = [dataset.read(record, with_label=True) for record in records]
     predictions = [
-        [most_probable(p, dataset.metadata) for p in run.probabilities(run.views(dataset, records))]
-        for run in predictors
+        [most_probable(p, dataset.metadata) for p in run.probabilities(views)]
+        for run, views in zip(predictors, views_of_each(predictors, dataset, records), strict=True)
     ]
     rows = []
     for i, (name, record, one) in enumerate(zip(names, records, shown, strict=True)):

@@ -397,15 +397,15 @@ def _as_volume(
 def _average(views: list[View], predictor: VolumePredictor) -> Iterator[np.ndarray]:
     """Each slice's probabilities [h, w, d], the mean over mirror images and networks."""
     mirrors = _MIRRORS if predictor.mirror else _MIRRORS[:1]
-    streams = []
-    for network in predictor.predictors:
-        images = add_context([image for image, _, _ in views], network.context)
-        seen = [
+    seen: dict[int, list[View]] = {}  # by networks of each context
+    for context in {network.context for network in predictor.predictors}:
+        images = add_context([image for image, _, _ in views], context)
+        seen[context] = [
             _mirror((image, keypoints, mask), axes)
             for image, (_, keypoints, mask) in zip(images, views, strict=True)
             for axes in mirrors
         ]
-        streams.append(network.probabilities(seen))
+    streams = [network.probabilities(seen[network.context]) for network in predictor.predictors]
     for _ in views:
         parts = [np.flip(next(stream), axes) for axes in mirrors for stream in streams]
         yield np.mean(parts, axis=0)

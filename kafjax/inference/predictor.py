@@ -127,6 +127,15 @@ def full_batches(
         )
 
 
+def views_of_each(
+    predictors: Sequence[Predictor], dataset: SliceDataset, records: Sequence[int]
+) -> list[list[View]]:
+    """The slices as each network sees them; what networks of one context see is read once."""
+    one_of = {predictor.context: predictor for predictor in predictors}
+    views = {context: one.views(dataset, records) for context, one in one_of.items()}
+    return [views[predictor.context] for predictor in predictors]
+
+
 def load_predictor(
     workdir: str | os.PathLike[str],
     *,

@@ -19,7 +19,7 @@ from kafjax.drawing.figures import save_figure
 from kafjax.errors import UserError
 from kafjax.figures.choice import check_run_dataset
 from kafjax.files import csv_text, write_text
-from kafjax.inference.predictor import Predictor, load_predictor
+from kafjax.inference.predictor import Predictor, load_predictor, views_of_each
 from kafjax.inference.uncertainty import Meter, check_exclusive, mean_of_classes
 from kafjax.paths import expand
 from kafjax.suggest.embeddings import embed_volumes, normalise
@@ -182,22 +182,24 @@ def _measure(
 ) -> tuple[Uncertain, UncertainSlice]:
     """A volume's numbers, and its slice with the largest total entropy."""
     records = dataset.volumes[name]
-    views = {p.context: p.views(dataset, records) for p in predictors}
-    streams = zip(*(p.probabilities(views[p.context]) for p in predictors), strict=True)
+    seen = zip(predictors, views_of_each(predictors, dataset, records), strict=True)
+    streams = zip(*(p.probabilities(views) for p, views in seen), strict=True)
     meter, worst = Meter(len(dataset.classes)), -1.0
     for index, members in enumerate(streams):
         probabilities = np.mean(members, axis=0)
         entropy = meter.add(probabilities)
         if entropy.sum() > worst:
             worst = float(entropy.sum())
-            one = dataset.read(records[index])
-            shown = UncertainSlice(
-                f"{name} slice {index}",
-                one.image[..., 0],
-                probabilities.argmax(axis=-1),
-                entropy,
-                float(one.spacing[0] / one.spacing[1]),
-            )
+            found = index, probabilities.argmax(axis=-1), entropy
+    index, classes, entropy = found
+    one = dataset.read(records[index])
+    shown = UncertainSlice(
+        f"{name} slice {index}",
+        one.image[..., 0],
+        classes,
+        entropy,
+        float(one.spacing[0] / one.spacing[1]),
+    )
     return Uncertain(name, mean_of_classes(meter.numbers())), shown
 
 
