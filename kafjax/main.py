@@ -10,21 +10,14 @@ command, config or data or a full disk, 1 for a loss that is not finite, 128 + s
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags
 
-from kafjax.checkpoint.checkpointer import check_resumable
+from kafjax import __version__
 from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
 from kafjax.errors import UserError
-from kafjax.processes import join
-from kafjax.training.config_checks import check_fields
-from kafjax.training.describe import describe
-from kafjax.training.loop import train
-from kafjax.training.preflight import Finding, look, with_classes
-from kafjax.training.timing import Stopped, see_time
-from kafjax.workdir.workdir import Workdir
-from kafjax.xla import set_up_xla
+
+# JAX and its users are imported after the first line of output, because they take seconds.
 
 _CONFIG = define_config("The run: a config file, or the name of a shipped one.")
 _WORKDIR = define_path("workdir", None, "The run's folder. Default: runs/<config name>.")
@@ -50,9 +43,18 @@ def main(argv: list[str]) -> None:
 
 def _run(config: Any, workdir: Path) -> int | None:
     if _DESCRIBE.value:
+        from kafjax.training.config_checks import check_fields
+        from kafjax.training.describe import describe
+        from kafjax.training.preflight import with_classes
+
         check_fields(config)
         print(describe(with_classes(config)))
         return None
+    print(f"kafjax {__version__}: {given_config().name} in {workdir}", flush=True)
+    from kafjax.checkpoint.checkpointer import check_resumable
+    from kafjax.training.loop import train
+    from kafjax.xla import set_up_xla
+
     _join_processes()
     set_up_xla()
     if _CHECK.value:
@@ -76,11 +78,15 @@ def _join_processes() -> None:
         return
     if any(value is None for value in flags_of_process):
         raise UserError("several processes need --coordinator, --num_processes and --process_id")
+    from kafjax.processes import join
+
     join(*flags_of_process, heartbeat_seconds=_HEARTBEAT.value)
 
 
 def _join_cluster() -> None:
     """Joins the processes that JAX finds in this job's environment."""
+    from kafjax.processes import join
+
     try:
         join(heartbeat_seconds=_HEARTBEAT.value)
     except ValueError as error:  # JAX's own message names an argument of its function
@@ -92,6 +98,12 @@ def _join_cluster() -> None:
 
 def _check(config: Any, workdir: Path) -> int | None:
     """Reports everything that a run needs and, if nothing is wrong, times some steps of it."""
+    import jax
+
+    from kafjax.training.preflight import Finding, look
+    from kafjax.training.timing import Stopped, see_time
+    from kafjax.workdir.workdir import Workdir
+
     findings = look(config, workdir)
     print("\n".join(map(str, findings)), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]

@@ -13,14 +13,21 @@ _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type"
 def set_up_xla() -> None:
     """Disables YNNPACK, and caches compiled programs in the user's cache folder.
 
-    JAX_COMPILATION_CACHE_DIR overrides the folder.
+    JAX_COMPILATION_CACHE_DIR overrides the folder. KAFJAX_PROGRAMS=0 traces at each start.
     """
-    import jax  # not at the top: benchmarks that only start other processes do not need it
+    # Not at the top: benchmarks that only start other processes do not need JAX.
+    import jax
+
+    from kafjax.programs import keep_programs
 
     leave_out_ynnpack()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "kafjax" / "xla"))
+    options = jax.config.values
+    cache = options["jax_enable_compilation_cache"] and options["jax_compilation_cache_dir"]
+    if cache and os.environ.get("KAFJAX_PROGRAMS") != "0":
+        keep_programs(Path(cache) / "programs")
 
 
 def leave_out_ynnpack() -> None:

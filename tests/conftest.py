@@ -17,6 +17,8 @@ leave_out_ynnpack()
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# In this process, where tests replace parts of the code, nothing is kept for later ones.
+os.environ["KAFJAX_PROGRAMS"] = "0"
 
 from tests.shapes import check_signatures  # noqa: E402 - imports JAX
 

@@ -67,7 +67,8 @@ def command_environment(folder: Path) -> dict[str, str]:
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kafjax "$@"\n')
     command.chmod(0o755)
     places = (str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"])
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(places)}
+    paths = {"PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(places)}
+    return {**os.environ, **paths, "KAFJAX_PROGRAMS": "1"}
 
 
 def random_batch(batch_size: int, num_keypoints: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -135,6 +136,7 @@ def start_command(
         env={
             **os.environ,
             "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
+            "KAFJAX_PROGRAMS": "1",
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -214,6 +214,7 @@ class Line:
 
     traces = 0
     has_teacher = False
+    facts = None
 
     def init(self):
         return {"params": {"w": np.float32(3)}, "batch_stats": {}}

@@ -94,17 +94,17 @@ def test_tasks_and_the_step_import_no_reader_and_training_no_plots() -> None:
         from kafjax.tasks import TASKS
         import kafjax.training.step
         print({name.partition(".")[0] for name in sys.modules})
-        import kafjax.main
+        import kafjax.training.loop
         print({name.partition(".")[0] for name in sys.modules})
     """
-    loaded, of_main = subprocess.run(
+    loaded, of_loop = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert "'orbax'" in of_main
-    assert not any(f"'{name}'" in of_main for name in ("matplotlib", "scipy"))
+    assert "'orbax'" in of_loop
+    assert not any(f"'{name}'" in of_loop for name in ("matplotlib", "scipy"))
     assert "'flax'" in loaded
     for name in ("grain", "orbax", "tensorflow_datasets", "matplotlib", "tensorboardX", "cv2"):
         assert f"'{name}'" not in loaded

@@ -16,8 +16,16 @@ import numpy as np
 
 from kafjax import augment
 from kafjax.errors import UserError
+from kafjax.files import flatten
 from kafjax.intensity import IntensityConfig
-from kafjax.models import build_model, example_inputs, init_variables, variable_shapes
+from kafjax.models import (
+    MODELS,
+    build_model,
+    example_inputs,
+    init_variables,
+    variable_shapes,
+)
+from kafjax.programs import Program
 
 if TYPE_CHECKING:
     import grain
@@ -35,6 +43,13 @@ HEADS_OF_TASKS = {
     "local_contrast": "local_contrast",
     "segment": "segmentation",
 }
+
+
+# Fields of a config that change nothing in a program; `tests/test_programs.py` compares programs.
+_OUTSIDE = (
+    *("seed", "num_epochs", "num_steps", "every.", "checkpoint.", "init_from"),
+    *("data.dir", "data.fold", "data.num_labeled", "data.num_threads", "optimizer.learning_rate"),
+)
 
 
 def sample_keys(batch: Batch) -> jax.Array:
@@ -61,6 +76,11 @@ def make_intensity(config: Any) -> IntensityConfig | None:
     fields = config.augment.get("intensity")  # absent in runs of older versions
     changes = fields is not None and fields.probability > 0
     return IntensityConfig(**_ranges(fields)) if changes else None
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether a class, or a function with some arguments given, is kafjax's."""
+    return getattr(part, "func", part).__module__.startswith("kafjax.")
 
 
 def _ranges(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +186,20 @@ class Task(abc.ABC):
         self._config = config
         self._axis_name = axis_name
         self._model = make_model(config, axis_name)
-        self._jitted_augment = jax.jit(self.augment)
+        self._jitted_augment = Program(jax.jit(self.augment), "augment", self.facts)
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """The config's fields that a compiled program depends on; see `kafjax.programs`.
+
+        None with a network or a task of the user's own, whose code may change between two starts.
+        """
+        parts = (type(self), *MODELS[self._config.model.name])
+        if not all(_is_ours(part) for part in parts):
+            return None
+        fields = flatten(self._config.to_dict())
+        inside = {name: value for name, value in fields.items() if not name.startswith(_OUTSIDE)}
+        return {**inside, "axis_name": self._axis_name}
 
     @property
     def patch(self) -> dict[str, Any]:

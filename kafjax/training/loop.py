@@ -174,6 +174,8 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
     if start >= cadence.num_steps:
         print(f"{run.workdir} is complete: {start} of {cadence.num_steps} steps.", flush=True)
         return None
+    if jax.process_index() == 0:
+        print(f"{_describe_steps(run, start)}; the first compiles the network.", flush=True)
     means, clock, loss = MetricMeans(saved.get("means")), _Clock(start), float("nan")
     plateau = Plateau(config, [row for row in read_metrics(run.workdir) if row["step"] <= start])
     saves = _Saves(checkpointer, start, every=config.every.checkpoint)
@@ -228,6 +230,17 @@ def _take_steps(run: _Run, checkpointer: Checkpointer) -> int | None:
                 return stop
     # A signal during the last step stops a caller with several runs.
     return signals.received or None
+
+
+def _describe_steps(run: _Run, start: int) -> str:
+    """The steps to take, the size of a batch, the number of volumes, and the devices."""
+    count, kind = jax.device_count(), jax.devices()[0].platform
+    volumes = len(run.split.train)
+    return (
+        f"Steps {start + 1} to {run.cadence.num_steps} of {run.config.batch_size} "
+        f"samples from {volumes} volume{'s' * (volumes != 1)} on {count} {kind} "
+        f"device{'s' * (count != 1)}"
+    )
 
 
 def _first_state(run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kafjax.errors import UserError
+from kafjax.programs import Program
 from kafjax.tasks.base import Batch, Task
 
 AXIS_NAME = "batch"
@@ -147,32 +148,9 @@ def map_devices(
     )
 
 
-class MappedStep:
-    """A mapped function; memory left by its compilation is returned before the first run.
-
-    For KAF-UNet that is a gigabyte, in addition to what the step needs.
-    """
-
-    def __init__(self, mapped: Any):
-        self._mapped = mapped
-        self._compiled = False
-
-    def lower(self, *arguments: Any) -> Any:
-        """Lowers the function, as `jax.pmap(...).lower` does."""
-        return self._mapped.lower(*arguments)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Calls the function; the first call compiles it."""
-        if not self._compiled:
-            self.lower(*arguments).compile()  # the call below reuses it
-            return_freed_memory()
-            self._compiled = True
-        return self._mapped(*arguments)
-
-
 def make_update(
     task: Task, optimizer: optax.GradientTransformation, *, average_decay: float = 0.0
-) -> MappedStep:
+) -> Program:
     """The mapped training step: (state, *step_inputs(...)) -> (state, metrics).
 
     The state is donated. The metric `stop` is the maximum over all processes, so all stop at the
@@ -206,9 +184,13 @@ def make_update(
         )
         return state, {**metrics, "stop": jax.lax.pmax(stop, AXIS_NAME)}
 
-    in_axes = (None, 0, None, 0)
-    return MappedStep(
-        map_devices(update, in_axes=in_axes, out_axes=(None, None), donate_argnums=(0,))
+    in_axes, out_axes, donated = (None, 0, None, 0), (None, None), (0,)
+    return Program(
+        map_devices(update, in_axes=in_axes, out_axes=out_axes, donate_argnums=donated),
+        *("update", task.facts, average_decay),
+        donate_argnums=donated,
+        # For KAF-UNet compiling leaves a gigabyte, in addition to what the step needs.
+        after_compiling=lambda: return_freed_memory(),
     )
 
 
@@ -246,7 +228,8 @@ def make_count(task: Task) -> Callable[[TrainState, Any], tuple[jax.Array, ...]]
         own = batch["record"], counts
         return *jax.lax.all_gather(own, AXIS_NAME, tiled=True), classes
 
-    return map_devices(count, in_axes=(None, 0), out_axes=(None, None, 0))
+    mapped = map_devices(count, in_axes=(None, 0), out_axes=(None, None, 0))
+    return Program(mapped, "count", task.facts)
 
 
 def make_predict(task: Task, variables: Any) -> Callable[[Batch], np.ndarray]:
@@ -256,8 +239,8 @@ def make_predict(task: Task, variables: Any) -> Callable[[Batch], np.ndarray]:
         return task.probabilities(task.predict(variables, batch).astype(jax.numpy.float32))
 
     mapped = map_devices(predict, in_axes=(None, 0), out_axes=0)
-    resident = replicate(variables)
-    return lambda batch: own_part(mapped(resident, shard(batch)))
+    program, resident = Program(mapped, "predict", task.facts), replicate(variables)
+    return lambda batch: own_part(program(resident, shard(batch)))
 
 
 def replicate(tree: Any) -> Any:
