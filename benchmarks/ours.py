@@ -16,8 +16,16 @@ from kafjax.tasks.segmentation import Segmentation
 from kafjax.training import step
 
 
+class Fields(SimpleNamespace):
+    """A config without ml_collections, which not every machine has."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field that may be absent."""
+        return getattr(self, name, default)
+
+
 def model_config(case: Case, head: str = "segmentation") -> Any:
-    """`config.model` of a case, without ml_collections, which not every machine has."""
+    """`config.model` of a case."""
     fields = {
         "name": case.network,
         "head": head,
@@ -30,20 +38,21 @@ def model_config(case: Case, head: str = "segmentation") -> Any:
         "dtype": case.dtype,
         "remat": case.remat,
     }
-    return SimpleNamespace(**fields)
+    return Fields(**fields)
 
 
 def run_config(case: Case) -> Any:
     """The config of a fine-tuning run without augmentation."""
-    return SimpleNamespace(
+    return Fields(
         task="segment",
         seed=0,
+        data=Fields(),
         augment=None,
-        loss=SimpleNamespace(weights={"cross_entropy": 1.0, "dice": 0.0}, class_weights=None),
+        loss=Fields(weights={"cross_entropy": 1.0, "dice": 0.0}, class_weights=None),
         sync_batch_norm=True,
         num_microbatches=case.num_microbatches,
         model=model_config(case),
-        optimizer=SimpleNamespace(name="adam", weight_decay=1e-5),
+        optimizer=Fields(name="adam", weight_decay=1e-5),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import main, preparation, report
+from benchmarks import main, ours, preparation, report
+from benchmarks.case import Case
 from benchmarks.growth import exponent
 from benchmarks.profiles import device_events, top_kernels
 from benchmarks.workers import Side, SideError, take_turns, time_paired, workers
@@ -146,6 +147,22 @@ def test_every_question_tells_its_flags_and_has_a_quick_form() -> None:
         arguments = module.parser().parse_args(quick)
         assert arguments.output == report.DEFAULT_FOLDER
         assert name in ("compute", "cuda") or arguments.turns == 1
+
+
+def test_our_side_trains_and_predicts_without_ml_collections() -> None:
+    side = ours.make_side(Case(network="unet", size=32, filters=2, num_classes=3))
+    first = side.calls["step"]()
+    assert side.calls["step"]() < first
+    side.calls["forward"]()
+    assert side.facts["temporaries"] > 0
+
+
+@pytest.mark.slow
+def test_every_question_is_answered_at_tiny_sizes(tmp_path: Path) -> None:
+    only = ",".join(name for name in main.QUESTIONS if name != "compute")  # has a test of its own
+    assert main.main(["--quick", "--only", only, "--output", str(tmp_path)]) == 0
+    page = (tmp_path / main.PAGE).read_text()
+    assert all(f"benchmarks.{name}" in page for name in only.split(","))
 
 
 def test_without_a_gpu_cuda_says_so(tmp_path: Path) -> None:

@@ -192,10 +192,11 @@ class Task(abc.ABC):
     def facts(self) -> dict[str, Any] | None:
         """The config's fields that a compiled program depends on; see `kafjax.programs`.
 
-        None with a network or a task of the user's own, whose code may change between two starts.
+        None with a network or a task of the user's own, whose code may change between two starts,
+        and for a config of another kind than ml_collections'.
         """
         parts = (type(self), *MODELS[self._config.model.name])
-        if not all(_is_ours(part) for part in parts):
+        if not all(map(_is_ours, parts)) or not hasattr(self._config, "to_dict"):
             return None
         fields = flatten(self._config.to_dict())
         inside = {name: value for name, value in fields.items() if not name.startswith(_OUTSIDE)}
