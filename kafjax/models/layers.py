@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kafjax.models.convolution import conv3x3
+from kafjax.models.normalization import Rule, batch_normalize
 
 LEAKY_SLOPE = 0.01
-# A standard deviation within this many roundings of the mean counts as 0: all entries are equal.
-_ALL_THE_SAME = 64
 
 
 def he_stddev(fan_in: int) -> float:
@@ -145,6 +144,7 @@ class BatchNorm(nn.Module):
       dtype: of the output; statistics are at least float32.
       fewest: minimum real entries for batch statistics; fewer are normalised by the running
         statistics and do not update them.
+      leak: slope of a leaky ReLU that follows; None without.
     """
 
     axis_name: str | None = None
@@ -152,6 +152,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     fewest: int = 1
+    leak: float | None = None
 
     @nn.compact
     def __call__(
@@ -165,40 +166,22 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         mean, var = running_mean.value, running_var.value
-        if train:
-            batch_mean, batch_var, count = self._batch_statistics(x.astype(dtype), mask)
-            enough = count >= self.fewest
-            mean, var = jnp.where(enough, batch_mean, mean), jnp.where(enough, batch_var, var)
-            if not self.is_initializing():
-                # A batch of one entry has no unbiased variance; PyTorch raises, we keep var.
-                unbiased = var * (count / jnp.maximum(count - 1, 1))
-                step = jnp.where(enough, 1 - self.momentum, 0.0).astype(dtype)
-                running_mean.value += step * (mean - running_mean.value)
-                running_var.value += step * (unbiased - running_var.value)
-        slope = scale * jax.lax.rsqrt(var + self.epsilon)
-        y = (x.astype(dtype) - mean) * slope + bias
-        if train and mask is not None:
-            rounding = _ALL_THE_SAME * jnp.finfo(dtype).eps * mean
-            y = jnp.where(var <= jnp.square(rounding), bias, y)
-        return y.astype(self.dtype)
-
-    def _batch_statistics(
-        self, x: jax.Array, mask: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        axes = tuple(range(x.ndim - 1))
-        where = None if mask is None else mask[..., None]
-        total = math.prod(x.shape[:-1]) if mask is None else jnp.sum(mask)
-        count = self._global_sum(jnp.asarray(total, x.dtype))
-        divisor = jnp.maximum(count, 1)
-        mean = self._global_sum(jnp.sum(x, axes, where=where)) / divisor
-        var = self._global_sum(jnp.sum(jnp.square(x - mean), axes, where=where)) / divisor
-        return mean, var, count
-
-    def _global_sum(self, x: jax.Array) -> jax.Array:
-        if self.axis_name is None or self.is_initializing():
-            return x
-        # A sum over one device is skipped: XLA would keep it, and not fuse the code around it.
-        return jax.lax.psum(x, self.axis_name) if jax.lax.axis_size(self.axis_name) > 1 else x
+        x = x.astype(dtype)
+        if not train:
+            y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+            y = y if self.leak is None else nn.leaky_relu(y, self.leak)
+            return y.astype(self.dtype)
+        axis_name = None if self.is_initializing() else self.axis_name
+        rule = Rule(axis_name, self.epsilon, self.fewest, self.leak)
+        found = batch_normalize(rule, x, scale, bias, mean, var, mask)
+        if not self.is_initializing():
+            # A batch of one entry has no unbiased variance; PyTorch raises, we keep var.
+            unbiased = found.var * (found.count / jnp.maximum(found.count - 1, 1))
+            enough = found.count >= self.fewest
+            step = jnp.where(enough, 1 - self.momentum, 0.0).astype(dtype)
+            running_mean.value += step * (found.mean - mean)
+            running_var.value += step * (unbiased - var)
+        return found.y.astype(self.dtype)
 
 
 class SampleNorm(nn.Module):
@@ -252,12 +235,17 @@ def normalize(
     axis_name: str | None,
     dtype: Any,
     name: str,
+    leak: float | None = None,
 ) -> Float[Array, "b h w c"]:
-    """Normalises feature maps by one of `NORMS`, inside a compact module, under `name`."""
+    """Normalises feature maps by one of `NORMS`, inside a compact module, under `name`.
+
+    A leaky ReLU of the slope `leak` follows, if any.
+    """
     if norm == "batch":
-        return BatchNorm(axis_name, dtype=dtype, name=name)(x, train=train)
+        return BatchNorm(axis_name, dtype=dtype, leak=leak, name=name)(x, train=train)
     size = 1 if norm == "instance" else _GROUP_SIZE
-    return SampleNorm(size, dtype=dtype, name=name)(x)
+    x = SampleNorm(size, dtype=dtype, name=name)(x)
+    return x if leak is None else nn.leaky_relu(x, leak)
 
 
 class ConvBlock(nn.Module):
@@ -273,11 +261,10 @@ class ConvBlock(nn.Module):
         self, x: Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b h w {self.features}"]:
         """Applies the block."""
-        common = {"train": train, "axis_name": self.axis_name, "dtype": self.dtype}
+        common: dict[str, Any] = {"train": train, "axis_name": self.axis_name, "dtype": self.dtype}
         for i in (1, 2):
             x = Conv(self.features, dtype=self.dtype, name=f"conv_{i}")(x)
-            x = normalize(x, self.norm, name=f"norm_{i}", **common)
-            x = nn.leaky_relu(x, LEAKY_SLOPE)
+            x = normalize(x, self.norm, leak=LEAKY_SLOPE, name=f"norm_{i}", **common)
         return x
 
 
