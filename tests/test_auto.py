@@ -158,10 +158,10 @@ def test_one_of_four_labelled_scans_is_kept_for_the_score(
     request, out = write_scans(tmp_path, labelled=4, count=4, scale=2), tmp_path / "out"
     assert run_auto(request, out) is None
     said = capsys.readouterr().out
-    assert "patch 32 x 32 on a grid of 2 mm" in said
+    assert "patch 32 x 32, on a grid of 3.4 mm" in said
     plan = read_plan(out / "plan.py", request)
     assert plan is not None
-    assert (plan.preparation["pixel_spacing"], plan.preparation["radius"]) == (2.0, 10)
+    assert (plan.preparation["pixel_spacing"], plan.preparation["radius"]) == (3.4, 10)
     for path in sorted((tmp_path / "scans").iterdir()):
         found, source = (nib.load(p) for p in (out / "predictions" / path.name, path))
         assert found.shape == source.shape
@@ -367,6 +367,7 @@ def test_slices_longer_than_the_patch_get_a_grid_that_shows_them_whole() -> None
     # Four of five are at most 384 mm long.
     assert planning.coarser_spacing(sizes_of, mm, 128) == 3.0
     assert planning.coarser_spacing(sizes_of, mm, 192) == 2.0
+    assert planning.coarser_spacing([(64, 64)] * 2, [(1.7, 1.7)] * 2, 32) == 3.4
     assert planning.coarser_spacing(sizes_of, mm, 250) is None  # nearly as they are
     assert planning.coarser_spacing(sizes_of[:4], mm[:4], 256) is None
     odd = [(1.5, 1.5)] * 4 + [(0.1, 0.1)]

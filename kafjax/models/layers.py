@@ -176,8 +176,8 @@ class BatchNorm(nn.Module):
         found = batch_normalize(rule, x, scale, bias, mean, var, mask)
         if not self.is_initializing():
             # A batch of one entry has no unbiased variance; PyTorch raises, we keep var.
-            unbiased = found.var * (found.count / jnp.maximum(found.count - 1, 1))
-            enough = found.count >= self.fewest
+            unbiased = found.var * (found.number / jnp.maximum(found.number - 1, 1))
+            enough = found.number >= self.fewest
             step = jnp.where(enough, 1 - self.momentum, 0.0).astype(dtype)
             running_mean.value += step * (found.mean - mean)
             running_var.value += step * (unbiased - var)

@@ -39,7 +39,7 @@ class Normalized(NamedTuple):
     y: Float[Array, "*b c"]
     mean: Float[Array, " c"]
     var: Float[Array, " c"]
-    count: Float[Array, ""]
+    number: Float[Array, ""]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,7 +65,7 @@ def batch_normalize(
         equal becomes its bias and has no gradient.
 
     Returns:
-      Mean, variance and count have no gradient.
+      Mean, variance and number have no gradient.
     """
     batch_mean, batch_var, count = _statistics(rule, x, mask)
     enough = count >= rule.fewest

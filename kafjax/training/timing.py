@@ -49,7 +49,7 @@ class _EnoughError(Exception):
 
 
 def time_steps(config: Any) -> Timing:
-    """Trains up to five steps by a config, without validation.
+    """Trains up to five steps by a config, without validation and without a line of output.
 
     Raises `Stopped` if a signal came, and what `train` raises.
     """
@@ -69,6 +69,7 @@ def time_steps(config: Any) -> Timing:
     with (
         tempfile.TemporaryDirectory(prefix="kafjax_timing_") as workdir,
         contextlib.suppress(_EnoughError),
+        contextlib.redirect_stdout(None),
     ):
         if received := train(config, workdir, on_step=on_step):
             raise Stopped(received)
