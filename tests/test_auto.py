@@ -367,7 +367,7 @@ def test_slices_longer_than_the_patch_get_a_grid_that_shows_them_whole() -> None
     # Four of five are at most 384 mm long.
     assert planning.coarser_spacing(sizes_of, mm, 128) == 3.0
     assert planning.coarser_spacing(sizes_of, mm, 192) == 2.0
-    assert planning.coarser_spacing([(64, 64)] * 2, [(1.7, 1.7)] * 2, 32) == 3.4
+    assert planning.coarser_spacing([(64, 64)] * 2, [(np.float32(1.7),) * 2] * 2, 32) == 3.4
     assert planning.coarser_spacing(sizes_of, mm, 250) is None  # nearly as they are
     assert planning.coarser_spacing(sizes_of[:4], mm[:4], 256) is None
     odd = [(1.5, 1.5)] * 4 + [(0.1, 0.1)]

@@ -194,7 +194,7 @@ def coarser_spacing(
     finest = np.min(spacings, axis=1)
     extents = (np.array(sizes) * np.array(spacings)).max(axis=1)
     hundredths = 100 * np.quantile(extents, 0.75, method="higher") / edge
-    wanted = math.ceil(round(hundredths, 6)) / 100  # 3.4 mm is 340 hundredths and a rounding error
+    wanted = math.ceil(round(hundredths, 3)) / 100  # headers hold 1.7 mm as 1.70000005
     whole = max(suggest_patch(sizes)) <= edge
     if whole or wanted < 1.1 * np.median(finest) or finest.max() > 4 * finest.min():
         return None

@@ -19,14 +19,12 @@ import numpy as np
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.errors import UserError
 from kafjax.files import differences, flatten
-from kafjax.workdir.workdir import Workdir
+from kafjax.workdir.workdir import OLDER, Workdir
 
 Variables = dict[str, Any]
 
 # Config fields that define the encoder's architecture, and those worth reporting.
 _ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm", "num_channels")}
-# Absent in runs of older versions, and of one channel.
-_OLDER = {"model.norm": "batch", "model.num_channels": 1, "data.context": 0}
 _DATA = {"data": ("name", "max_keypoints", "radius", "patch_size", "context")}
 
 
@@ -124,7 +122,7 @@ def _differences(
     ours = config.to_dict() if hasattr(config, "to_dict") else config
 
     def pick(of: Mapping[str, Any]) -> dict[str, Any]:
-        flat = _OLDER | flatten(
+        flat = OLDER | flatten(
             json.loads(json.dumps({part: of.get(part) or {} for part in fields}))
         )
         return {

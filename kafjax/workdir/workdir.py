@@ -54,8 +54,8 @@ FROM_DATASET = (
     "model.head",
 )
 
-# Fields that runs of older versions lack, and what they stand for there.
-_OLDER = {"data.context": 0}
+# Fields that runs of older versions lack, and runs of one channel the second, and what they mean.
+OLDER = {"model.norm": "batch", "model.num_channels": 1, "data.context": 0}
 
 # Checkpoints by name.
 CHOICES = ("best", "last")
@@ -145,7 +145,7 @@ class Workdir:
         in may be missing from `config`.
         """
         try:
-            there = _OLDER | flatten(read_checked(self.config_file))
+            there = OLDER | flatten(read_checked(self.config_file))
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -153,7 +153,7 @@ class Workdir:
                 f"{self.config_file}: not a run's config ({error}); without the file the config "
                 "that is given is used"
             ) from None
-        here = _OLDER | flatten(json.loads(json.dumps(config)))
+        here = OLDER | flatten(json.loads(json.dumps(config)))
         filled = {name for name in FROM_DATASET if here.get(name) is None}
         differing = differences(there, here, ignore={*may_change, *filled})
         if differing:
