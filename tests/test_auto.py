@@ -161,7 +161,7 @@ def test_one_of_four_labelled_scans_is_kept_for_the_score(
     assert "patch 32 x 32, on a grid of 3.4 mm" in said
     plan = read_plan(out / "plan.py", request)
     assert plan is not None
-    assert (plan.preparation["pixel_spacing"], plan.preparation["radius"]) == (3.4, 10)
+    assert (plan.preparation["pixel_spacing"], plan.preparation["radius"]) == (3.4, 9)
     for path in sorted((tmp_path / "scans").iterdir()):
         found, source = (nib.load(p) for p in (out / "predictions" / path.name, path))
         assert found.shape == source.shape
