@@ -15,6 +15,7 @@ machine code.
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pickle
 from collections.abc import Callable
@@ -35,9 +36,13 @@ _folder: Path | None = None
 
 
 def keep_programs(folder: Path | None) -> None:
-    """Makes this process use the programs in a folder and add its own; None: neither."""
+    """Makes this process use the programs in a folder and add its own; None: neither.
+
+    Nor does a process where flatbuffers is missing, which JAX needs to write programs but does not
+    require.
+    """
     global _folder
-    _folder = folder
+    _folder = folder if importlib.util.find_spec("flatbuffers") else None
 
 
 class Program:

@@ -1,6 +1,7 @@
 """Kept programs: traced once, the same results, and never one for another function."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     keep_programs(tmp_path / "file" / "programs")
     assert (call("f"), call("f")) == (1, 1)
     keep_programs(None)
+
+
+def test_without_flatbuffers_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    keep_programs(tmp_path)
+    assert (call("f"), call("f")) == (1, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_least_recently_used_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
