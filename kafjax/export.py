@@ -9,7 +9,7 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, define_paths, run_app
+    from kafjax.commands import define_data_dir, define_path, define_paths, run_app
 
     workdirs = define_paths("workdir", None, "Workdirs of segmentation runs, averaged.")
     models = define_paths("model", None, "Files of `kafjax pack`, instead or as well.")
@@ -20,8 +20,8 @@ def _run_from_command_line() -> None:
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path(
-        "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
+    data_dir = define_data_dir(
+        None, "Folder of the runs' dataset, for workdirs without preparation.json."
     )
 
     def command() -> None:

@@ -9,13 +9,13 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, expand_list, run_app
+    from kafjax.commands import define_data_dir, expand_list, run_app
 
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path(
-        "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
+    data_dir = define_data_dir(
+        None, "Folder of the runs' dataset, for workdirs without preparation.json."
     )
 
     def command(arguments: list[str]) -> None:
