@@ -4,6 +4,8 @@ Of a packed model or of runs; `net.json` next to it describes inputs and output.
 in .onnx is ONNX. `kafjax.inference.exported` documents both.
 """
 
+from kafjax.files import printable
+
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
@@ -29,7 +31,7 @@ def _run_from_command_line() -> None:
 
         runs = [*(workdirs.value or ()), *(models.value or ())]
         export(runs, target.value, logits=logits.value, step=step.value, data_dir=data_dir.value)
-        print(f"Wrote {target.value}", flush=True)
+        print(f"Wrote {printable(target.value)}", flush=True)
 
     run_app(command)
 

@@ -12,6 +12,7 @@ from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
 from kafjax.errors import UserError
 from kafjax.figures import choice
+from kafjax.files import printable
 from kafjax.paths import data_argument, path_argument
 from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
@@ -218,7 +219,7 @@ def _draw(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     set_up_xla()
     save_figure(arguments.draw(arguments), arguments.output)
-    print(f"Wrote {arguments.output}", flush=True)
+    print(f"Wrote {printable(arguments.output)}", flush=True)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import optax
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
-from kafjax.files import checksum, flatten
+from kafjax.files import checksum, flatten, printable
 from kafjax.processes import check_same, together
 from kafjax.tasks.base import Task
 from kafjax.tasks.registry import make_task
@@ -369,7 +369,7 @@ def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) ->
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
     if plateau := describe_plateau(rows, config):
         print(plateau)
-    print(f"checkpoints:    {workdir.checkpoints} (newest: step {rows[-1]['step']})")
-    print(f"metrics:        {workdir.metrics_file}")
+    print(f"checkpoints:    {printable(workdir.checkpoints)} (newest: step {rows[-1]['step']})")
+    print(f"metrics:        {printable(workdir.metrics_file)}")
     logdir = shlex.quote(str(workdir.tensorboard))
     print(f"TensorBoard:    tensorboard --logdir {logdir}", flush=True)
