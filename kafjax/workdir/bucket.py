@@ -130,6 +130,14 @@ def _renew(lock: "_Lock", ended: threading.Event) -> None:
             continue
 
 
+def _read(url: str) -> bytes:
+    """An object's content, empty without one."""
+    try:
+        return read_object(url)
+    except FileNotFoundError:
+        return b""
+
+
 class _Lock:
     """The lock of a run; see the module."""
 
@@ -149,7 +157,7 @@ class _Lock:
         """Takes the lock; whether the last owner was a process of this machine that died."""
         newest = newest_lock(list_objects(self._url))
         if newest is not None:
-            content = read_object(f"{self._url}/{newest}")
+            content = _read(f"{self._url}/{newest}")
             self._number = int(newest.rpartition(".")[2])
             if self._note.is_file() and read_token(content) == self._note.read_text():
                 self._owner["token"] = read_token(content)
@@ -178,17 +186,13 @@ class _Lock:
 
     def check(self) -> None:
         """Raises `LockedError` if this process no longer holds the lock."""
-        try:
-            if read_token(read_object(self._place())) == self._owner["token"]:
-                content = read_object(self._place(self._number + 1))
-            else:
-                content = b""
-        except FileNotFoundError as error:
-            if error.filename == self._place(self._number + 1):
-                return
-            content = b""
+        is_ours = read_token(_read(self._place())) == self._owner["token"]
+        if is_ours and not _read(self._place(self._number + 1)):
+            return
+        newest = newest_lock(list_objects(self._url))
+        owner = describe_owner(_read(f"{self._url}/{newest}"))
         raise LockedError(
-            f"{self._url}: taken over by {describe_owner(content)}; what this process did since "
+            f"{self._url}: taken over by {owner}; what this process did since "
             f"then stays in the cache folder {cache_folder()}"
         )
 
