@@ -62,11 +62,15 @@ def test_two_owners_are_refused_until_the_first_is_silent(
         with pytest.raises(LockedError, match="taken over by process"):
             first.__exit__(None, None, None)
         move_to_machine(monkeypatch, tmp_path / "other")
-    assert store.read_object(f"{bucket_url}/a") == b"of the second"
     # What the first did meanwhile is not of the run.
     move_to_machine(monkeypatch, tmp_path / "cache")
     write_files(run, b="of the first")
+    send(run)  # as its command does when it ends
+    assert store.read_object(f"{bucket_url}/a") == b"of the second"
     assert texts(fetch(bucket_url)) == {"a": "of the second"}
+    write_files(run, c="later")
+    send(run)
+    assert set(list_objects(bucket_url)) == {"a", "c"}
 
 
 def test_a_process_that_died_here_goes_on_with_what_it_had(

@@ -64,9 +64,10 @@ def fetch(place: str | os.PathLike[str]) -> Path:
         for old in [p for p in _known_files(path) if p not in entries]:
             if not _is_within(_relative(old, path), ours):
                 _forget(old)
-        for file in [p for folder in lost for p in _files(path / folder)]:
-            if file not in entries:
+        for folder in lost:
+            for file in [p for p in _files(path / folder) if p not in entries]:
                 file.unlink()
+            known_of(path / folder / "lock").unlink()
         stale = [p for p, entry in entries.items() if _version(p) != entry.version]
         stale += [p for p in entries if p not in stale and not p.exists() and not _is_shard(p)]
         for shard in filter(_is_shard, stale):
@@ -75,10 +76,12 @@ def fetch(place: str | os.PathLike[str]) -> Path:
     return path
 
 
-def send(path: str | os.PathLike[str]) -> None:
+def send(path: str | os.PathLike[str], *, held: bool = False) -> None:
     """Brings a bucket's folder or object up to date with its copy here; nothing for other paths.
 
     Markers are written last. A folder whose marker is gone here is deleted there; nothing else is.
+    Runs whose lock a process of this machine has, or had when it ended, are left to their owner,
+    which alone passes `held`.
 
     Raises:
       BucketError, UserError: something was not sent; another call sends it.
@@ -86,9 +89,11 @@ def send(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if url_of(path) is None:
         return
-    stats = {file: _stat(file) for file in _files(path)}
+    others = [] if held else [copy_of_known(p).parent for p in known_of(path).rglob("lock")]
+    stats = {p: _stat(p) for p in _files(path) if not any(run in p.parents for run in others)}
     changed = [file for file, stat in stats.items() if stat is not None and stat != _sent(file)]
-    gone = [p for p in _known_files(path) if p.name in _MARKERS and not p.exists()]
+    gone = [p for p in _known_files(path) if _is_marker(p) and not p.exists()]
+    gone = [p for p in gone if not any(run in p.parents for run in others)]
     if not changed and not gone:
         return
     # The marker of a folder that changes goes first, so that no mixture is taken as whole.

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 
+from kafjax.buckets import url_of
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
@@ -107,6 +108,9 @@ def train(
                 write_environment(folder)
                 if later := describe_later(split, dataset):
                     print(later, flush=True)
+        if url_of(folder.path):  # all processes read back the first save, which is not there yet
+            what = "their copy of the run; several hosts need one KAFJAX_CACHE, which they share"
+            check_same(what, folder.owner())
         checkpointer = stack.enter_context(
             Checkpointer(
                 folder,

@@ -80,7 +80,7 @@ def _end(lock: "_Lock") -> Exception | None:
     """Sends the rest and releases the lock; the error, if any."""
     try:
         lock.check()
-        send(lock.folder)
+        send(lock.folder, held=True)
         lock.release()
     except LockedError as error:
         return error
@@ -102,7 +102,7 @@ def _send_steps(lock: "_Lock", checkpoints: Path, ended: threading.Event) -> Non
         sent = steps
         try:
             lock.check()
-            send(lock.folder)
+            send(lock.folder, held=True)
         except LockedError:
             return
         except (OSError, UserError) as error:

@@ -209,6 +209,11 @@ class Workdir:
         parts = ["evaluation", *([split] if split != "validation" else [])]
         return self.path / f"{'_'.join(parts + ([] if step is None else [f'step{step}']))}.json"
 
+    def owner(self) -> str:
+        """What the process that holds the folder's lock wrote there; empty without one."""
+        lock = self.path / "lock"
+        return lock.read_text(encoding="utf-8") if lock.exists() else ""
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Locks the folder for this process; `ValueError` names another process that holds it.
