@@ -35,7 +35,7 @@ from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
 from kafjax.buckets import BucketError, send, show
 from kafjax.files import show_any_name, write_text
-from kafjax.paths import data_folder, sent_at_end
+from kafjax.paths import data_folder, with_buckets
 
 _LONGEST_NAME = 60  # the name is part of file names
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = "" if arguments.check else "; volumes already finished are kept"
     try:
         refuse_stray(arguments)
-        with sent_at_end():
+        with with_buckets():
             _run(arguments)
     except DatasetError as error:
         _note(fault for fault in error.faults if not fault.stops)

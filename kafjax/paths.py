@@ -20,7 +20,8 @@ from kafjax.errors import UserError
 _PLAIN = re.compile(r"[\w/ .,=+@%-]*")
 _MOST_PLAIN = 1024  # characters; libraries append to it, and systems allow 4096 in total
 _lock = threading.Lock()
-_fetched: dict[Path, None] = {}  # copies of buckets' folders that this process uses
+# Copies of buckets' folders that this process uses, and whether they have been fetched.
+_copies: dict[Path, bool] = {}
 _links: dict[tuple[int, str], Path] = {}  # by process and path
 _folders: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by process: a fork has its own
 
@@ -29,17 +30,15 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """Replaces a leading `~` or `~user` by that user's home, and a URL by its copy here.
 
     The copy of a bucket's folder or object is brought up to date the first time; a command sends
-    what it changes there when it ends (`sent_at_end`).
+    what it changes there when it ends (`with_buckets`).
 
     Raises:
       UserError: no such user, bucket, permission or credentials.
       BucketError: the bucket does not answer.
     """
     if is_url(path):
-        copy = copy_of(path)
-        if copy not in _fetched:
-            fetch(copy)
-            _fetched[copy] = None
+        copy = named(path)
+        _fetch(copy)
         return copy
     text = os.path.expanduser(path)
     if text.startswith("~"):
@@ -50,6 +49,21 @@ def expand(path: str | os.PathLike[str]) -> Path:
     # ./~ is a folder named ~, which pathlib would write as ~.
     found = Path(text)
     return found.absolute() if str(found).startswith("~") else found
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """`expand` of a command's argument: a bucket's folder is fetched when the command begins."""
+    if not is_url(path):
+        return expand(path)
+    copy = copy_of(path)
+    _copies.setdefault(copy, False)
+    return copy
+
+
+def _fetch(copy: Path) -> None:
+    if not _copies[copy]:
+        fetch(copy)
+        _copies[copy] = True
 
 
 def data_folder(data_dir: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -66,12 +80,15 @@ def data_folder(data_dir: str | os.PathLike[str], name: str | None = None) -> Pa
 
 
 @contextlib.contextmanager
-def sent_at_end() -> Iterator[None]:
-    """Sends what the enclosed command changed in buckets' folders, also if it fails.
+def with_buckets() -> Iterator[None]:
+    """Fetches what a command's arguments name, and sends what it changed there, also if it fails.
 
     Raises:
+      UserError: no such bucket, no permission, no credentials.
       BucketError: not all was sent; the files stay on this machine, and the message names them.
     """
+    for copy in _copies:
+        _fetch(copy)
     try:
         yield
     except BaseException:
@@ -84,7 +101,7 @@ def sent_at_end() -> Iterator[None]:
 
 
 def _send_all() -> None:
-    for copy in _fetched:
+    for copy in _copies:
         try:
             send(copy)
         except (OSError, UserError) as error:
@@ -94,10 +111,10 @@ def _send_all() -> None:
 
 
 def path_argument(text: str) -> Path:
-    """`expand` as an argparse type; argparse shows only its own error's message."""
+    """`named` as an argparse type; argparse shows only its own error's message."""
     try:
-        return expand(text)
-    except (UserError, BucketError) as error:
+        return named(text)
+    except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

@@ -159,7 +159,7 @@ def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(
     process.kill()
     process.communicate()
     assert "lock.1" in list_objects(run)
-    # Another machine has to wait; this one goes on.
+    # Another machine has to wait; this one continues.
     other = {"KAFJAX_CACHE": str(tmp_path / "other")}
     status, output = run_command(phantom_dataset, run, *there, **other)
     assert (status, output.count("error:")) == (2, 1)
@@ -178,7 +178,7 @@ def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(
     _same_bits(fetch(run), tmp_path / "here")
     status, output = run_command(phantom_dataset, "s3://nowhere/run", *there)
     assert (status, output.count("error:")) == (2, 1)
-    assert "error: --workdir: s3://nowhere/run: no such bucket" in output
+    assert "error: s3://nowhere/run: no such bucket" in output
 
 
 def _same_bits(one: Path, other: Path) -> None:

@@ -61,7 +61,7 @@ def fetch(place: str | os.PathLike[str]) -> Path:
             for name, entry in objects.items()
             if not _is_within(name, ours) and not _is_lock(name) and _is_whole(name, objects)
         }
-        for old in [p for p in _known_files(path) if p not in entries]:
+        for old in [p for p in _known_files(path) if p not in entries and _version(p)]:
             if not _is_within(_relative(old, path), ours):
                 _forget(old)
         for folder in lost:
@@ -158,6 +158,7 @@ def _upload(file: Path) -> bool:
     """Sends a file; False if it was deleted meanwhile, as old checkpoints are."""
     url = url_of(file)
     assert url is not None
+    _note(file, None, str(_version(file)))  # it may be there from now on
     try:
         upload(file, url)
     except FileNotFoundError:
@@ -198,7 +199,7 @@ def _sent(file: Path) -> object:
 
 
 def _version(file: Path) -> object:
-    return _read_note(file).get("version")
+    return _read_note(file).get("version", "")
 
 
 def _forget(file: Path) -> None:

@@ -121,7 +121,7 @@ def _open(url: str) -> tuple[Any, str]:
     """fsspec's file system, which it keeps for each thread's process, and the path in it."""
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # our own error tells what it warns of
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # our own error says it in a line
     with _telling(url):
         files, path = fsspec.core.url_to_fs(url)
     return files, path

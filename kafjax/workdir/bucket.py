@@ -5,8 +5,8 @@
 A bucket has no locks and no rename, only objects that are created if they are not there. So the
 first process creates lock.1 and deletes it at its end. One that finds a lock that its owner has not
 renewed for some time creates the next number; the owner, should it still be there, finds that and
-stops. A process that died on this machine left its token in the cache: the next one here goes on at
-once, with all that was not sent.
+stops. A process that died on this machine left its token in the cache: the next one here continues
+at once, with everything that was not sent.
 """
 
 import contextlib
@@ -166,7 +166,7 @@ class _Lock:
             if self._age() < _EXPIRES:
                 raise LockedError(
                     f"{self._url}: in use by {describe_owner(content)}; expected no other process: "
-                    f"wait for it, stop it, or give another folder (one that died without a word "
+                    f"wait for it, stop it, or give another folder (one that died silently "
                     f"is replaced after {_EXPIRES:.0f} s)"
                 )
             self._number += 1
