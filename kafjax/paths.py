@@ -37,7 +37,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
       BucketError: the bucket does not answer.
     """
     if is_url(path):
-        copy = named(path)
+        copy = copy_of(path)
         _fetch(copy)
         return copy
     text = os.path.expanduser(path)
@@ -61,7 +61,7 @@ def named(path: str | os.PathLike[str]) -> Path:
 
 
 def _fetch(copy: Path) -> None:
-    if not _copies[copy]:
+    if not _copies.get(copy):
         fetch(copy)
         _copies[copy] = True
 
@@ -87,9 +87,9 @@ def with_buckets() -> Iterator[None]:
       UserError: no such bucket, no permission, no credentials.
       BucketError: not all was sent; the files stay on this machine, and the message names them.
     """
-    for copy in _copies:
-        _fetch(copy)
     try:
+        for copy in _copies:
+            _fetch(copy)
         yield
     except BaseException:
         try:
@@ -97,7 +97,10 @@ def with_buckets() -> Iterator[None]:
         except Exception as error:  # the command's own is the one to report
             print(f"warning: {show(error)}", file=sys.stderr, flush=True)
         raise
-    _send_all()
+    else:
+        _send_all()
+    finally:
+        _copies.clear()
 
 
 def _send_all() -> None:
