@@ -1,6 +1,8 @@
 """Runs in buckets: sent, held by one owner, resumed bit for bit; and commands on buckets."""
 
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from kafjax.workdir import bucket as bucket_module
 from kafjax.workdir.bucket import kept
 from kafjax.workdir.lock import LockedError
 from tests.buckets import Proxy, move_to_machine, texts, write_files
-from tests.runs import PLAIN, run_command, start_command, without_time
+from tests.campaigns.tiny import make_run
+from tests.runs import PLAIN, ROOT, run_command, start_command, without_time
 
 
 def test_a_run_is_sent_at_its_end_and_at_new_checkpoints(
@@ -186,3 +189,32 @@ def _same_bits(one: Path, other: Path) -> None:
     variables = [jax.tree.leaves(load_variables(workdir)) for workdir in (one, other)]
     for a, b in zip(*variables, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_predict_and_evaluate_read_and_write_a_bucket(
+    bucket_url: str, phantom_raw: Path, phantom_dataset: Path
+) -> None:
+    there = copy_of(bucket_url)
+    config = {"data.max_keypoints": 64, "data.num_folds": 4}
+    make_run(there / "run", phantom_dataset, **config)
+    shutil.copytree(phantom_dataset.parents[1], there / "data")
+    shutil.copytree(phantom_raw, there / "scans", ignore=shutil.ignore_patterns("*_label*"))
+    send(there)
+    shutil.rmtree(there)
+    commands = (
+        "predict --workdir URL/run --input URL/scans --output URL/labels --format .nii.gz",
+        "evaluate --workdir URL/run --data_dir URL/data",
+        "pack URL/run URL/model.kafjax",
+        "report --workdir URL/run --data_dir URL/data --output URL/report.html",
+        "figures keypoints --data_dir URL/data --volume ct_1001 --slice 4 --output URL/pairs.png",
+    )
+    for command in commands:
+        words = command.replace("URL", bucket_url).split()
+        done = subprocess.run(
+            [sys.executable, "-m", "kafjax", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    objects = set(list_objects(bucket_url))
+    assert {"model.kafjax", "report.html", "pairs.png", "run/evaluation.json"} <= objects
+    assert sum(name.startswith("labels/") for name in objects) == 4

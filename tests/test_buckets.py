@@ -75,6 +75,10 @@ def test_another_machine_has_what_was_sent(
     move_to_machine(monkeypatch, tmp_path / "cache")
     write_files(copy, unsent="kept")
     assert texts(fetch(bucket_url)) == {"a": "changed there", "sub/c": "3", "unsent": "kept"}
+    store.delete_object(f"{bucket_url}/sub/c")
+    assert not (fetch(bucket_url) / "sub").exists()
+    write_files(copy, sub__c="3")
+    send(copy)
     single = fetch(f"{bucket_url}/sub/c")
     assert single.read_text() == "3"
 

@@ -63,15 +63,15 @@ def fetch(place: str | os.PathLike[str]) -> Path:
         }
         for old in [p for p in _known_files(path) if p not in entries and _version(p)]:
             if not _is_within(_relative(old, path), ours):
-                _forget(old)
+                _forget(old, path)
         for folder in lost:
             for file in [p for p in _files(path / folder) if p not in entries]:
-                file.unlink()
+                _forget(file, path)
             known_of(path / folder / "lock").unlink()
         stale = [p for p, entry in entries.items() if _version(p) != entry.version]
         stale += [p for p in entries if p not in stale and not p.exists() and not _is_shard(p)]
         for shard in filter(_is_shard, stale):
-            _forget(shard)
+            _forget(shard, path)
         _fetch_all({p: entries[p] for p in stale if not _is_shard(p)})
     return path
 
@@ -202,9 +202,17 @@ def _version(file: Path) -> object:
     return _read_note(file).get("version", "")
 
 
-def _forget(file: Path) -> None:
+def _forget(file: Path, top: Path) -> None:
+    """Deletes a file here, and the folders up to `top` that are then empty."""
     file.unlink(missing_ok=True)
     known_of(file).unlink(missing_ok=True)
+    for folder in file.parents:
+        if folder == top or top not in folder.parents:
+            return
+        try:
+            folder.rmdir()
+        except OSError:  # not empty
+            return
 
 
 def _stat(file: Path) -> list[int] | None:
