@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,14 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from kafjax.buckets.places import cache_folder, copy_of, copy_of_known, known_of, url_of
+from kafjax.buckets.places import (
+    cache_folder,
+    copy_of,
+    copy_of_known,
+    is_url,
+    known_of,
+    url_of,
+)
 from kafjax.buckets.store import (
     BucketError,
     Entry,
@@ -41,7 +49,7 @@ _THREADS = 8
 
 
 def fetch(place: str | os.PathLike[str]) -> Path:
-    """Brings the copy of a bucket's folder or object up to date; its path. Others are themselves.
+    """Brings the copy of a bucket's folder or object up to date; its path, or any other as it is.
 
     Records of datasets are not fetched, and neither is a checkpoint or dataset without its marker.
     Files that were written here and never sent are kept.
@@ -50,9 +58,10 @@ def fetch(place: str | os.PathLike[str]) -> Path:
       UserError: no such bucket, no permission, no credentials.
       BucketError: the bucket does not answer.
     """
-    path = Path(place) if url_of(place) else copy_of(place)
+    path = copy_of(place) if is_url(place) else Path(place)
     url = url_of(path)
-    assert url is not None
+    if url is None:
+        return path
     with _alone():
         objects = list_objects(url)
         ours, lost = _runs_left(path, objects)
@@ -69,10 +78,10 @@ def fetch(place: str | os.PathLike[str]) -> Path:
                 _forget(file, path)
             known_of(path / folder / "lock").unlink()
         stale = [p for p, entry in entries.items() if _version(p) != entry.version]
-        stale += [p for p in entries if p not in stale and not p.exists() and not _is_shard(p)]
         for shard in filter(_is_shard, stale):
             _forget(shard, path)
-        _fetch_all({p: entries[p] for p in stale if not _is_shard(p)})
+        gone = [p for p in entries if not p.exists()]
+        _fetch_all({p: entries[p] for p in {*stale, *gone} if not _is_shard(p)})
     return path
 
 
@@ -181,7 +190,7 @@ def _delete(file: Path) -> None:
 def _note(file: Path, stat: list[int] | None, version: str) -> None:
     known = known_of(file)
     known.parent.mkdir(parents=True, exist_ok=True)
-    partial = known.with_name(f".{known.name[:99]}.{os.getpid()}.partial")
+    partial = known.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     partial.write_text(json.dumps({"stat": stat, "version": version}))
     partial.replace(known)
 

@@ -31,6 +31,7 @@ from kafjax.buckets.store import (
     write_object,
 )
 from kafjax.errors import UserError
+from kafjax.files import write_text
 from kafjax.workdir.lock import LockedError, describe_owner
 
 _RENEWED = 20.0  # seconds between signs of the owner
@@ -171,7 +172,7 @@ class _Lock:
                 )
             self._number += 1
         self._note.parent.mkdir(parents=True, exist_ok=True)
-        self._note.write_text(str(self._owner["token"]))
+        write_text(self._note, str(self._owner["token"]))
         try:
             self.write(new=True)
         except FileExistsError:
