@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from kafjax.buckets import show
 from kafjax.checkpoint.checkpointer import check_resumable
 from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
@@ -93,7 +94,7 @@ def _join_cluster() -> None:
 def _check(config: Any, workdir: Path) -> int | None:
     """Reports everything that a run needs and, if nothing is wrong, times some steps of it."""
     findings = look(config, workdir)
-    print("\n".join(map(str, findings)), flush=True)
+    print(show("\n".join(map(str, findings))), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]
     if wrong:
         raise UserError(f"the run would not start: {', '.join(wrong)}")
