@@ -12,7 +12,7 @@ from data_prep.intensity import Intensity
 from data_prep.readers import KINDS
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
-from kafjax.paths import path_argument
+from kafjax.paths import data_argument, path_argument
 
 _EPILOG = """\
 layouts:
@@ -93,7 +93,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data_dir",
-        type=path_argument,
+        type=data_argument,
         default=Path("data"),
         metavar="DATA",
         help="prepared datasets go to DATA/<name>/<version> (default: %(default)s)",

@@ -33,7 +33,9 @@ from data_prep.prepare import PreparationError, Summary, prepare_dataset
 from data_prep.readers import READERS
 from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
+from kafjax.buckets import BucketError, send, show
 from kafjax.files import show_any_name, write_text
+from kafjax.paths import data_folder, with_buckets
 
 _LONGEST_NAME = 60  # the name is part of file names
 
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = "" if arguments.check else "; volumes already finished are kept"
     try:
         refuse_stray(arguments)
-        _run(arguments)
+        with with_buckets():
+            _run(arguments)
     except DatasetError as error:
         _note(fault for fault in error.faults if not fault.stops)
         return _report("\n".join(str(fault) for fault in error.faults if fault.stops), MISTAKE)
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"{error}\n{hint}{kept}", 1)
     except UserError as error:
         return _report(error, MISTAKE)
+    except BucketError as error:
+        return _report(f"{error}{kept}", 1)
     except OSError as error:
         # The error of a full disk does not name its file.
         where = error.filename or arguments.data_dir
@@ -67,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(message: object, status: int) -> int:
-    for line in str(message).splitlines():
+    for line in show(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return status
 
 
 def _note(findings: Iterable[Fault]) -> None:
     for line in findings_text(findings):
-        print(f"note: {line}", file=sys.stderr)
+        print(f"note: {show(line)}", file=sys.stderr)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -86,6 +91,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.num_workers < 0:
         raise UserError(f"num_workers is {arguments.num_workers}; expected 0 or more")
     name, raw_dir = _name(arguments), _raw_dir(arguments)
+    if not arguments.check:
+        data_folder(arguments.data_dir, name)  # of a bucket
     if arguments.dataset == "phantom" and not arguments.check:
         _write_phantoms(raw_dir, arguments)
     reader = _reader(arguments, raw_dir)
@@ -104,7 +111,8 @@ def _run(arguments: argparse.Namespace) -> None:
         subjects=_subjects(arguments),
     )
     _note(summary.findings)
-    print(_describe(summary, name, reader, options))
+    send(arguments.data_dir)
+    print(show(_describe(summary, name, reader, options)))
 
 
 def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
@@ -211,7 +219,7 @@ def _next_command(summary: Summary, name: str, reader: Reader) -> str:
     known = "phantom" if name == "phantom" else reader.kind
     config = known if known in ("phantom", "chd", "acdc") else "own"
     words = ["kafjax", "train", "--config", f"{config}_pretrain"]
-    data_dir = str(summary.directory.parent.parent)
+    data_dir = show(summary.directory.parent.parent)
     changes = {"name": (name, config), "dir": (data_dir, "data")}  # the value, and the config's
     return shlex.join(
         [*words, *(f"--config.data.{n}={to}" for n, (to, usual) in changes.items() if to != usual)]

@@ -101,7 +101,7 @@ _MEANINGS = {
     "num_epochs": "Length of the run and of the learning rate schedule.",
     "batch_size": "Pairs (fine-tuning: slices) per step, over all devices of all hosts.",
     "data.name": "Name of the prepared dataset.",
-    "data.dir": "Folder of prepared datasets: the `--data_dir` of the preparation.",
+    "data.dir": "Folder of prepared datasets, or its URL: the `--data_dir` of the preparation.",
     "data.patch_size": "Part of a slice that the network sees, pixels; smaller slices are padded.",
     "data.num_threads": "Threads that read and cut slices.",
     "data.fold": "Fold kept for validation, from 0; None trains on all labelled volumes.",

@@ -20,7 +20,7 @@ from kafjax.errors import (
     out_of_memory,
 )
 from kafjax.files import show_any_name
-from kafjax.paths import expand, split_list
+from kafjax.paths import data_folder, expand, is_url, named, show, split_list, with_buckets
 from kafjax.xla import set_up_xla
 
 # absl's messages about a config field, and about the config itself.
@@ -32,15 +32,33 @@ _PATH = re.compile(r"flag (--\w+)=(.*): (?=\2: )")
 def define_path(name: str, default: str | None, help_string: str, **options: Any) -> Any:
     """Defines a flag for a path, with `~` expanded; returns its holder."""
     flags.disclaim_key_flags()  # the flag belongs to the caller, whose --help shows it
-    parser = _Parser(lambda text: str(expand(text)))
+    return _define(lambda text: str(named(text)), name, default, help_string, **options)
+
+
+def define_data_dir(default: str | None, help_string: str) -> Any:
+    """Defines --data_dir; a bucket's URL stays one, because its datasets are read from there."""
+    flags.disclaim_key_flags()
+    return _define(_data_dir, "data_dir", default, help_string)
+
+
+def _data_dir(text: str) -> str:
+    folder = data_folder(text)  # refuses names that cannot be
+    return text if is_url(text) else str(folder)
+
+
+def _define(
+    parse: Callable[[str], str], name: str, default: str | None, help_string: str, **options: Any
+) -> Any:
     serializer: Any = flags.ArgumentSerializer()  # for commands that print how to rerun them
+    parser = _Parser(parse)
     return flags.DEFINE(parser, name, default, help_string, serializer=serializer, **options)
 
 
 def define_paths(name: str, default: str | None, help_string: str, **options: Any) -> Any:
     """Defines a flag for a list of paths, A,B,C; see `kafjax.paths.split_list`."""
     flags.disclaim_key_flags()
-    return flags.DEFINE(_Parser(expand_list), name, default, help_string, **options)
+    parser = _Parser(lambda text: [str(named(path)) for path in split_list(text)])
+    return flags.DEFINE(parser, name, default, help_string, **options)
 
 
 def expand_list(text: str) -> list[str]:
@@ -78,22 +96,24 @@ def _explain(error: Exception) -> str:
 
 def fail(message: str, status: int) -> NoReturn:
     """Prints one line on stderr and exits."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {show(message)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def run_command(command: Callable[..., int | None], *args: Any) -> None:
     """Runs a command and exits with its status.
 
-    A `UserError` or `OSError` is a user's mistake: one line, status 2; `--verbosity=1` shows the
-    traceback. So is a network that does not fit the memory. A `FloatingPointError` is status 1.
-    A returned signal number is 128 + number. A process that has lost another of its run exits with
-    status 75. Any other error is a fault of kafjax: a traceback, and status 70.
+    Buckets' folders are fetched and sent. A `UserError` or `OSError` is a user's mistake: one
+    line, status 2; `--verbosity=1` shows the traceback. So is a network that does not fit the
+    memory. A `FloatingPointError` is status 1. A returned signal number is 128 + number. A process
+    that has lost another of its run exits with status 75. Any other error is a fault of kafjax: a
+    traceback, and status 70.
     """
     if not flags.FLAGS["verbosity"].present:  # absl's default shows Orbax's internal messages
         logging.get_absl_handler().setLevel("WARNING")
     try:
-        received = command(*args)
+        with with_buckets():
+            received = command(*args)
     except (UserError, OSError) as error:
         logging.debug("where it came from:", exc_info=True)
         fail(str(error), MISTAKE)

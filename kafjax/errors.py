@@ -26,6 +26,8 @@ _EXTRAS = {
     **dict.fromkeys(("SimpleITK", "pydicom", "highdicom"), "formats"),
     "onnxruntime": "onnx",
     "huggingface_hub": "hub",
+    "s3fs": "s3",
+    "gcsfs": "gcs",
 }
 
 

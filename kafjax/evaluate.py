@@ -14,7 +14,7 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, run_app
+    from kafjax.commands import define_data_dir, define_path, run_app
 
     workdir = define_path("workdir", None, "Workdir of a segmentation run.")
     predictions = define_path("predictions", None, "Or a folder of NIfTI predictions.")
@@ -29,7 +29,7 @@ def _run_from_command_line() -> None:
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path("data_dir", None, "Default: the run's data directory.")
+    data_dir = define_data_dir(None, "Default: the run's data directory.")
     batch_size = flags.DEFINE_integer("batch_size", None, "Of prediction. Default: the run's.")
 
     record_split = flags.DEFINE_bool(

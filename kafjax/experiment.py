@@ -21,7 +21,7 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, fail, run_app
+    from kafjax.commands import define_data_dir, define_path, fail, run_app
 
     string, boolean = flags.DEFINE_string, flags.DEFINE_bool
     table = string(
@@ -39,7 +39,7 @@ def _run_from_command_line() -> None:
         "set", [], "A field of all configs, as in model.dtype=bfloat16; may be repeated."
     )
     workdir = define_path("workdir", "runs/experiments", "Folder of the runs.")
-    data_dir = define_path("data_dir", "data", "Folder of the prepared dataset.")
+    data_dir = define_data_dir("data", "Folder of the prepared dataset.")
     shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
     slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
     plan = boolean("plan", False, "Only list the remaining jobs.")

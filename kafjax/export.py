@@ -4,12 +4,14 @@ Of a packed model or of runs; `net.json` next to it describes inputs and output.
 in .onnx is ONNX. `kafjax.inference.exported` documents both.
 """
 
+from kafjax.files import printable
+
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, define_paths, run_app
+    from kafjax.commands import define_data_dir, define_path, define_paths, run_app
 
     workdirs = define_paths("workdir", None, "Workdirs of segmentation runs, averaged.")
     models = define_paths("model", None, "Files of `kafjax pack`, instead or as well.")
@@ -20,8 +22,8 @@ def _run_from_command_line() -> None:
     step = flags.DEFINE_string(
         "step", None, "Checkpoint: a number, best or last. Default: config.checkpoint.select."
     )
-    data_dir = define_path(
-        "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
+    data_dir = define_data_dir(
+        None, "Folder of the runs' dataset, for workdirs without preparation.json."
     )
 
     def command() -> None:
@@ -29,7 +31,7 @@ def _run_from_command_line() -> None:
 
         runs = [*(workdirs.value or ()), *(models.value or ())]
         export(runs, target.value, logits=logits.value, step=step.value, data_dir=data_dir.value)
-        print(f"Wrote {target.value}", flush=True)
+        print(f"Wrote {printable(target.value)}", flush=True)
 
     run_app(command)
 

@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kafjax.buckets.places import show
+
 CHECKSUM_FIELD = "checksum"
 
 
@@ -61,8 +63,8 @@ def show_any_name() -> None:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path that any stream can print: bytes that are not UTF-8 as `\\udcff`."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path that any stream can print, or its URL: bytes that are not UTF-8 as `\\udcff`."""
+    return show(path).encode(errors="backslashreplace").decode()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from absl import app, flags
 
 from kafjax import __version__
+from kafjax.buckets import show
 from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
 from kafjax.errors import UserError
@@ -50,7 +51,7 @@ def _run(config: Any, workdir: Path) -> int | None:
         check_fields(config)
         print(describe(with_classes(config)))
         return None
-    print(f"kafjax {__version__}: {given_config().name} in {workdir}", flush=True)
+    print(f"kafjax {__version__}: {given_config().name} in {show(workdir)}", flush=True)
     from kafjax.checkpoint.checkpointer import check_resumable
     from kafjax.training.loop import train
     from kafjax.xla import set_up_xla
@@ -105,7 +106,7 @@ def _check(config: Any, workdir: Path) -> int | None:
     from kafjax.workdir.workdir import Workdir
 
     findings = look(config, workdir)
-    print("\n".join(map(str, findings)), flush=True)
+    print(show("\n".join(map(str, findings))), flush=True)
     wrong = [finding.name for finding in findings if finding.wrong]
     if wrong:
         raise UserError(f"the run would not start: {', '.join(wrong)}")

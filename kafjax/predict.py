@@ -15,7 +15,7 @@ def _run_from_command_line() -> None:
 
     from absl import flags
 
-    from kafjax.commands import define_path, define_paths, run_app
+    from kafjax.commands import define_data_dir, define_path, define_paths, run_app
 
     workdirs = define_paths("workdir", None, "Workdirs of segmentation runs, averaged.")
     models = define_paths("model", None, "Files of `kafjax pack`, instead or as well.")
@@ -43,8 +43,8 @@ def _run_from_command_line() -> None:
             "Checkpoint: a number, best or last; several are averaged: 200,300. "
             "Default: config.checkpoint.select.",
         ),
-        "data_dir": flags.DEFINE_string(
-            "data_dir", None, "Folder of the runs' dataset, for workdirs without preparation.json."
+        "data_dir": define_data_dir(
+            None, "Folder of the runs' dataset, for workdirs without preparation.json."
         ),
         "batch_size": flags.DEFINE_integer("batch_size", None, "Default: the run's."),
         "ending": flags.DEFINE_string(

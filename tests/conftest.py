@@ -4,6 +4,7 @@ Each process of a parallel test run makes its own, in its own temporary folder.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # In this process, where tests replace parts of the code, nothing is kept for later ones.
 os.environ["KAFJAX_PROGRAMS"] = "0"
 
+from tests.buckets import BUCKET, Proxy, access, forget_connections, served  # noqa: E402
 from tests.shapes import check_signatures  # noqa: E402 - imports JAX
 
 check_signatures()
@@ -50,6 +52,37 @@ def phantom_dataset(phantom_raw: Path, tmp_path_factory: pytest.TempPathFactory)
         options=Options(max_keypoints=64),
         num_workers=0,
     ).directory
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[int]:
+    """The port of an S3 server on this machine, with a bucket."""
+    with served() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the server, at which `s3://` is; with a cache of its own."""
+    import s3fs
+
+    from kafjax.buckets import store
+
+    proxy = Proxy(s3_server)
+    for name, value in access(proxy.port, tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store, "WAITS", (0.1, 0.1))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    forget_connections()
+    yield proxy
+    forget_connections()
+    proxy.close()
+
+
+@pytest.fixture
+def bucket_url(proxy: Proxy, request: pytest.FixtureRequest) -> str:
+    """A folder of the bucket, for one test."""
+    return f"s3://{BUCKET}/{request.node.name}"
 
 
 # Files that take longest, which a worker should not begin last.

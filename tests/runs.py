@@ -116,7 +116,7 @@ def free_address() -> str:
 
 def start_command(
     dataset: Path,
-    workdir: Path,
+    workdir: Path | str,
     *extra: str,
     devices: int = 1,
     prefix: Sequence[str] = (),
@@ -146,7 +146,7 @@ def start_command(
 
 
 def run_command(
-    dataset: Path, workdir: Path, *extra: str, devices: int = 1, **environment: str
+    dataset: Path, workdir: Path | str, *extra: str, devices: int = 1, **environment: str
 ) -> tuple[int, str]:
     """Runs the command to its end: exit status and output."""
     process = start_command(dataset, workdir, *extra, devices=devices, **environment)

@@ -118,9 +118,9 @@ def test_a_process_whose_run_has_lost_another_ends_at_once_and_is_worth_a_retry(
             "error: config.batch_size is None, expected a whole number from 1 on",
         ),
         (
-            ["--config=phantom_pretrain", "--workdir=gs://bucket/run"],
-            "error: --workdir: gs://bucket/run: a URL; expected the path of a file or folder of "
-            "this machine",
+            ["--config=phantom_pretrain", "--workdir=https://bucket/run"],
+            "error: --workdir: https://bucket/run: not a bucket's; expected a path, or as in "
+            "s3://bucket/folder",
         ),
         (["--config=phantom_pretrain", "--workdr=x"], "error: Unknown command line flag 'workdr'"),
     ],

@@ -25,7 +25,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("~nobody-of-that-name/x", "home is not known"), ("gs://bucket/run", "a URL; expected")],
+    [("~nobody-of-that-name/x", "home is not known"), ("https://bucket/run", "not a bucket's")],
 )
 def test_a_path_that_cannot_be_is_named(path: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:

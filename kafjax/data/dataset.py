@@ -6,6 +6,7 @@ the channels of up to n slices on either side follow those of the slice itself.
 """
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +188,7 @@ def facts_of_run(config: Mapping[str, Any]) -> dict[str, int]:
     return facts
 
 
-def open_dataset(data_dir: str | Path, name: str) -> SliceDataset:
+def open_dataset(data_dir: str | os.PathLike[str], name: str) -> SliceDataset:
     """Opens the newest prepared version of DATA_DIR/NAME.
 
     If there is none, raises `ValueError` with the command that prepares the dataset.

@@ -16,8 +16,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from kafjax.buckets.places import url_of
+from kafjax.buckets.store import list_objects
 from kafjax.errors import UserError
-from kafjax.paths import expand, plain
+from kafjax.paths import data_folder, plain
 
 # Prefix of the classes that may read features. tfds would import any module that features.json
 # names.
@@ -31,9 +33,10 @@ class RecordError(UserError):
 def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
     """The directory of the newest prepared version of DATA_DIR/NAME; `~` is the home folder.
 
-    If there is none, raises `ValueError` with the command that prepares the dataset.
+    Of a bucket's this is the copy on this machine, which lacks the records. If there is none,
+    raises `ValueError` with the command that prepares the dataset.
     """
-    data_dir = expand(data_dir)
+    data_dir = data_folder(data_dir, name)
     prepared = [
         (tfds.core.Version(path.parent.name), path.parent)
         for path in data_dir.glob(f"{glob.escape(name)}/*/dataset_info.json")
@@ -49,6 +52,14 @@ def find_dataset(data_dir: str | os.PathLike[str], name: str) -> Path:
             f"  {shlex.join(command)}"
         )
     return max(prepared)[1]
+
+
+def prepared_names(data_dir: str | os.PathLike[str]) -> list[str]:
+    """The names of a folder's prepared datasets, sorted."""
+    folder = data_folder(data_dir)
+    url = url_of(folder)
+    files = folder.glob("*/*/dataset_info.json") if url is None else map(Path, list_objects(url))
+    return sorted({p.parts[-3] for p in files if p.name == "dataset_info.json" and p.parts[2:]})
 
 
 def open_builder(dataset_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:

@@ -11,7 +11,8 @@ one record per slice in slice order. A TFRecord is a sequence of
 (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The index next
 to the shards stores each record's length, which gives its offset, so any record is one `pread`
 away, and its data CRC, which detects another dataset's record in its place. Records are numbered
-from 0 through the whole dataset, splits in order of name.
+from 0 through the whole dataset, splits in order of name. From a bucket a record is read by its
+range and kept on this machine (`kafjax.buckets.ranges`).
 
 Offsets and lengths are in bytes; a record's offset is its length field's, and its length is its
 data's.
@@ -26,12 +27,15 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import google_crc32c
 import numpy as np
 import tensorflow_datasets as tfds
 
+from kafjax.buckets.mirror import sizes
+from kafjax.buckets.places import url_of
+from kafjax.buckets.ranges import Ranged, read_part
 from kafjax.data.dataset_files import (
     RecordError,
     find_dataset,
@@ -168,8 +172,17 @@ class RecordReader:
         s = self._shard_of(number)
         shard, i = self._shards[s], int(number - self._starts[s])
         path, length = self.directory / shard.file, int(shard.lengths[i])
-        frame = _pread(path, length + _FRAME, int(self._offsets[s][i]))
-        return _check_record(frame, length, int(shard.crcs[i]), f"{path}, record {i}")
+        offset, crc, where = int(self._offsets[s][i]), int(shard.crcs[i]), f"{path}, record {i}"
+        url = _bucket_of(path)
+        if url is None:
+            return _check_record(_pread(path, length + _FRAME, offset), length, crc, where)
+        with _naming_missing(path):
+            frame = read_part(url, length + _FRAME, offset, version=crc)
+            try:
+                return _check_record(frame, length, crc, where)
+            except RecordError:  # perhaps only here
+                frame = read_part(url, length + _FRAME, offset, version=crc, again=True)
+                return _check_record(frame, length, crc, where)
 
 
 def records_digest(lengths: Iterable[int], crcs: Iterable[int]) -> str:
@@ -202,21 +215,19 @@ def _expected_shards(
 
 
 def _scan_dataset(directory: Path, builder: tfds.core.DatasetBuilder) -> list[Shard]:
-    shards = []
+    shards, num_bytes = [], sizes(directory)
     for split, file, count in _expected_shards(directory, builder):
         path = directory / file
-        try:
-            with path.open("rb") as stream:
-                num_bytes = os.fstat(stream.fileno()).st_size
-                scanned = np.array(list(_scan_shard(stream, num_bytes, path)), np.int64)
-        except FileNotFoundError:
-            raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
+        with _naming_missing(path), _open_shard(path) as stream:
+            if file not in num_bytes:
+                raise FileNotFoundError
+            scanned = np.array(list(_scan_shard(stream, num_bytes[file], path)), np.int64)
         if len(scanned) != count:
             raise RecordError(
                 f"{path}: ends after record {len(scanned) - 1}; dataset_info.json expects {count} "
                 "records; prepare the dataset again"
             )
-        shards.append(Shard(split, file, num_bytes, *scanned.reshape(-1, 2).T))
+        shards.append(Shard(split, file, num_bytes[file], *scanned.reshape(-1, 2).T))
     return shards
 
 
@@ -306,11 +317,28 @@ def _truncated(where: str) -> RecordError:
     return RecordError(f"{where}: the file ends inside this record; prepare the dataset again")
 
 
-def _pread(path: Path, size: int, offset: int) -> bytes:
+@contextlib.contextmanager
+def _naming_missing(path: Path) -> Iterator[None]:
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        yield
     except FileNotFoundError:
         raise RecordError(f"{path}: this shard is missing; prepare the dataset again") from None
+
+
+def _bucket_of(path: Path) -> str | None:
+    """The URL of a shard that is in a bucket and not on this machine."""
+    url = url_of(path)
+    return None if url is None or path.exists() else url
+
+
+def _open_shard(path: Path) -> BinaryIO:
+    url = _bucket_of(path)
+    return path.open("rb") if url is None else cast(BinaryIO, Ranged(url))
+
+
+def _pread(path: Path, size: int, offset: int) -> bytes:
+    with _naming_missing(path):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         return os.pread(descriptor, size, offset)
     finally:
@@ -354,10 +382,8 @@ def _read_index(directory: Path, builder: tfds.core.DatasetBuilder | None) -> li
     found = [(shard.split, shard.file, len(shard.lengths)) for shard in shards]
     if found != _expected_shards(directory, builder or open_builder(directory)):
         return None
-    with contextlib.suppress(FileNotFoundError):  # the scan names the missing file
-        if all((directory / s.file).stat().st_size == s.num_bytes for s in shards):
-            return shards
-    return None
+    num_bytes = sizes(directory)  # the scan names a missing file
+    return shards if all(num_bytes.get(s.file) == s.num_bytes for s in shards) else None
 
 
 def _describe(directory: Path) -> dict[str, str]:

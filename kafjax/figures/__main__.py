@@ -12,7 +12,8 @@ from kafjax.commands import fail, run_command
 from kafjax.drawing.figures import check_output, save_figure
 from kafjax.errors import UserError
 from kafjax.figures import choice
-from kafjax.paths import expand, path_argument
+from kafjax.files import printable
+from kafjax.paths import data_argument, path_argument
 from kafjax.workdir.workdir import Workdir
 from kafjax.xla import set_up_xla
 
@@ -92,7 +93,7 @@ def _add_keypoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data_dir",
-        type=path_argument,
+        type=data_argument,
         default=Path("data"),
         help="folder of prepared datasets (data)",
     )
@@ -139,7 +140,7 @@ def _add_workdirs(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data_dir",
-        type=path_argument,
+        type=data_argument,
         help="folder of their dataset; default: the first run's",
     )
 
@@ -191,7 +192,7 @@ def _draw_segmentation(arguments: argparse.Namespace) -> Any:
 
 def _dataset_of_runs(arguments: argparse.Namespace) -> Any:
     data = Workdir(arguments.workdir[0]).read_config()["data"]
-    return choice.open_only_dataset(expand(arguments.data_dir or data["dir"]), data["name"])
+    return choice.open_only_dataset(arguments.data_dir or data["dir"], data["name"])
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -218,7 +219,7 @@ def _draw(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     set_up_xla()
     save_figure(arguments.draw(arguments), arguments.output)
-    print(f"Wrote {arguments.output}", flush=True)
+    print(f"Wrote {printable(arguments.output)}", flush=True)
 
 
 def main(arguments: argparse.Namespace) -> None:

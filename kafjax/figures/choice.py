@@ -6,7 +6,6 @@ list the choices.
 
 import itertools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from kafjax.data.dataset import (
     open_dataset,
     select_volumes,
 )
+from kafjax.data.dataset_files import prepared_names
 from kafjax.data.patches import PatchSize
 from kafjax.data.samples import Batch, draw_neighbour, make_pair
 from kafjax.drawing.figures import Pair
@@ -31,11 +31,11 @@ from kafjax.tasks.base import sample_keys
 _augment_pair = jax.jit(augment_pair, static_argnames=("mode", "config"))
 
 
-def open_only_dataset(data_dir: Path, name: str | None = None) -> SliceDataset:
+def open_only_dataset(data_dir: str | os.PathLike[str], name: str | None = None) -> SliceDataset:
     """Opens DATA_DIR/NAME or, without a name, the folder's only prepared dataset."""
     if name is not None:
         return open_dataset(data_dir, name)
-    names = sorted({path.parts[-3] for path in data_dir.glob("*/*/dataset_info.json")})
+    names = prepared_names(data_dir)
     if len(names) != 1:
         found = f"has the datasets {', '.join(names)}" if names else "has no prepared dataset"
         raise UserError(f"{data_dir}: {found}; expected one, or its name as --dataset")

@@ -147,7 +147,7 @@ def rules_of_run(
     if rules is not None:
         return rules
     try:
-        dataset = open_dataset(Path(data_dir or config["data"]["dir"]), config["data"]["name"])
+        dataset = open_dataset(data_dir or config["data"]["dir"], config["data"]["name"])
         names = open_split(workdir, dataset).names.train
     except UserError as error:
         raise UserError(

@@ -7,7 +7,14 @@ A cross-validation's folder stands for its runs. What a workdir lacks is said on
 
 from absl import app, flags
 
-from kafjax.commands import define_path, define_paths, expand_list, parse_flags, run_command
+from kafjax.commands import (
+    define_data_dir,
+    define_path,
+    define_paths,
+    expand_list,
+    parse_flags,
+    run_command,
+)
 from kafjax.report.page import NUM_SAMPLES, report
 from kafjax.xla import set_up_xla
 
@@ -15,7 +22,7 @@ _WORKDIR = define_paths(
     "workdir", None, "Workdirs of runs or cross-validations: A B C, or A,B,C.", required=True
 )
 _OUTPUT = define_path("output", "report.html", "The page's file.")
-_DATA_DIR = define_path("data_dir", None, "Default: where the runs had their datasets.")
+_DATA_DIR = define_data_dir(None, "Default: where the runs had their datasets.")
 _SAMPLES = flags.DEFINE_integer(
     "samples", NUM_SAMPLES, "Slices of each dataset that the runs segment for the page; 0: none."
 )

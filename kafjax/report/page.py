@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kafjax.errors import UserError
-from kafjax.files import flatten, write_text
+from kafjax.files import flatten, printable, write_text
 from kafjax.regions import regions_of
 from kafjax.report.charts import Curve, chart, curve_legend
 from kafjax.report.html import (
@@ -77,7 +77,7 @@ def report(
     text = page(*_body(sections))
     # A file name that is not Unicode still makes a page.
     write_text(target, text, errors="xmlcharrefreplace")
-    print(f"{output}: {len(runs)} runs, {len(text) / 2**20:.1f} MiB", flush=True)
+    print(f"{printable(output)}: {len(runs)} runs, {len(text) / 2**20:.1f} MiB", flush=True)
 
 
 def _body(sections: Mapping[str, Sequence[Child]]) -> Iterator[Element]:

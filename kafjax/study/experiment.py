@@ -44,7 +44,7 @@ from kafjax.data.splits import subject_of
 from kafjax.errors import UserError
 from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
-from kafjax.paths import expand
+from kafjax.paths import data_folder, expand
 from kafjax.study.jobs import Job
 from kafjax.study.plan import SCRATCH, Row, Study, Table
 from kafjax.study.runs import RunKey, are_complete, has_trained, listed, plan_runs
@@ -401,7 +401,7 @@ def _pretraining_name(row: Row, seed: int) -> str:
 
 
 def _is_prepared(data_dir: str, name: str) -> bool:
-    return any(expand(data_dir).glob(f"{name}/*/dataset_info.json"))
+    return any(data_folder(data_dir, name).glob(f"{name}/*/dataset_info.json"))
 
 
 @functools.cache

@@ -13,14 +13,14 @@ def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
     from absl import flags
 
-    from kafjax.commands import define_path, define_paths, run_app
+    from kafjax.commands import define_data_dir, define_path, define_paths, run_app
 
     workdirs = define_paths(
         "workdir", None, "A pretraining run, or segmentation runs A,B,C.", required=True
     )
     output = define_path("output", "suggestions", "Folder of the table and the pictures.")
     number = flags.DEFINE_integer("number", 5, "How many to suggest.")
-    data_dir = define_path("data_dir", None, "Default: the runs' data directory.")
+    data_dir = define_data_dir(None, "Default: the runs' data directory.")
     ignore_labels = flags.DEFINE_bool(
         "ignore_labels", False, "With a pretraining run: as if no volume had labels."
     )

@@ -85,7 +85,7 @@ def suggest(
             "run, or segmentation runs"
         )
     data = configs[0]["data"]
-    dataset = open_dataset(expand(data_dir or data["dir"]), data["name"])
+    dataset = open_dataset(data_dir or data["dir"], data["name"])
     target = expand(output)
     if tasks == ["segment"]:
         uncertain, shown = suggest_uncertain(folders, dataset, number=number)

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import optax
 
+from kafjax.buckets import url_of
 from kafjax.checkpoint.checkpointer import Checkpointer
 from kafjax.data.dataset import SliceDataset
 from kafjax.data.splits import Split
-from kafjax.files import checksum, flatten
+from kafjax.files import checksum, flatten, printable
 from kafjax.processes import check_same, together
 from kafjax.tasks.base import Task
 from kafjax.tasks.registry import make_task
@@ -107,6 +108,9 @@ def train(
                 write_environment(folder)
                 if later := describe_later(split, dataset):
                     print(later, flush=True)
+        if url_of(folder.path):  # all processes read back the first save, which is not there yet
+            what = "their copy of the run; several hosts need one KAFJAX_CACHE, which they share"
+            check_same(what, folder.owner())
         checkpointer = stack.enter_context(
             Checkpointer(
                 folder,
@@ -382,7 +386,7 @@ def _summarize(workdir: Workdir, best_metric: str, config: Mapping[str, Any]) ->
         print(f"{name:<15} {first:10.4f} -> {last:10.4f}  {trend}")
     if plateau := describe_plateau(rows, config):
         print(plateau)
-    print(f"checkpoints:    {workdir.checkpoints} (newest: step {rows[-1]['step']})")
-    print(f"metrics:        {workdir.metrics_file}")
+    print(f"checkpoints:    {printable(workdir.checkpoints)} (newest: step {rows[-1]['step']})")
+    print(f"metrics:        {printable(workdir.metrics_file)}")
     logdir = shlex.quote(str(workdir.tensorboard))
     print(f"TensorBoard:    tensorboard --logdir {logdir}", flush=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kafjax.buckets.mirror import sizes
 from kafjax.checkpoint.checkpointer import saved_steps
 from kafjax.data.batches import BatchOptions, steps_per_epoch
 from kafjax.data.dataset import (
@@ -327,7 +328,7 @@ def _see_config(config: Any) -> str:
 
 
 def _see_dataset(dataset: SliceDataset) -> str:
-    shards = len({str(path) for path in dataset.directory.glob("*.tfrecord*")})
+    shards = sum(".tfrecord" in name for name in sizes(dataset.directory))
     return f"{dataset.directory}: {len(dataset.volumes)} volumes, {shards} shards, index good"
 
 

@@ -153,7 +153,8 @@ def start_from(
     check_architecture(workdir, config)
     there = Workdir(workdir).read_config()
     is_local = there.get("task") == "local_contrast"
-    variables, report = transfer_encoder(variables, load_variables(workdir), with_decoder=is_local)
+    pretrained = load_variables(Workdir(workdir))
+    variables, report = transfer_encoder(variables, pretrained, with_decoder=is_local)
     return variables, report._replace(other_data=tuple(_differences(there, config, _DATA)))
 
 

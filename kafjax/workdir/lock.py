@@ -37,8 +37,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise LockedError(
-                f"{path.parent}: in use by {_owner(path)}; expected no other process: wait for it, "
-                "stop it, or give another folder"
+                f"{path.parent}: in use by {describe_owner(path.read_bytes())}; expected no other "
+                "process: wait for it, stop it, or give another folder"
             ) from None
         stream.truncate(0)
         owner = {"host": platform.node(), "process": os.getpid(), "since": time.time()}
@@ -50,10 +50,11 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             stream.truncate(0)
 
 
-def _owner(path: Path) -> str:
+def describe_owner(content: bytes) -> str:
+    """The owner that a lock's content names, in words."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
         return f"process {found['process']} on {found['host']} since {since}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

@@ -8,7 +8,7 @@
     checkpoints/<step>/         its states (`kafjax.checkpoint`); damaged/ holds those moved aside
     evaluation*.json, .csv      its scores, and volumes*.csv in mm^3 (`kafjax.inference.evaluation`)
     postprocessing.json         how predictions are cleaned (`kafjax.inference.postprocessing`)
-    lock                        the process that trains in the folder (`kafjax.workdir.lock`)
+    lock, lock.<n>              the process that trains in the folder (`kafjax.workdir.lock`)
 
 These file names appear in no other module.
 """
@@ -24,7 +24,8 @@ from typing import Any
 from kafjax.checkpoint.checkpointer import saved_metrics
 from kafjax.errors import UserError
 from kafjax.files import differences, flatten, read_checked, write_checked
-from kafjax.paths import expand
+from kafjax.paths import expand, show
+from kafjax.workdir.bucket import kept
 from kafjax.workdir.lock import locked
 
 # Fields that may change when a run is resumed: length, intervals, paths and what follows.
@@ -62,17 +63,18 @@ CHOICES = ("best", "last")
 
 
 class Workdir:
-    """The folder of one run; the constructor reads and writes nothing.
+    """The folder of one run; the constructor reads and writes nothing of this machine's.
 
     Args:
-      path: of the folder, which need not exist; `~` is the home folder.
+      path: of the folder, which need not exist; `~` is the home folder. A bucket's URL stands for
+        its copy on this machine, which is brought up to date.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = expand(path)
 
     def __str__(self) -> str:
-        return str(self.path)
+        return show(self.path)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -207,11 +209,19 @@ class Workdir:
         parts = ["evaluation", *([split] if split != "validation" else [])]
         return self.path / f"{'_'.join(parts + ([] if step is None else [f'step{step}']))}.json"
 
+    def owner(self) -> str:
+        """What the process that holds the folder's lock wrote there; empty without one."""
+        lock = self.path / "lock"
+        return lock.read_text(encoding="utf-8") if lock.exists() else ""
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the folder for this process; `ValueError` names another process that holds it."""
+        """Locks the folder for this process; `ValueError` names another process that holds it.
+
+        A run in a bucket is locked there too, and its files are sent (`kafjax.workdir.bucket`).
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path / "lock"):
+        with locked(self.path / "lock"), kept(self.path, self.checkpoints):
             yield
 
 

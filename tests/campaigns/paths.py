@@ -113,7 +113,7 @@ def _refusals(settings: Settings, raw: Path) -> Tally:
     workdirs: dict[str, str] = {
         "a name of 256 bytes": str(place / ("x" * 256)),
         "a path of 5000 bytes": str(place / "/".join(["x" * 99] * 50)),
-        "a bucket": "gs://bucket/run",
+        "a web address": "https://host/run",
         "a home of nobody": "~nobody-of-that-name/run",
         "a file": str(dataset / "metadata.json"),
     }
