@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,9 @@ from kafjax.errors import UserError
 from kafjax.files import sync, sync_tree, write_text
 
 T = TypeVar("T")
+MapJobs = Callable[
+    [Callable[[Any], Any], Mapping[str, Any]], Generator[tuple[str, Any], None, None]
+]
 
 
 class PreparationError(UserError):
@@ -80,18 +83,19 @@ def prepare_dataset(
     name: str,
     options: Options,
     num_workers: int,
+    client: Any = None,
     overwrite: bool = False,
     strict: bool = False,
     subjects: Mapping[str, str] | None = None,
 ) -> Summary:
     """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, unless already prepared.
 
-    The same sources and options give the same bytes for any `num_workers` (0: in this process) and
-    after any interruption. With `strict` findings are faults. `subjects` is a table by the volumes'
-    names (`data_prep.subjects`). Raises `DatasetError` with every fault and finding of the raw
-    files if at least one is a fault; `ValueError` if another dataset is in its place and
-    `overwrite` is false, or another process is preparing it; `PreparationError` if workers died;
-    `OSError` if writing fails.
+    The same sources and options give the same bytes for any `num_workers` (0: in this process), on
+    the workers of a `client` of `kafjax.cluster`, and after any interruption. With `strict`
+    findings are faults. `subjects` is a table by the volumes' names (`data_prep.subjects`). Raises
+    `DatasetError` with every fault and finding of the raw files if at least one is a fault;
+    `ValueError` if another dataset is in its place and `overwrite` is false, or another process is
+    preparing it; `PreparationError` if workers died; `OSError` if writing fails.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
@@ -114,10 +118,11 @@ def prepare_dataset(
                 f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
                 + "\n".join(f"  {line}" for line in differences)
             )
-    facts, findings = _check(reader, sources, faults, num_workers, strict=strict)
+    map_jobs = functools.partial(map_in_processes, num_workers=num_workers, client=client)
+    facts, findings = _check(reader, sources, faults, map_jobs, strict=strict)
     with _lock(place.preparing):
         plan = _plan(name, reader, options, facts)
-        shards = _prepare_volumes(plan, sources, facts, place, num_workers)
+        shards = _prepare_volumes(plan, sources, facts, place, map_jobs)
         _publish(plan, shards, sources, facts, place)
     return Summary(
         directory=place.final,
@@ -200,29 +205,30 @@ def _check(
     reader: Reader,
     sources: list[Source],
     faults: list[Fault],
-    num_workers: int,
+    map_jobs: MapJobs,
     *,
     strict: bool,
 ) -> tuple[dict[str, Facts], tuple[Fault, ...]]:
     """Reads every volume once; returns facts and findings. Raises `DatasetError`."""
     inspect_volume = functools.partial(inspect, reader)
-    facts, more = read_through(inspect_volume, sources, num_workers=num_workers)
+    facts, more = read_through(inspect_volume, sources, map_jobs)
     found = [*faults, *more, *findings_of(reader, sources, facts)]
     return facts, refuse(sort_faults(found, strict=strict))
 
 
 def read_through(
-    function: Callable[[Source], T], sources: Iterable[Source], *, num_workers: int
+    function: Callable[[Source], T], sources: Iterable[Source], map_jobs: MapJobs
 ) -> tuple[dict[str, T], list[Fault]]:
     """Applies a function to every volume; returns results by id, and faults of the others.
 
+    `map_jobs` is `map_in_processes` with all but its function and jobs.
     The function raises `DatasetError` for faults. Raises `PreparationError` if workers died, and
     any other error unchanged.
     """
     found: dict[str, T] = {}
     faults: list[Fault] = []
     jobs = {source.id: source for source in sources}
-    results = map_in_processes(function, jobs, num_workers=num_workers)
+    results = map_jobs(function, jobs)
     with (
         contextlib.closing(results),
         tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
@@ -255,18 +261,20 @@ def _common_dtype(dtypes: Iterable[str]) -> str:
 
 
 def _prepare_volumes(
-    plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
+    plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, map_jobs: MapJobs
 ) -> list[WrittenShard]:
     """Writes missing and stale shards; returns all shards in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
     shards = {source.id: _finished(plan, facts[source.id], place) for source in sources}
-    jobs = {source.id: source for source in sources if shards[source.id] is None}
+    jobs = {
+        source.id: (source, facts[source.id].sha256)
+        for source in sources
+        if shards[source.id] is None
+    }
     done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
     total = sum(fact.num_slices for fact in facts.values())
-    results = map_in_processes(
-        functools.partial(_prepare_volume, plan, facts, place), jobs, num_workers=num_workers
-    )
+    results = map_jobs(functools.partial(_prepare_volume, plan, place), jobs)
     failures: dict[str, Exception] = {}
     with (
         contextlib.closing(results),
@@ -278,16 +286,26 @@ def _prepare_volumes(
             if isinstance(result, Exception):
                 failures[id] = result
             else:
+                _check_libraries(plan, result)
                 shards[id] = result
                 progress.update(result.num_slices)
-    _raise_failures(failures, jobs)
+    _raise_failures(failures, {id: source for id, (source, _) in jobs.items()})
     return [shard for shard in shards.values() if shard is not None]
 
 
-def _prepare_volume(
-    plan: Plan, facts: dict[str, Facts], place: _Place, source: Source
-) -> WrittenShard:
-    shard = builder.write_shard(plan, source, facts[source.id].sha256, place.dataset)
+def _check_libraries(plan: Plan, shard: WrittenShard) -> None:
+    """Raises `ValueError` for a shard of a cluster's worker with other libraries than here."""
+    here, there = plan.parameters["libraries"], shard.parameters["libraries"]
+    if here != there:
+        raise UserError(
+            f"--cluster: a worker has {there}, expected what is installed here, {here}: the "
+            "records would differ"
+        )
+
+
+def _prepare_volume(plan: Plan, place: _Place, job: tuple[Source, dict[str, str]]) -> WrittenShard:
+    source, sha256 = job
+    shard = builder.write_shard(plan, source, sha256, place.dataset)
     write_text(
         place.note(source.id), json.dumps(dataclasses.asdict(shard), indent=1, sort_keys=True)
     )

@@ -26,6 +26,7 @@ _EXTRAS = {
     **dict.fromkeys(("SimpleITK", "pydicom", "highdicom"), "formats"),
     "onnxruntime": "onnx",
     "huggingface_hub": "hub",
+    **dict.fromkeys(("distributed", "dask", "dask_jobqueue"), "cluster"),
 }
 
 

@@ -1,11 +1,20 @@
-"""Runs the tests of a real SLURM and of two hosts, and ends with a table: `make test-cluster`."""
+"""Runs the tests of clusters and of large datasets, and ends with a table: `make test-cluster`."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-FILES = ("tests/test_slurm.py", "tests/test_hosts.py")
+ROOT = Path(__file__).parents[1]
+FILES = [
+    name
+    for name in (
+        *("tests/test_engine.py", "tests/test_slurm.py", "tests/test_hosts.py"),
+        *("tests/test_buckets.py", "tests/test_archive.py"),
+    )
+    if (ROOT / name).exists()
+]
 
 
 class Table:
