@@ -58,7 +58,10 @@ def open_cluster(place: str, slots: Sequence[Mapping[str, str]]) -> Iterator[Any
 def _local_cluster(distributed: Any, slots: Sequence[Mapping[str, str]]) -> Any:
     here = {"host": "127.0.0.1", "dashboard_address": ":0"}
     worker = {
-        **{"nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR, **here},
+        "nthreads": 1,
+        "memory_limit": 0,
+        "silence_logs": logging.ERROR,
+        **here,
         # Ctrl-C at a terminal reaches them too, and is for the parent to handle.
         "preload": ["import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\n"],
     }

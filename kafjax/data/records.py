@@ -42,6 +42,7 @@ from kafjax.data.dataset_files import (
 from kafjax.files import write_text
 
 __all__ = [
+    "FRAME_BYTES",
     "INDEX_NAME",
     "RecordError",
     "RecordReader",
@@ -61,7 +62,7 @@ _DESCRIPTIONS = ("features.json", "metadata.json")
 _FORMAT = "kafjax record index 2"
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_FRAME = _HEADER.size + _FOOTER.size
+FRAME_BYTES = _HEADER.size + _FOOTER.size
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Shard:
     @property
     def offsets(self) -> np.ndarray:
         """Byte offsets of the records' length fields, int64 [records]."""
-        return np.cumsum(self.lengths + _FRAME) - self.lengths - _FRAME
+        return np.cumsum(self.lengths + FRAME_BYTES) - self.lengths - FRAME_BYTES
 
 
 def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
@@ -168,7 +169,7 @@ class RecordReader:
         s = self._shard_of(number)
         shard, i = self._shards[s], int(number - self._starts[s])
         path, length = self.directory / shard.file, int(shard.lengths[i])
-        frame = _pread(path, length + _FRAME, int(self._offsets[s][i]))
+        frame = _pread(path, length + FRAME_BYTES, int(self._offsets[s][i]))
         return _check_record(frame, length, int(shard.crcs[i]), f"{path}, record {i}")
 
 
@@ -230,7 +231,7 @@ def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[
         stream.seek(offset)
         header = stream.read(_HEADER.size)
         length = _check_header(header, f"{path}, record {number}")
-        offset += length + _FRAME
+        offset += length + FRAME_BYTES
         if offset > num_bytes:
             raise _truncated(f"{path}, record {number}")
         stream.seek(offset - _FOOTER.size)
@@ -286,7 +287,7 @@ def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
         raise RecordError(
             f"{where}: has {found} bytes, its index says {length}; delete {INDEX_NAME} next to it"
         )
-    if len(frame) < length + _FRAME:
+    if len(frame) < length + FRAME_BYTES:
         raise _truncated(where)
     data = frame[_HEADER.size : -_FOOTER.size]
     stated = _FOOTER.unpack(frame[-_FOOTER.size :])[0]
