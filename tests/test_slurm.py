@@ -1,7 +1,10 @@
 """The scripts of docs/recipes.md in a real SLURM of one node: processes, requeue, an array."""
 
+import filecmp
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +154,48 @@ def test_an_array_trains_a_fold_in_each_task(
         assert list((tmp_path / "folds").glob(f"*fold{fold}*")), text + str(
             os.listdir(tmp_path / "folds")
         )
+
+
+def test_dask_prepares_in_jobs_of_slurm_one_of_which_is_cancelled(
+    cluster: Cluster, phantom_raw: Path, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    """`--cluster slurm`: each worker is a job, and its end changes no byte."""
+    data = tmp_path / "data"
+    environment = {
+        **cluster.environment,
+        "DASK_JOBQUEUE__SLURM__INTERFACE": "lo",
+        # This SLURM does not know the node's memory.
+        "DASK_JOBQUEUE__SLURM__JOB_DIRECTIVES_SKIP": "['--mem']",
+        "DASK_JOBQUEUE__SLURM__LOCAL_DIRECTORY": str(tmp_path / "scratch"),
+        "DASK_JOBQUEUE__SLURM__LOG_DIRECTORY": str(tmp_path / "logs"),
+    }
+    output = tmp_path / "output"
+    with output.open("wb") as stream:
+        running = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "data_prep.main", "--dataset", "chd", "--name", "phantom"),
+                *("--raw_dir", str(phantom_raw), "--data_dir", str(data)),
+                *("--max_keypoints", "64", "--cluster", "slurm", "--num_workers", "2"),
+            ],
+            env=environment,
+            cwd=ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    notes = data / "phantom" / ".1.0.0.preparing" / "volumes"
+    end = time.monotonic() + 300
+    while running.poll() is None and not list(notes.glob("ct_*.json")):
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.01)
+    names = cluster.call("squeue", "--noheader", "--format=%i")
+    if jobs := names.split():
+        cluster.call("scancel", jobs[0])
+    assert running.wait(timeout=300) == 0, output.read_text()
+    made = data / "phantom" / "1.0.0"
+    files = sorted(path.name for path in phantom_dataset.iterdir())
+    assert files == sorted(path.name for path in made.iterdir())
+    assert filecmp.cmpfiles(phantom_dataset, made, files, shallow=False) == (files, [], [])
+    assert jobs, "no job was there to be cancelled"
 
 
 def test_outside_of_a_cluster_distributed_is_a_mistake(
