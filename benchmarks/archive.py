@@ -69,17 +69,19 @@ def write_volumes(folder: Path, numbers: range) -> None:
 
 
 def make_side(raw: Path, data: Path, num_workers: int) -> Side:
-    """The parts, of which a process calls one."""
+    """The parts; a process calls one."""
     from data_prep import check, prepare
     from data_prep.main import main
 
     def command(*more: str) -> dict[str, Any]:
         """Runs `kafjax prepare`; notes when every hundredth volume was read and prepared."""
         ends: list[list[float]] = []
+        counts: list[int] = []  # of volumes
         plain = prepare.map_in_processes
 
         def noting(function: Any, jobs: Any, **options: Any) -> Any:
             ends.append([time.perf_counter()])
+            counts.append(len(jobs))
             for i, result in enumerate(plain(function, jobs, **options), 1):
                 if i % 100 == 0 or i == len(jobs):
                     ends[-1].append(time.perf_counter())
@@ -97,7 +99,7 @@ def make_side(raw: Path, data: Path, num_workers: int) -> Side:
         passes = [list(np.diff(of_pass)) for of_pass in ends]
         peaks = {"peak": peak_memory(), "largest_worker": max(children)}
         rest = seconds - sum(map(sum, passes))
-        return {"seconds": seconds, "passes": passes, "rest": rest, **peaks}
+        return {"seconds": seconds, "passes": passes, "volumes": counts, "rest": rest, **peaks}
 
     def opened() -> dict[str, Any]:
         from kafjax.data import open_dataset

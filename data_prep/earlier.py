@@ -66,7 +66,7 @@ def read_known(
 
     Args:
       final: the dataset's folder.
-      plan: what is asked for, of which the reach and the type of images are not yet known.
+      plan: what is asked for; its reach and type of images are not yet known, and do not count.
       stamps: of the volumes' files now.
       sources: the volumes.
     """

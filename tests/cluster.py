@@ -1,5 +1,6 @@
 """Runs the tests of clusters and of large datasets, and ends with a table: `make test-cluster`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Table:
 def main() -> int:
     """Returns 0 if every test passed, and none was left out."""
     table = Table()
+    os.environ["KAFJAX_CLUSTER"] = "1"  # for what takes too long elsewhere
     status = int(pytest.main(["-q", "-p", "no:xdist", *FILES], plugins=[table]))
     print("\n" + "\n".join(table.lines()))
     return status or int(any(outcome != "passed" for outcome, _ in table.rows.values()))

@@ -59,20 +59,23 @@ def flags(fields: dict[str, object]) -> str:
     return " ".join(f"--config.{name}='{value}'" for name, value in fields.items())
 
 
+def start_run(
+    cluster: Cluster, dataset: Path, workdir: Path, *options: str, num_steps: int = STEPS
+) -> tuple[str, Path]:
+    """Submits a run of two tasks; its job and its output."""
+    fields = {**TINY, "data.dir": dataset.parents[1], "num_steps": num_steps}
+    script, output = workdir.with_suffix(".sh"), workdir.with_suffix(".out")
+    line = f"--config phantom_pretrain {flags(fields)} --workdir {workdir}"
+    script.write_text(printed_script(0, **{"--config chd_pretrain": line}))
+    # The command line's options count instead of the script's.
+    one_node = ("--nodes=1", "--ntasks-per-node=2", "--gres=none", "--cpus-per-task=1")
+    return cluster.submit(script, output, *one_node, *options), output
+
+
 def test_a_run_of_two_tasks_is_preempted_twice_and_equal_to_an_undisturbed_one(
     cluster: Cluster, phantom_dataset: Path, tmp_path: Path
 ) -> None:
-    fields = {**TINY, "data.dir": phantom_dataset.parents[1], "num_steps": STEPS}
-
-    def start(name: str) -> tuple[str, Path]:
-        script, output = tmp_path / f"script_{name}", tmp_path / f"output_{name}"
-        line = f"--config phantom_pretrain {flags(fields)} --workdir {tmp_path / name}"
-        script.write_text(printed_script(0, **{"--config chd_pretrain": line}))
-        # The command line's options count instead of the script's.
-        one_node = ("--nodes=1", "--ntasks-per-node=2", "--gres=none", "--cpus-per-task=1")
-        return cluster.submit(script, output, *one_node), output
-
-    job, output = start("preempted")
+    job, output = start_run(cluster, phantom_dataset, tmp_path / "preempted")
     wait_for(output, r"step 3/")
     # To the tasks and not to the script, as --signal=TERM@300 does; the script requeues the job.
     cluster.call("scancel", "--signal=TERM", job)
@@ -87,7 +90,7 @@ def test_a_run_of_two_tasks_is_preempted_twice_and_equal_to_an_undisturbed_one(
     stops = [int(step) for step in re.findall(r"from step (\d+)", output.read_text())]
     assert len(set(stops)) == 2 and 3 <= stops[0] < stops[-1] < STEPS, output.read_text()
 
-    undisturbed, output = start("undisturbed")
+    undisturbed, output = start_run(cluster, phantom_dataset, tmp_path / "undisturbed")
     cluster.wait(undisturbed, output)
     rows = [without_time(tmp_path / name) for name in ("preempted", "undisturbed")]
     assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
@@ -98,6 +101,20 @@ def test_a_run_of_two_tasks_is_preempted_twice_and_equal_to_an_undisturbed_one(
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert np.asarray(value).tobytes() == np.asarray(two[name]).tobytes(), name
+
+
+def test_a_run_at_its_time_limit_saves_and_resumes(
+    cluster: Cluster, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    """SLURM sends the script's signal before the limit, up to a minute early."""
+    limit = ("--time=3", "--signal=TERM@60")
+    job, output = start_run(cluster, phantom_dataset, tmp_path / "run", *limit, num_steps=12_000)
+    wait_for(output, "Stopped by a signal")
+    restart(cluster, job, 1)
+    step = wait_for(output, r"from step (\d+)")
+    wait_for(output, rf"step {step + 1}/")
+    cluster.call("scancel", job)
+    assert step > 0 and "TIME LIMIT" not in output.read_text(), output.read_text()
 
 
 def wait_for(output: Path, pattern: str, *, seconds: float = 300) -> int:
