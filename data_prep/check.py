@@ -21,6 +21,7 @@ from data_prep.prepare import read_through
 from data_prep.sift import find_keypoints
 from data_prep.subjects import subjects_of, with_subjects
 from data_prep.volumes import Facts, Reader, Source, facts_of
+from data_prep.workers import map_in_processes
 
 SAMPLED_SLICES = 8  # of each volume, for keypoints
 PERCENTILES = (0, 1, 50, 99, 100)
@@ -59,6 +60,7 @@ def survey_dataset(
     raw_dir: Path,
     *,
     num_workers: int,
+    client: Any = None,
     strict: bool = False,
     subjects: Mapping[str, str] | None = None,
 ) -> tuple[Survey, list[Fault]]:
@@ -70,7 +72,8 @@ def survey_dataset(
     sources, faults = reader.find(raw_dir)
     sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
     survey_one = functools.partial(survey_volume, reader)
-    volumes, more = read_through(survey_one, sources, num_workers=num_workers)
+    map_jobs = functools.partial(map_in_processes, num_workers=num_workers, client=client)
+    volumes, more = read_through(survey_one, sources, map_jobs)
     facts = {id: volume.facts for id, volume in volumes.items()}
     faults = [*faults, *unknown, *more, *findings_of(reader, sources, facts)]
     faults += _other_modalities(sources, volumes)

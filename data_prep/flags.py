@@ -155,6 +155,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="worker processes; 0: this process only; same result (default: one per core)",
     )
+    add(
+        "--cluster",
+        metavar="PLACE",
+        help="prepare on a cluster of dask: local, slurm (N jobs), or the address of a scheduler; "
+        "same result",
+    )
 
 
 def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:

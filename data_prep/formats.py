@@ -95,6 +95,14 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def source_files(path: Path) -> list[Path]:
+    """The files that a scan or labels are read from; of a series, all of its folder."""
+    if not is_series(path):
+        return list(_format(path).files(path))
+    folder = path if path.is_dir() else path.parent
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
 def is_series(path: Path) -> bool:
     """Whether a path opens a DICOM series: a folder, or one of its images."""
     return _format(path) is _SERIES

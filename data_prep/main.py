@@ -6,12 +6,14 @@ With `--check` nothing is prepared: 0 the raw files are sound, 2 they have fault
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +36,7 @@ from data_prep.readers import READERS
 from data_prep.subjects import read_subjects
 from data_prep.volumes import Reader
 from kafjax.buckets import BucketError, send, show
+from kafjax.cluster import open_cluster
 from kafjax.files import show_any_name, write_text
 from kafjax.paths import data_folder, with_buckets
 
@@ -90,37 +93,55 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     if arguments.num_workers < 0:
         raise UserError(f"num_workers is {arguments.num_workers}; expected 0 or more")
+    if arguments.cluster is not None:
+        _absolute(arguments)
     name, raw_dir = _name(arguments), _raw_dir(arguments)
     if not arguments.check:
         data_folder(arguments.data_dir, name)  # of a bucket
     if arguments.dataset == "phantom" and not arguments.check:
         _write_phantoms(raw_dir, arguments)
     reader = _reader(arguments, raw_dir)
-    if arguments.check:
-        _check(reader, raw_dir, arguments)
-        return
-    summary = prepare_dataset(
-        reader,
-        raw_dir,
-        arguments.data_dir,
-        name=name,
-        options=options,
-        num_workers=arguments.num_workers,
-        overwrite=arguments.overwrite,
-        strict=arguments.strict,
-        subjects=_subjects(arguments),
-    )
+    with _cluster(arguments) as client:
+        if arguments.check:
+            _check(reader, raw_dir, arguments, client)
+            return
+        summary = prepare_dataset(
+            reader,
+            raw_dir,
+            arguments.data_dir,
+            name=name,
+            options=options,
+            num_workers=arguments.num_workers,
+            client=client,
+            overwrite=arguments.overwrite,
+            strict=arguments.strict,
+            subjects=_subjects(arguments),
+        )
     _note(summary.findings)
     send(arguments.data_dir)
     print(show(_describe(summary, name, reader, options)))
 
 
-def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace) -> None:
+def _absolute(arguments: argparse.Namespace) -> None:
+    """Makes paths absolute, which workers elsewhere need."""
+    for name in ("raw_dir", "data_dir", "labels"):
+        if (path := getattr(arguments, name)) is not None:
+            setattr(arguments, name, path.absolute())
+
+
+def _cluster(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    if arguments.cluster is None:
+        return contextlib.nullcontext()
+    return open_cluster(arguments.cluster, [{}] * max(1, arguments.num_workers))
+
+
+def _check(reader: Reader, raw_dir: Path, arguments: argparse.Namespace, client: Any) -> None:
     """Prints the survey of the raw folder and its findings. Raises `DatasetError` for faults."""
     survey, faults = survey_dataset(
         reader,
         raw_dir,
         num_workers=arguments.num_workers,
+        client=client,
         strict=arguments.strict,
         subjects=_subjects(arguments),
     )

@@ -3,18 +3,18 @@
 Everything is written to the hidden folder `.<version>.preparing` next to the final folder. Each
 finished shard has a JSON file that records its inputs, so an interrupted run resumes: only missing
 or stale shards are made again. The finished dataset is then moved to its place in one step, because
-tfds takes any existing version folder for a prepared one.
+tfds takes any existing version folder for a prepared one. `data_prep.earlier` keeps what did not
+change since an earlier preparation.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,17 +24,28 @@ from tqdm import tqdm
 
 from data_prep import builder
 from data_prep.builder import Options, Plan, WrittenShard
+from data_prep.earlier import (
+    Known,
+    differences,
+    keep_shard,
+    read_known,
+    read_metadata,
+    sha256_of,
+    stamps_of,
+    write_known,
+)
 from data_prep.faults import DatasetError, Fault, refuse, sort_faults
 from data_prep.findings import findings_of, recorded_findings
-from data_prep.formats import digest
-from data_prep.subjects import subjects_of, with_subjects
+from data_prep.subjects import with_subjects
 from data_prep.volumes import Facts, Reader, Source, inspect
 from data_prep.workers import WorkerDied, map_in_processes
-from kafjax.data.records import load_index
 from kafjax.errors import UserError
 from kafjax.files import sync, sync_tree, write_text
 
 T = TypeVar("T")
+MapJobs = Callable[
+    [Callable[[Any], Any], Mapping[str, Any]], Generator[tuple[str, Any], None, None]
+]
 
 
 class PreparationError(UserError):
@@ -80,29 +91,32 @@ def prepare_dataset(
     name: str,
     options: Options,
     num_workers: int,
+    client: Any = None,
     overwrite: bool = False,
     strict: bool = False,
     subjects: Mapping[str, str] | None = None,
 ) -> Summary:
     """Prepares the raw volumes of `raw_dir` as DATA/<name>/<version>, unless already prepared.
 
-    The same sources and options give the same bytes for any `num_workers` (0: in this process) and
-    after any interruption. With `strict` findings are faults. `subjects` is a table by the volumes'
-    names (`data_prep.subjects`). Raises `DatasetError` with every fault and finding of the raw
-    files if at least one is a fault; `ValueError` if another dataset is in its place and
-    `overwrite` is false, or another process is preparing it; `PreparationError` if workers died;
-    `OSError` if writing fails.
+    The same sources and options give the same bytes for any `num_workers` (0: in this process), on
+    the workers of a `client` of `kafjax.cluster`, and after any interruption. With `strict`
+    findings are faults. `subjects` is a table by the volumes' names (`data_prep.subjects`). Raises
+    `DatasetError` with every fault and finding of the raw files if at least one is a fault;
+    `ValueError` if another dataset is in its place and `overwrite` is false, or another process is
+    preparing it; `PreparationError` if workers died; `OSError` if writing fails.
     """
     place = _Place(data_dir / name / builder.VERSION)
     sources, faults = reader.find(raw_dir)
     sources, unknown = with_subjects(sources, subjects or {}, raw_dir)
     faults = sort_faults([*faults, *unknown, *_long_names(name, sources)], strict=strict)
     stopped = any(fault.stops for fault in faults)
+    stamps = stamps_of(sources)
+    known = read_known(place.final, Plan(name, reader, options, 0, ""), stamps, sources)
     if not stopped and place.final.exists() and any(place.final.iterdir()):
-        differences = _differences(place.final, reader, sources, options)
-        if not differences:
+        found = differences(place.final, reader, sources, options, known)
+        if not found:
             shutil.rmtree(place.preparing, ignore_errors=True)
-            metadata = _read_metadata(place.final)
+            metadata = read_metadata(place.final)
             faults += recorded_findings(reader, sources, metadata)
             findings = refuse(sort_faults(faults, strict=strict))
             volumes = metadata["volumes"].values()
@@ -112,13 +126,15 @@ def prepare_dataset(
         if not overwrite:
             raise UserError(
                 f"{place.final} holds another dataset; move it away or pass --overwrite:\n"
-                + "\n".join(f"  {line}" for line in differences)
+                + "\n".join(f"  {line}" for line in found)
             )
-    facts, findings = _check(reader, sources, faults, num_workers, strict=strict)
+    map_jobs = functools.partial(map_in_processes, num_workers=num_workers, client=client)
+    facts, findings = _check(reader, sources, known, faults, map_jobs, strict=strict)
     with _lock(place.preparing):
         plan = _plan(name, reader, options, facts)
-        shards = _prepare_volumes(plan, sources, facts, place, num_workers)
+        shards = _prepare_volumes(plan, sources, facts, known, place, map_jobs)
         _publish(plan, shards, sources, facts, place)
+        write_known(place.final, plan, stamps, facts, shards)
     return Summary(
         directory=place.final,
         already_prepared=False,
@@ -128,62 +144,6 @@ def prepare_dataset(
         keypoints_found=tuple(found for shard in shards for found in shard.keypoints_found),
         findings=findings,
     )
-
-
-def _differences(final: Path, reader: Reader, sources: list[Source], options: Options) -> list[str]:
-    """Differences between the existing dataset and the requested one, except library versions."""
-    try:
-        found = _read_metadata(final)
-        load_index(final)
-    except (OSError, ValueError) as error:
-        return [f"it is not a finished kafjax dataset ({error})"]
-    asked: dict[str, Any] = {
-        "kind": reader.kind,
-        "radius": reader.radius,
-        "classes": list(reader.classes),
-        **reader.facts,
-        **dataclasses.asdict(options),
-    }
-    if (subjects := subjects_of(sources)) or "subjects" in found:
-        asked["subjects"] = subjects or None
-    differences = [
-        f"{key}: {found.get(key)} there, {value} asked for"
-        for key, value in asked.items()
-        if found.get(key) != value
-    ]
-    volumes = found.get("volumes", {})
-    differences += [
-        f"{source.id}: {'is' if source.test else 'is not'} in the test set now"
-        for source in sources
-        if source.id in volumes and volumes[source.id].get("test", False) != source.test
-    ]
-    there = {id: volume["sources"] for id, volume in volumes.items()}
-    sha256 = functools.cache(digest)  # a cine's frames share their file
-    here = {
-        source.id: {name: sha256(path) for name, path in source.file_names.items()}
-        for source in sources
-    }
-    return differences + [
-        f"{id}: its files {_change(there.get(id), here.get(id))}"
-        for id in sorted(there.keys() | here.keys())
-        if there.get(id) != here.get(id)
-    ]
-
-
-def _change(there: dict[str, str] | None, here: dict[str, str] | None) -> str:
-    if there is None:
-        return "are new"
-    return "are missing from the raw folder" if here is None else "have changed"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_metadata(final: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads((final / "metadata.json").read_bytes())
-    return metadata
 
 
 def _long_names(name: str, sources: list[Source]) -> list[Fault]:
@@ -199,30 +159,34 @@ def _long_names(name: str, sources: list[Source]) -> list[Fault]:
 def _check(
     reader: Reader,
     sources: list[Source],
+    known: Mapping[str, Known],
     faults: list[Fault],
-    num_workers: int,
+    map_jobs: MapJobs,
     *,
     strict: bool,
 ) -> tuple[dict[str, Facts], tuple[Fault, ...]]:
-    """Reads every volume once; returns facts and findings. Raises `DatasetError`."""
+    """Reads every volume that is not known; all facts and findings. Raises `DatasetError`."""
     inspect_volume = functools.partial(inspect, reader)
-    facts, more = read_through(inspect_volume, sources, num_workers=num_workers)
+    unread = [source for source in sources if source.id not in known]
+    facts, more = read_through(inspect_volume, unread, map_jobs)
+    facts |= {id: volume.facts for id, volume in known.items()}
     found = [*faults, *more, *findings_of(reader, sources, facts)]
     return facts, refuse(sort_faults(found, strict=strict))
 
 
 def read_through(
-    function: Callable[[Source], T], sources: Iterable[Source], *, num_workers: int
+    function: Callable[[Source], T], sources: Iterable[Source], map_jobs: MapJobs
 ) -> tuple[dict[str, T], list[Fault]]:
     """Applies a function to every volume; returns results by id, and faults of the others.
 
+    `map_jobs` is `map_in_processes` with all but its function and jobs.
     The function raises `DatasetError` for faults. Raises `PreparationError` if workers died, and
     any other error unchanged.
     """
     found: dict[str, T] = {}
     faults: list[Fault] = []
     jobs = {source.id: source for source in sources}
-    results = map_in_processes(function, jobs, num_workers=num_workers)
+    results = map_jobs(function, jobs)
     with (
         contextlib.closing(results),
         tqdm(total=len(jobs), desc="checking", unit="volume", disable=None) as progress,
@@ -255,18 +219,33 @@ def _common_dtype(dtypes: Iterable[str]) -> str:
 
 
 def _prepare_volumes(
-    plan: Plan, sources: list[Source], facts: dict[str, Facts], place: _Place, num_workers: int
+    plan: Plan,
+    sources: list[Source],
+    facts: dict[str, Facts],
+    known: Mapping[str, Known],
+    place: _Place,
+    map_jobs: MapJobs,
 ) -> list[WrittenShard]:
     """Writes missing and stale shards; returns all shards in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
-    shards = {source.id: _finished(plan, facts[source.id], place) for source in sources}
-    jobs = {source.id: source for source in sources if shards[source.id] is None}
+    kept = {
+        id: volume.shard
+        for id, volume in known.items()
+        if keep_shard(volume.shard, plan, place.final, place.dataset)
+    }
+    shards = {
+        source.id: kept.get(source.id) or _finished(plan, facts[source.id], place)
+        for source in sources
+    }
+    jobs = {
+        source.id: (source, facts[source.id].sha256)
+        for source in sources
+        if shards[source.id] is None
+    }
     done = sum(fact.num_slices for id, fact in facts.items() if id not in jobs)
     total = sum(fact.num_slices for fact in facts.values())
-    results = map_in_processes(
-        functools.partial(_prepare_volume, plan, facts, place), jobs, num_workers=num_workers
-    )
+    results = map_jobs(functools.partial(_prepare_volume, plan, place), jobs)
     failures: dict[str, Exception] = {}
     with (
         contextlib.closing(results),
@@ -278,16 +257,26 @@ def _prepare_volumes(
             if isinstance(result, Exception):
                 failures[id] = result
             else:
+                _check_libraries(plan, result)
                 shards[id] = result
                 progress.update(result.num_slices)
-    _raise_failures(failures, jobs)
+    _raise_failures(failures, {id: source for id, (source, _) in jobs.items()})
     return [shard for shard in shards.values() if shard is not None]
 
 
-def _prepare_volume(
-    plan: Plan, facts: dict[str, Facts], place: _Place, source: Source
-) -> WrittenShard:
-    shard = builder.write_shard(plan, source, facts[source.id].sha256, place.dataset)
+def _check_libraries(plan: Plan, shard: WrittenShard) -> None:
+    """Raises `ValueError` for a shard of a cluster's worker with other libraries than here."""
+    here, there = plan.parameters["libraries"], shard.parameters["libraries"]
+    if here != there:
+        raise UserError(
+            f"--cluster: a worker has {there}, expected what is installed here, {here}: the "
+            "records would differ"
+        )
+
+
+def _prepare_volume(plan: Plan, place: _Place, job: tuple[Source, dict[str, str]]) -> WrittenShard:
+    source, sha256 = job
+    shard = builder.write_shard(plan, source, sha256, place.dataset)
     write_text(
         place.note(source.id), json.dumps(dataclasses.asdict(shard), indent=1, sort_keys=True)
     )
@@ -298,7 +287,7 @@ def _finished(plan: Plan, fact: Facts, place: _Place) -> WrittenShard | None:
     """The volume's shard if an earlier run finished it and its inputs have not changed."""
     try:
         shard = WrittenShard(**json.loads(place.note(fact.id).read_bytes()))
-        intact = _sha256(place.dataset / shard.file) == shard.sha256
+        intact = sha256_of(place.dataset / shard.file) == shard.sha256
     except (OSError, ValueError, TypeError):
         return None
     same = shard.parameters == plan.parameters and shard.sources == fact.sha256

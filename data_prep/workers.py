@@ -1,4 +1,4 @@
-"""Jobs in parallel processes; a process that dies is reported with its job's name.
+"""Jobs in parallel processes, of this machine or a cluster; one that dies is named with its job.
 
 Processes are spawned, never forked, so that no library's threads or locks are copied. They end with
 their parent: a killed run leaves none behind. (`concurrent.futures` ends the whole pool when one
@@ -6,6 +6,7 @@ process dies, and cannot say which job it held.)
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 
 import cv2
 
+from kafjax.errors import import_extra
+
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -25,14 +28,18 @@ class WorkerDied(RuntimeError):  # noqa: N818 - it states what happened
 
 
 def map_in_processes(
-    function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int
+    function: Callable[[Any], Any], jobs: Mapping[str, Any], *, num_workers: int, client: Any = None
 ) -> Generator[tuple[str, Any], None, None]:
     """Yields (name, result) of `function(job)` for each named job, in completion order.
 
     An exception of the function is the result, not raised; so is `WorkerDied`, after which a new
     process continues with the other jobs. `function` must be importable by name. With `num_workers`
     0 the jobs run in this process, one after the other. Closing the iterator ends all workers.
+    With a `client` of `kafjax.cluster` the jobs run on its workers, which close with their cluster.
     """
+    if client is not None:
+        yield from _map_on_cluster(function, jobs, client)
+        return
     if num_workers == 0:
         yield from ((name, _call(function, job)) for name, job in jobs.items())
         return
@@ -53,6 +60,29 @@ def map_in_processes(
     finally:
         for worker in crew:
             worker.end()
+
+
+def _map_on_cluster(
+    function: Callable[[Any], Any], jobs: Mapping[str, Any], client: Any
+) -> Generator[tuple[str, Any], None, None]:
+    """`map_in_processes` with dask, which moves the jobs of a worker that dies to another one."""
+    distributed = import_extra("distributed")
+    call = functools.partial(_call_alone, function)
+    # Jobs are not pure: their results are files, which may be missing the next time.
+    names = {client.submit(call, job, pure=False): name for name, job in jobs.items()}
+    completed = distributed.as_completed(list(names), with_results=True, raise_errors=False)
+    try:
+        for future, result in completed:
+            if future.status == "error":
+                result = WorkerDied(" ".join(str(future.exception()).split()))
+            yield names.pop(future), result
+    finally:
+        client.cancel(list(names))
+
+
+def _call_alone(function: Callable[[Any], Any], job: Any) -> Any:
+    cv2.setNumThreads(1)  # the processes share the cores
+    return _call(function, job)
 
 
 class _Worker:

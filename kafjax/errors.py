@@ -28,6 +28,7 @@ _EXTRAS = {
     "huggingface_hub": "hub",
     "s3fs": "s3",
     "gcsfs": "gcs",
+    **dict.fromkeys(("distributed", "dask", "dask_jobqueue"), "cluster"),
 }
 
 

@@ -5,14 +5,16 @@
 
 import itertools
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from kafjax.cluster import open_cluster
 from kafjax.config_files import TABLES, find, load_table
 from kafjax.errors import UserError
-from kafjax.study.experiment import format_plan, make_experiment, parse_changes, parse_shard
-from kafjax.study.jobs import Outcome, find_slots, run_jobs
+from kafjax.study.experiment import format_plan, make_experiment, parse_changes
+from kafjax.study.jobs import Job, Outcome, Slot, find_slots, run_jobs
 from kafjax.study.results import write_results
 from kafjax.study.runs import parse_numbers
 
@@ -40,8 +42,10 @@ def _run_from_command_line() -> None:
     )
     workdir = define_path("workdir", "runs/experiments", "Folder of the runs.")
     data_dir = define_data_dir("data", "Folder of the prepared dataset.")
-    shard = string("shard", "1/1", "The part of the jobs for this machine, as in 2/8.")
-    slots = flags.DEFINE_integer("slots", None, "Jobs at a time. Default: one a device or core.")
+    cluster = string("cluster", None, "A cluster of dask: local, slurm, or a scheduler's address.")
+    slots = flags.DEFINE_integer(
+        "slots", None, "Jobs at a time, on slurm its jobs. Default: one a device or core."
+    )
     plan = boolean("plan", False, "Only list the remaining jobs.")
     step_seconds = flags.DEFINE_list(
         "step_seconds", None, "For --plan: of pretraining, fine-tuning, validation: 1.1,0.3,0.1."
@@ -60,16 +64,14 @@ def _run_from_command_line() -> None:
             changes=parse_changes(changes.value),
             **{name: parse_numbers(name, flag.value) for name, flag in numbers.items()},
         )
-        first, every = parse_shard(shard.value)
         jobs = experiment.plan()
         if plan.value:
-            ours = jobs[first::every]
-            print(format_plan(ours, _parse_seconds(step_seconds.value)), flush=True)
+            print(format_plan(jobs, _parse_seconds(step_seconds.value)), flush=True)
             return None
         outcome = Outcome()
         if not only_collect.value:
             experiment.check_dataset()
-            outcome = run_jobs(jobs, find_slots(slots.value), is_ours=lambda i: i % every == first)
+            outcome = _run(jobs, cluster.value, slots.value)
         if outcome.received:
             return outcome.received
         name = find(table.value, TABLES).name
@@ -79,6 +81,18 @@ def _run_from_command_line() -> None:
         return None
 
     run_app(command)
+
+
+def _run(jobs: Sequence[Job], cluster: str | None, number: int | None) -> Outcome:
+    if cluster is None:
+        return run_jobs(jobs, find_slots(number))
+    if cluster == "slurm" and (number or 0) < 1:
+        raise UserError(f"--slots: found {number}, expected the number of jobs of SLURM, 1 or more")
+    slots = [Slot("")] * (number or 0) if cluster == "slurm" else []
+    if cluster == "local":
+        slots = find_slots(number)
+    with open_cluster(cluster, [slot.environment for slot in slots]) as client:
+        return run_jobs(jobs, [], client=client)
 
 
 def _parse_seconds(parts: list[str] | None) -> Any:

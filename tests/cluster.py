@@ -1,11 +1,21 @@
-"""Runs the tests of a real SLURM and of two hosts, and ends with a table: `make test-cluster`."""
+"""Runs the tests of clusters and of large datasets, and ends with a table: `make test-cluster`."""
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-FILES = ("tests/test_slurm.py", "tests/test_hosts.py")
+ROOT = Path(__file__).parents[1]
+FILES = [
+    name
+    for name in (
+        *("tests/test_engine.py", "tests/test_slurm.py", "tests/test_hosts.py"),
+        *("tests/test_buckets.py", "tests/test_archive.py"),
+    )
+    if (ROOT / name).exists()
+]
 
 
 class Table:
@@ -36,6 +46,7 @@ class Table:
 def main() -> int:
     """Returns 0 if every test passed, and none was left out."""
     table = Table()
+    os.environ["KAFJAX_CLUSTER"] = "1"  # for what takes too long elsewhere
     status = int(pytest.main(["-q", "-p", "no:xdist", *FILES], plugins=[table]))
     print("\n" + "\n".join(table.lines()))
     return status or int(any(outcome != "passed" for outcome, _ in table.rows.values()))

@@ -189,10 +189,11 @@ def test_tfds_opens_the_dataset_and_its_metadata(phantom_raw, phantom_dataset):
     volume = metadata["volumes"]["ct_1001"]
     assert (volume["num_slices"], volume["size"], volume["labelled"]) == (12, [64, 64], True)
     label = phantom_raw / "ct_1001_label.nii.gz"
-    assert volume["sources"]["ct_1001_label.nii.gz"] == prepare._sha256(label)
+    assert volume["sources"]["ct_1001_label.nii.gz"] == prepare.sha256_of(label)
     names = {path.name for path in phantom_dataset.iterdir()}
     assert {"dataset_info.json", "features.json", "metadata.json", "record_index.json"} < names
-    assert [p.name for p in phantom_dataset.parent.iterdir()] == ["1.0.0"]
+    beside = {".1.0.0.volumes.json", "1.0.0"}
+    assert {p.name for p in phantom_dataset.parent.iterdir()} == beside
 
 
 class UnlabelledReader(ChdReader):

@@ -20,9 +20,8 @@ from kafjax.study.experiment import (
     is_pretrained,
     make_experiment,
     parse_changes,
-    parse_shard,
 )
-from kafjax.study.jobs import Job, Slot, run_jobs
+from kafjax.study.jobs import Job
 from kafjax.study.plan import Row, Table
 from kafjax.study.results import collect, draw, format_csv, mean_of, write_results
 from kafjax.study.runs import RunKey, run_config
@@ -330,30 +329,6 @@ def test_damaged_evaluations_are_named(tmp_path: Path, phantom_dataset: Path) ->
         collect(ours)
 
 
-# What each job leaves, in place of the commands: its name in a file, in order.
-NOTE = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
-
-
-def test_shards_together_run_every_job_once(tmp_path: Path) -> None:
-    ours = experiment(tmp_path, of_file("table1"), small=True)
-    notes = tmp_path / "notes"
-    jobs = [
-        job._replace(
-            command=("-c", NOTE, str(notes), job.name),
-            is_done=lambda name=job.name: notes.exists() and name in notes.read_text().split(),
-        )
-        for job in ours.plan()
-    ]
-    for shard in ("1/2", "2/2"):
-        first, every = parse_shard(shard)
-        # The second needs nothing of itself that is not there: the first has run to its end.
-        ready = [j for i, j in enumerate(jobs) if i % every == first]
-        others = {j.name for j in jobs} - {j.name for j in ready}
-        ready = [j._replace(needs=tuple(n for n in j.needs if n not in others)) for j in ready]
-        assert run_jobs(ready, [Slot("a"), Slot("b")]) == ((), None)
-    assert sorted(notes.read_text().split()) == sorted(job.name for job in jobs)
-
-
 def test_defaults_are_the_tables_and_the_configs(tmp_path: Path) -> None:
     small = experiment(tmp_path, of_file("table3"), small=True)
     assert (small.dataset, small.folds, small.seeds) == ("phantom_small", (0, 1), (0,))
@@ -370,12 +345,6 @@ def test_rows_are_chosen_by_number_beside_the_reference(tmp_path: Path) -> None:
     assert experiment(tmp_path, of_file("table2"), rows=[11]).table.rows == (some.table.rows[-1],)
     with pytest.raises(ValueError, match="--rows: found 0, 12, expected numbers from 1 to 11"):
         experiment(tmp_path, of_file("table2"), rows=[0, 2, 12])
-
-
-@pytest.mark.parametrize("text", ["9/8", "0/2", "2", "a/b", "1/0"])
-def test_shards_are_counted_from_one(text: str) -> None:
-    with pytest.raises(ValueError, match=f"found '{text}', expected 1/N to N/N"):
-        parse_shard(text)
 
 
 def test_missing_clinical_data_stops_with_the_command_that_prepares_it(tmp_path: Path) -> None:

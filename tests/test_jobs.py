@@ -1,11 +1,10 @@
-"""Jobs on slots: order, failures, signals, locks and shards, with jobs that only touch files."""
+"""Jobs on slots: order, failures, signals, and locks, with jobs that only touch files."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -134,8 +133,8 @@ def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int) -> No
     assert not (tmp_path / "b").exists()
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 30
+def wait_for(path: Path, *, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, path
         time.sleep(0.01)
@@ -157,80 +156,6 @@ def test_a_job_of_a_killed_parent_is_waited_for(
     printed = capsys.readouterr().out
     assert printed.count("a, which another process runs") == 1
     assert order(printed, "start") == ["b"]
-
-
-def test_shards_wait_for_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = [job(tmp_path, "a"), job(tmp_path, "b", "a"), job(tmp_path, "c")]
-    later = subprocess.Popen(
-        [sys.executable, "-c", f"import time; time.sleep(0.4); {TOUCH}", str(tmp_path / "a")]
-    )
-    assert run_jobs(jobs, ONE, is_ours=lambda i: i > 0) == Outcome((), None)
-    later.wait()
-    printed = capsys.readouterr().out
-    assert order(printed, "start") == ["c", "b"]
-    assert printed.count("waiting  for a, which another shard runs") == 1
-
-
-# A separate scheduler for the given job numbers; `a` fails and `b` needs it.
-SHARD = """
-import sys
-from pathlib import Path
-from tests.test_jobs import ONE, job
-from kafjax.study import jobs as module
-module._POLL_SECONDS, module._LOOK_SECONDS = 0.01, 0.05
-module._GRACE_SECONDS = float(sys.argv[2])
-root, ours = Path(sys.argv[1]), set(map(int, sys.argv[3:]))
-jobs = [job(root, "a", code="raise SystemExit('no such field')"), job(root, "b", "a")]
-jobs += [job(root, "c", "b"), job(root, "d")]
-print(module.run_jobs(jobs, ONE, is_ours=ours.__contains__))
-"""
-
-
-def start_shard(root: Path, grace: float, *numbers: int) -> subprocess.Popen[str]:
-    arguments = [str(root), str(grace), *map(str, numbers)]
-    return subprocess.Popen(
-        [sys.executable, "-c", SHARD, *arguments], stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_shards_stop_with_the_name_of_what_failed_elsewhere(tmp_path: Path) -> None:
-    """The second of three shards needs what fails in the first, the third what the second has."""
-    waiting = [start_shard(tmp_path, 60, 2), start_shard(tmp_path, 60, 1, 3)]
-    wait_for(tmp_path / "d")  # is done while its shard waits for a
-    first = start_shard(tmp_path, 60, 0)
-    third, second, first_said = (p.communicate(timeout=30)[0] for p in (*waiting, first))
-    assert "Outcome(failed=('a',), received=None)" in first_said
-    assert "Outcome(failed=('b',), received=None)" in second
-    assert "it needs a, which failed on " in second
-    assert "(status 1): no such field" in second
-    assert "waiting  for a, which another shard runs" in second
-    assert "Outcome(failed=('c',), received=None)" in third
-    assert "it needs b, which failed on " in third
-    assert not (tmp_path / "b").exists()
-
-
-def test_marks_of_failures_hold_until_their_shard_starts_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad, needs_bad = job(tmp_path, "a", code="raise SystemExit(3)"), job(tmp_path, "b", "a")
-    assert run_jobs([bad, needs_bad], ONE, is_ours=lambda i: i == 0) == Outcome(("a",))
-    mark = tmp_path / "a.failed"
-    assert mark.exists()
-    # The second shard alone finds the mark, and believes it after a time.
-    monkeypatch.setattr(module, "_GRACE_SECONDS", 0.2)
-    capsys.readouterr()
-    assert run_jobs([bad, needs_bad], ONE, is_ours=lambda i: i == 1) == Outcome(("b",))
-    assert "waiting  for a" in capsys.readouterr().out
-    # Both start again, the second first: it does not fall for the mark of the time before.
-    monkeypatch.setattr(module, "_GRACE_SECONDS", 60)
-    good = bad._replace(command=job(tmp_path, "a").command)
-    later = threading.Timer(0.3, lambda: (mark.unlink(), (tmp_path / "a").touch()))
-    later.start()
-    assert run_jobs([good, needs_bad], ONE, is_ours=lambda i: i == 1) == Outcome()
-    later.join()
-    mark.touch()
-    assert run_jobs([good, needs_bad], ONE) == Outcome()
-    assert not list(tmp_path.glob("*.failed"))
 
 
 def test_slots_are_devices_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ from kafjax.data.dataset_files import (
 from kafjax.files import write_text
 
 __all__ = [
+    "FRAME_BYTES",
     "INDEX_NAME",
     "RecordError",
     "RecordReader",
@@ -65,7 +66,7 @@ _DESCRIPTIONS = ("features.json", "metadata.json")
 _FORMAT = "kafjax record index 2"
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_FRAME = _HEADER.size + _FOOTER.size
+FRAME_BYTES = _HEADER.size + _FOOTER.size
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Shard:
     @property
     def offsets(self) -> np.ndarray:
         """Byte offsets of the records' length fields, int64 [records]."""
-        return np.cumsum(self.lengths + _FRAME) - self.lengths - _FRAME
+        return np.cumsum(self.lengths + FRAME_BYTES) - self.lengths - FRAME_BYTES
 
 
 def write_index(dataset_dir: str | os.PathLike[str]) -> Path:
@@ -175,13 +176,13 @@ class RecordReader:
         offset, crc, where = int(self._offsets[s][i]), int(shard.crcs[i]), f"{path}, record {i}"
         url = _bucket_of(path)
         if url is None:
-            return _check_record(_pread(path, length + _FRAME, offset), length, crc, where)
+            return _check_record(_pread(path, length + FRAME_BYTES, offset), length, crc, where)
         with _naming_missing(path):
-            frame = read_part(url, length + _FRAME, offset, version=crc)
+            frame = read_part(url, length + FRAME_BYTES, offset, version=crc)
             try:
                 return _check_record(frame, length, crc, where)
             except RecordError:  # perhaps only here
-                frame = read_part(url, length + _FRAME, offset, version=crc, again=True)
+                frame = read_part(url, length + FRAME_BYTES, offset, version=crc, again=True)
                 return _check_record(frame, length, crc, where)
 
 
@@ -241,7 +242,7 @@ def _scan_shard(stream: BinaryIO, num_bytes: int, path: Path) -> Iterator[tuple[
         stream.seek(offset)
         header = stream.read(_HEADER.size)
         length = _check_header(header, f"{path}, record {number}")
-        offset += length + _FRAME
+        offset += length + FRAME_BYTES
         if offset > num_bytes:
             raise _truncated(f"{path}, record {number}")
         stream.seek(offset - _FOOTER.size)
@@ -297,7 +298,7 @@ def _check_record(frame: bytes, length: int, crc: int, where: str) -> bytes:
         raise RecordError(
             f"{where}: has {found} bytes, its index says {length}; delete {INDEX_NAME} next to it"
         )
-    if len(frame) < length + _FRAME:
+    if len(frame) < length + FRAME_BYTES:
         raise _truncated(where)
     data = frame[_HEADER.size : -_FOOTER.size]
     stated = _FOOTER.unpack(frame[-_FOOTER.size :])[0]

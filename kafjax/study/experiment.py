@@ -4,10 +4,9 @@
     kafjax experiment --table table1 --dataset phantom --small
 
 The table's jobs are `kafjax.main` and `kafjax.cross_validate` commands, which are printed and can
-be repeated by hand. One runs on each local device, or each core of a CPU. What is complete, for
-this table or another, is not run again, and what was stopped resumes. `--shard 2/8` takes every
-8th job, from the 2nd on, of a workdir that machines share; a shard that needs a job that failed
-elsewhere stops and names it. `--rows 1-3,5` takes a part of the table, plus the row that
+be repeated by hand. One runs on each local device, or each core of a CPU; with `--cluster`, on the
+workers of a dask cluster that share the disk. What is complete, for this table or another, is not
+run again, and what was stopped resumes. `--rows 1-3,5` takes a part of the table, plus the row that
 differences are from. `--plan` lists what is left to do, `--collect` makes the table of the runs
 that are complete, and neither runs anything.
 
@@ -27,7 +26,6 @@ import ast
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -347,14 +345,6 @@ def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
         row for i, row in enumerate(table.rows, 1) if i in numbers or row.name == table.reference
     )
     return table._replace(rows=tuple(kept))
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """The first job, from 0, and the step of a shard '2/8'; `ValueError` for other text."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--shard: found {text!r}, expected 1/N to N/N")
-    return int(match[1]) - 1, int(match[2])
 
 
 def format_plan(jobs: Sequence[Job], step_seconds: tuple[float, float, float] | None = None) -> str:

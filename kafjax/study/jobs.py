@@ -1,18 +1,13 @@
-"""Runs commands that need each other on slots: devices of this machine, or cores of its CPU.
+"""Runs commands that need each other on slots of this machine, or on the workers of a cluster.
 
-A job is a command in a process of its own that resumes where it was stopped, and a test of whether
-its work is done, which may be the work of another process on a shared disk.
-
-    LOGS/NAME.log       its output, locked while it runs
-    LOGS/NAME.failed    why and where it failed, for the shards that wait for it; its shard's next
-                        start removes it
+A slot is a device, or a core of the CPU. A job is a command in a process of its own that resumes
+where it was stopped, and a test of whether its work is done, which may be the work of another
+process on a shared disk. LOGS/NAME.log takes its output and is locked while it runs.
 """
 
 import contextlib
 import enum
-import fcntl
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -21,18 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Protocol, Self
 
 from kafjax.cores import usable_cores
 from kafjax.errors import UserError
-from kafjax.files import read_text, write_text
+from kafjax.study.processes import KILLED, Cluster, claim, open_process
 
 _POLL_SECONDS = 0.2
-# Between looks at work of other machines, which are reads from a shared disk.
+# Between looks at work of other processes, which are reads from a shared disk.
 _LOOK_SECONDS = 5.0
-# For shards that are started anew together: how long one believes that the marks of failures that
-# it finds are about to be removed.
-_GRACE_SECONDS = 30.0
 _QUERY = "import jax; print(jax.default_backend(), jax.local_device_count())"
 # Variables that make a slot's device the only one its process sees.
 _VISIBLE = {"gpu": ("CUDA_VISIBLE_DEVICES",), "tpu": ("TPU_VISIBLE_CHIPS",)}
@@ -57,11 +49,6 @@ class Job(NamedTuple):
     is_done: Callable[[], bool]
     needs: tuple[str, ...] = ()
     work: Mapping[str, tuple[int, ...]] = {}
-
-    @property
-    def mark(self) -> Path:
-        """The file that is there after a failure; see the module."""
-        return self.log.with_suffix(".failed")
 
     def __str__(self) -> str:
         return shlex.join(("python", *self.command))
@@ -89,10 +76,23 @@ class _State(enum.Enum):
     FAILED = enum.auto()
 
 
+class _Process(Protocol):
+    """What this module needs of `subprocess.Popen`."""
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Sends a signal."""
+
+    def terminate(self) -> None:
+        """Stops it."""
+
+
 class _Running(NamedTuple):
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-    slot: Slot
+    process: _Process
+    log: IO[bytes] | None
+    slot: Slot | None
     begin: float
     told: list[int]  # the signals that were passed on
 
@@ -123,50 +123,36 @@ def find_slots(number: int | None = None) -> list[Slot]:
     return [Slot(f"{backend} {i}", _environment(backend, i)) for i in range(number)]
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    slots: Sequence[Slot],
-    *,
-    is_ours: Callable[[int], bool] = lambda index: True,
-) -> Outcome:
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot], *, client: Any = None) -> Outcome:
     """Runs what is not done, as soon as a slot is free and what it needs is done.
 
-    A job that fails is named with its log's last line, and so are those that need it, in every
-    shard; the others still run. SIGTERM and Ctrl-C are passed on to the running jobs, whose ends
-    are waited for. A job that another process of this machine or disk is running is waited for.
+    A job that fails is named with its log's last line, and so are those that need it; the others
+    still run. SIGTERM and Ctrl-C are passed on to the running jobs, whose ends are waited for. A
+    job that another process of this machine or disk is running is waited for.
 
     Args:
       jobs: a job comes after those that it needs.
       slots: as of `find_slots`.
-      is_ours: whether the job of an index is to be run here; the others are only waited for.
+      client: of a cluster (`kafjax.cluster`), whose workers take the place of the slots. A job
+        whose worker dies resumes on another.
     """
-    with _Scheduler(jobs, slots, is_ours) as scheduler:
+    with _Scheduler(jobs, slots, client) as scheduler:
         return scheduler.run()
 
 
 class _Scheduler:
     """The loop over jobs, and the signals that stop it."""
 
-    def __init__(
-        self, jobs: Sequence[Job], slots: Sequence[Slot], is_ours: Callable[[int], bool]
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], client: Any) -> None:
         self._jobs = {job.name: job for job in jobs}
         self._free = list(slots)
-        self._states = {
-            job.name: _State.DONE if job.is_done() else _State.WAITING
-            for i, job in enumerate(jobs)
-            if is_ours(i)
-        }
+        self._remote = None if client is None else Cluster(client)
+        self._states = {job.name: _State.DONE if job.is_done() else _State.WAITING for job in jobs}
         self._total = sum(state is _State.WAITING for state in self._states.values())
         self._started = 0
         self._running: dict[str, _Running] = {}
-        self._looks: dict[str, tuple[float, _State]] = {}
-        self._said: set[str] = set()
+        self._looks: dict[str, float] = {}  # when to look again for what another process runs
         self._signals: list[int] = []
-        self._begin = time.monotonic()
-        for name in self._states:
-            self._jobs[name].mark.unlink(missing_ok=True)
-        self._old_marks = {job.name: _stamp(job.mark) for job in jobs}
 
     def __enter__(self) -> Self:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -182,9 +168,10 @@ class _Scheduler:
             signal.signal(number, handler)
 
     def run(self) -> Outcome:
-        """Runs all of our jobs to completion."""
+        """Runs all jobs to completion."""
         done = len(self._states) - self._total
-        _say(f"{len(self._states)} jobs, {done} done before, {len(self._free)} slots")
+        where = "a cluster" if self._remote else f"{len(self._free)} slots"
+        _say(f"{len(self._states)} jobs, {done} done before, {where}")
         while True:
             self._reap()
             if not self._signals:
@@ -211,10 +198,11 @@ class _Scheduler:
             status = running.process.poll()
             if status is None:
                 continue
-            running.log.close()
             del self._running[name]
-            self._free.append(running.slot)
-            self._end(self._jobs[name], status, time.monotonic() - running.begin)
+            if running.log is not None and running.slot is not None:
+                running.log.close()
+                self._free.append(running.slot)
+            self._end(self._jobs[name], status, _now() - running.begin)
 
     def _end(self, job: Job, status: int, seconds: float) -> None:
         spent = f"{job.name} after {timedelta(seconds=round(seconds))}"
@@ -227,61 +215,44 @@ class _Scheduler:
             _say(f"stopped  {spent}")
         else:
             what = f"status {status}" if status else "its work is not done"
+            if self._remote and status == KILLED:
+                what = "its workers were killed, one after the other"
             self._fail(job, spent, f"({what}): {_last_line(_tail(job.log))} [{job.log}]")
 
     def _start_ready(self) -> None:
         for name in self._names(_State.WAITING):
             job = self._jobs[name]
-            states = {needed: self._state_of(needed) for needed in job.needs}
+            states = {needed: self._states[needed] for needed in job.needs}
             if failed := [n for n, state in states.items() if state is _State.FAILED]:
-                reasons = ", ".join(map(self._describe_failure, failed))
-                self._fail(job, f"{name}:", f"not started, it needs {reasons}")
-            elif self._free and set(states.values()) <= {_State.DONE}:
+                self._fail(job, f"{name}:", f"not started, it needs {', '.join(failed)}")
+            elif set(states.values()) - {_State.DONE}:
+                continue
+            elif self._remote:
+                self._set_running(
+                    job,
+                    _Running(
+                        self._remote.start(str(job), job.command, job.log, job.is_done),
+                        None,
+                        None,
+                        _now(),
+                        [],
+                    ),
+                )
+            elif self._free:
                 self._start(job)
 
     def _fail(self, job: Job, what: str, why: str) -> None:
         self._states[job.name] = _State.FAILED
         _say(f"FAILED   {what} {why}")
-        job.mark.parent.mkdir(parents=True, exist_ok=True)
-        write_text(job.mark, f"on {platform.node()}: {why}\n")
-
-    def _describe_failure(self, name: str) -> str:
-        """The name of a failed job, with the reason where another shard ran it."""
-        if name in self._states:
-            return name
-        return f"{name}, which failed {read_text(self._jobs[name].mark).strip()}"
-
-    def _state_of(self, name: str) -> _State:
-        """The state of a job that another needs; says once that it is another shard's."""
-        if name in self._states:
-            return self._states[name]
-        state = self._look(name)
-        if state is _State.WAITING:
-            self._say_once(name, f"waiting  for {name}, which another shard runs")
-        return state
-
-    def _look(self, name: str) -> _State:
-        """What another process has done, as of the last look; looks again only after some time."""
-        due, state = self._looks.get(name, (0.0, _State.WAITING))
-        if state is not _State.DONE and time.monotonic() >= due:
-            job = self._jobs[name]
-            failed = _State.FAILED if self._is_marked(job) else _State.WAITING
-            state = _State.DONE if job.is_done() else failed
-            self._looks[name] = (time.monotonic() + _LOOK_SECONDS, state)
-        return state
-
-    def _is_marked(self, job: Job) -> bool:
-        stamp = _stamp(job.mark)
-        grace = time.monotonic() < self._begin + _GRACE_SECONDS
-        return stamp is not None and not (grace and stamp == self._old_marks[job.name])
 
     def _start(self, job: Job) -> None:
-        if self._looks.get(job.name, (0.0,))[0] > time.monotonic():
+        if self._looks.get(job.name, 0.0) > _now():
             return  # another process had it a moment ago
-        log = _claim(job.log)
+        log = claim(job.log)
         if log is None:
-            self._look(job.name)
-            self._say_once(job.name, f"waiting  for {job.name}, which another process runs")
+            if job.name not in self._looks:
+                _say(f"waiting  for {job.name}, which another process runs")
+            self._looks[job.name] = _now() + _LOOK_SECONDS
             return
         if job.name in self._looks and job.is_done():
             log.close()
@@ -289,44 +260,18 @@ class _Scheduler:
             _say(f"done     {job.name}, by another process")
             return
         slot = self._free.pop(0)
-        self._started += 1
-        log.write(f"$ {job}\n".encode(errors="backslashreplace"))
-        log.flush()
-        # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
-        process = subprocess.Popen(
-            [sys.executable, *job.command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **slot.environment},
-            start_new_session=True,
-        )
+        process = open_process(str(job), job.command, log, slot.environment)
         if slot.cores and hasattr(os, "sched_setaffinity"):
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(process.pid, slot.cores)
+        self._set_running(job, _Running(process, log, slot, _now(), []))
+
+    def _set_running(self, job: Job, running: _Running) -> None:
         self._states[job.name] = _State.RUNNING
-        self._running[job.name] = _Running(process, log, slot, time.monotonic(), [])
-        _say(f"start    {job.name} ({self._started} of {self._total}) on {slot.name}: {job}")
-
-    def _say_once(self, name: str, text: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            _say(text)
-
-
-def _claim(path: Path) -> IO[bytes] | None:
-    """The log, open to append and locked while it is open; None while another process has it.
-
-    A job's process has it too, so that one whose parent was killed is not started again.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = path.open("ab")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        return None
-    return log
+        self._running[job.name] = running
+        self._started += 1
+        where = running.slot.name if running.slot else "the cluster"
+        _say(f"start    {job.name} ({self._started} of {self._total}) on {where}: {job}")
 
 
 def _environment(backend: str, index: int) -> dict[str, str]:
@@ -338,13 +283,6 @@ def _environment(backend: str, index: int) -> dict[str, str]:
     return environment
 
 
-def _stamp(mark: Path) -> int | None:
-    """Tells a mark from one that replaces it; None where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return mark.stat().st_mtime_ns
-    return None
-
-
 def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
@@ -354,6 +292,10 @@ def _tail(path: Path) -> str:
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 def _say(text: str) -> None:

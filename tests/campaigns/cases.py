@@ -151,7 +151,7 @@ def make_dataset(folder: Path, number: int = 6) -> Path:
     with Fork(make, folder / "dataset.log") as maker:
         if maker.wait() != 0:
             raise RuntimeError(f"no dataset: {(folder / 'dataset.log').read_text()[-600:]}")
-    (directory,) = (folder / "data" / "phantom").iterdir()
+    (directory,) = (folder / "data" / "phantom").glob("[0-9]*")
     return directory
 
 
