@@ -12,7 +12,7 @@ FILES = [
     name
     for name in (
         *("tests/test_engine.py", "tests/test_slurm.py", "tests/test_hosts.py"),
-        *("tests/test_buckets.py", "tests/test_archive.py"),
+        *("tests/test_buckets.py", "tests/test_bucket_runs.py", "tests/test_archive.py"),
     )
     if (ROOT / name).exists()
 ]
