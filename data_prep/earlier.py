@@ -46,17 +46,24 @@ def stamps_of(sources: Iterable[Source]) -> dict[str, Stamps]:
     found = {}
     for source in sources:
         with contextlib.suppress(OSError, ValueError):  # what is wrong is found in reading
-            files = {name: list(_stamps(path, newest)) for name, path in source.file_names.items()}
-            found[source.id] = {"frame": source.frame, "files": files}
+            stats = {
+                name: {file.name: file.stat() for file in source_files(path)}
+                for name, path in source.file_names.items()
+            }
+            changed = [
+                max(stat.st_mtime_ns, stat.st_ctime_ns)
+                for of_files in stats.values()
+                for stat in of_files.values()
+            ]
+            if max(changed) <= newest:
+                files = {name: list(_stamps(of_files)) for name, of_files in stats.items()}
+                found[source.id] = {"frame": source.frame, "files": files}
     return found
 
 
-def _stamps(path: Path, newest: float) -> Iterator[list[Any]]:
-    for file in source_files(path):
-        found = file.stat()
-        if max(found.st_mtime_ns, found.st_ctime_ns) > newest:
-            raise ValueError("just changed")
-        yield [file.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def _stamps(stats: Mapping[str, os.stat_result]) -> Iterator[list[Any]]:
+    for name, stat in stats.items():
+        yield [name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def read_known(

@@ -94,6 +94,8 @@ def _flags(tree: ast.Module) -> Iterator[str]:
         function, first = ast.unparse(node.func), getattr(node.args[0], "value", None)
         if function.endswith("define_config"):
             yield "config"
+        if function.endswith("define_data_dir"):
+            yield "data_dir"
         # A call with a name, a default and a help defines a flag, whatever the function's name.
         is_flag = "DEFINE_" in function or len(node.args) == 3 or str(first).startswith("--")
         if is_flag and isinstance(first, str) and re.fullmatch(r"(--)?[a-z]\w*", first):

@@ -21,10 +21,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # In this process, where tests replace parts of the code, nothing is kept for later ones.
 os.environ["KAFJAX_PROGRAMS"] = "0"
 
+from kafjax import paths  # noqa: E402
 from tests.buckets import BUCKET, Proxy, access, forget_connections, served  # noqa: E402
 from tests.shapes import check_signatures  # noqa: E402 - imports JAX
 
 check_signatures()
+
+
+@pytest.fixture(autouse=True)
+def no_bucket_is_named() -> Iterator[None]:
+    """A command that was only parsed leaves no bucket for the next one of this process."""
+    yield
+    paths._copies.clear()
 
 
 @pytest.fixture(scope="session")
