@@ -15,22 +15,22 @@ machine code.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
+import itertools
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import numpy as np
-import optax
 from jax import export
 
 import kafjax
 from kafjax.files import replacing
 
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _MOST = 100  # programs, about a megabyte each; the least recently used go
 _folder: Path | None = None
 
@@ -67,7 +67,7 @@ class Program:
         self._facts = None if None in facts else facts
         self._donate_argnums = donate_argnums
         self._after_compiling = after_compiling
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, Callable[..., Any] | None] = {}  # of flat leaves, if kept
 
     def lower(self, *arguments: Any) -> Any:
         """Lowers the function, as `jax.jit(...).lower` does."""
@@ -80,21 +80,19 @@ class Program:
             return self._function(*arguments)
         shapes = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if shapes not in self._programs:
-            self._programs[shapes] = self._make(arguments)
-        return self._programs[shapes](*arguments)
+            self._programs[shapes] = self._kept(arguments, leaves, structure)
+            if self._programs[shapes] is None:
+                self.lower(*arguments).compile()  # the call reuses it
+            self._after_compiling()
+        program = self._programs[shapes]
+        return self._function(*arguments) if program is None else program(*leaves)
 
-    def _make(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        program = self._kept(arguments)
-        if program is None:
-            self.lower(*arguments).compile()  # the call reuses it
-        self._after_compiling()
-        return program or self._function
-
-    def _kept(self, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+    def _kept(
+        self, arguments: tuple[Any, ...], leaves: list[Any], structure: Any
+    ) -> Callable[..., Any] | None:
         """The program by its export, compiled; None if there is none and none can be made."""
         if _folder is None or self._facts is None or jax.process_count() > 1:
             return None
-        leaves, structure = jax.tree.flatten(arguments)
         path = _folder / _key(self._facts, leaves, structure)
         found = _load(path)
         if found is None:
@@ -103,11 +101,11 @@ class Program:
                 return None
             _store(path, *found)
         results, exported = found
-        donated = [len(jax.tree.leaves(argument)) for argument in arguments]
-        numbers = [sum(donated[:i]) + j for i in self._donate_argnums for j in range(donated[i])]
-        call = jax.jit(exported.call, donate_argnums=numbers)
+        ends = [0, *itertools.accumulate(len(jax.tree.leaves(given)) for given in arguments)]
+        donated = [n for i in self._donate_argnums for n in range(ends[i], ends[i + 1])]
+        call = jax.jit(exported.call, donate_argnums=donated)
         call.lower(*leaves).compile()  # the call reuses it
-        return lambda *arguments: jax.tree.unflatten(results, call(*jax.tree.leaves(arguments)))
+        return lambda *leaves: jax.tree.unflatten(results, call(*leaves))
 
     def _export(self, leaves: list[Any], structure: Any) -> tuple[Any, export.Exported] | None:
         """The structure of the function's results, and the function of and to flat leaves."""
@@ -132,7 +130,7 @@ def _key(facts: Any, leaves: list[Any], structure: Any) -> str:
     parts = (
         *(facts, str(structure), [(x.shape, str(x.dtype), str(x.sharding)) for x in leaves]),
         [(device.id, device.device_kind) for device in jax.devices()],
-        *(_own_files(), [library.__version__ for library in (jax, flax, optax, np)]),
+        *(_own_files(), [importlib.metadata.version(library) for library in _LIBRARIES]),
         sorted((name, str(value)) for name, value in jax.config.values.items()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
