@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kafjax.models.convolution import conv3x3
-from kafjax.models.normalization import Rule, batch_normalize
+from kafjax.models.normalization import Rule, batch_normalize, normalize_by
 
 LEAKY_SLOPE = 0.01
 
@@ -167,12 +167,10 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         mean, var = running_mean.value, running_var.value
         x = x.astype(dtype)
-        if not train:
-            y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
-            y = y if self.leak is None else nn.leaky_relu(y, self.leak)
-            return y.astype(self.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
         rule = Rule(axis_name, self.epsilon, self.fewest, self.leak)
+        if not train:
+            return normalize_by(rule, x, scale, bias, mean, var).astype(self.dtype)
         found = batch_normalize(rule, x, scale, bias, mean, var, mask)
         if not self.is_initializing():
             # A batch of one entry has no unbiased variance; PyTorch raises, we keep var.

@@ -70,8 +70,8 @@ def batch_normalize(
     batch_mean, batch_var, count = _statistics(rule, x, mask)
     enough = count >= rule.fewest
     mean, var = jnp.where(enough, batch_mean, mean), jnp.where(enough, batch_var, var)
-    y = _before_activation(rule, x, scale, bias, mean, var, mask)
-    return Normalized(_leak(rule, y, y), mean, var, count)
+    y = normalize_by(rule, x, scale, bias, mean, var, mask)
+    return Normalized(y, mean, var, count)
 
 
 def _forward(
@@ -120,6 +120,20 @@ def _statistics(
     mean = _global_sum(rule, jnp.sum(x, axes, where=where)) / divisor
     var = _global_sum(rule, jnp.sum(jnp.square(x - mean), axes, where=where)) / divisor
     return mean, var, count
+
+
+def normalize_by(
+    rule: Rule,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`batch_normalize` by given statistics."""
+    y = _before_activation(rule, x, scale, bias, mean, var, mask)
+    return _leak(rule, y, y)
 
 
 def _before_activation(
