@@ -135,6 +135,7 @@ class RecordReader:
         builder: tfds.core.DatasetBuilder | None = None,
     ):
         self.directory = Path(dataset_dir)
+        self._is_in_bucket = url_of(self.directory) is not None
         self._shards = load_index(self.directory, builder)
         counts = [len(shard.lengths) for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -174,7 +175,7 @@ class RecordReader:
         shard, i = self._shards[s], int(number - self._starts[s])
         path, length = self.directory / shard.file, int(shard.lengths[i])
         offset, crc, where = int(self._offsets[s][i]), int(shard.crcs[i]), f"{path}, record {i}"
-        url = _bucket_of(path)
+        url = _bucket_of(path) if self._is_in_bucket else None
         if url is None:
             return _check_record(_pread(path, length + FRAME_BYTES, offset), length, crc, where)
         with _naming_missing(path):
