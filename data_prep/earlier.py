@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,24 +46,21 @@ def stamps_of(sources: Iterable[Source]) -> dict[str, Stamps]:
     found = {}
     for source in sources:
         with contextlib.suppress(OSError, ValueError):  # what is wrong is found in reading
-            stats = {
-                name: {file.name: file.stat() for file in source_files(path)}
+            files = {
+                name: [_stamp(file) for file in source_files(path)]
                 for name, path in source.file_names.items()
             }
-            changed = [
-                max(stat.st_mtime_ns, stat.st_ctime_ns)
-                for of_files in stats.values()
-                for stat in of_files.values()
-            ]
-            if max(changed) <= newest:
-                files = {name: list(_stamps(of_files)) for name, of_files in stats.items()}
+            changed = max(
+                moment for stamps in files.values() for stamp in stamps for moment in stamp[2:4]
+            )
+            if changed <= newest:
                 found[source.id] = {"frame": source.frame, "files": files}
     return found
 
 
-def _stamps(stats: Mapping[str, os.stat_result]) -> Iterator[list[Any]]:
-    for name, stat in stats.items():
-        yield [name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+def _stamp(file: Path) -> list[Any]:
+    stat = file.stat()
+    return [file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def read_known(
@@ -124,10 +121,19 @@ def write_known(
     write_text(_file(final), json.dumps({**record, CHECKSUM_FIELD: checksum(record)}))
 
 
-def keep_shard(shard: WrittenShard, plan: Plan, final: Path, dataset: Path) -> bool:
-    """Links an earlier dataset's shard into an unfinished one, if its records would be the same."""
-    if shard.parameters != json.loads(json.dumps(plan.parameters)):
-        return False
+def keep_shards(
+    known: Mapping[str, Known], plan: Plan, final: Path, dataset: Path
+) -> dict[str, WrittenShard]:
+    """Links earlier shards whose records would be the same into an unfinished dataset, by id."""
+    asked = json.loads(json.dumps(plan.parameters))
+    return {
+        id: volume.shard
+        for id, volume in known.items()
+        if volume.shard.parameters == asked and _keep_shard(volume.shard, final, dataset)
+    }
+
+
+def _keep_shard(shard: WrittenShard, final: Path, dataset: Path) -> bool:
     old, new = final / shard.file, dataset / shard.file
     if not old.exists():  # an interrupted run may have linked it, and removed the dataset
         return new.exists() and sha256_of(new) == shard.sha256

@@ -27,7 +27,7 @@ from data_prep.builder import Options, Plan, WrittenShard
 from data_prep.earlier import (
     Known,
     differences,
-    keep_shard,
+    keep_shards,
     read_known,
     read_metadata,
     sha256_of,
@@ -229,11 +229,7 @@ def _prepare_volumes(
     """Writes missing and stale shards; returns all shards in the order of the sources."""
     place.dataset.mkdir(parents=True, exist_ok=True)
     place.note("").parent.mkdir(exist_ok=True)
-    kept = {
-        id: volume.shard
-        for id, volume in known.items()
-        if keep_shard(volume.shard, plan, place.final, place.dataset)
-    }
+    kept = keep_shards(known, plan, place.final, place.dataset)
     shards = {
         source.id: kept.get(source.id) or _finished(plan, facts[source.id], place)
         for source in sources

@@ -5,7 +5,7 @@
 
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from kafjax.cluster import open_cluster
 from kafjax.config_files import TABLES, find, load_table
 from kafjax.errors import UserError
 from kafjax.study.experiment import format_plan, make_experiment, parse_changes
-from kafjax.study.jobs import Job, Outcome, Slot, find_slots, run_jobs
+from kafjax.study.jobs import Job, Outcome, find_slots, run_jobs
 from kafjax.study.results import write_results
 from kafjax.study.runs import parse_numbers
 
@@ -86,12 +86,16 @@ def _run_from_command_line() -> None:
 def _run(jobs: Sequence[Job], cluster: str | None, number: int | None) -> Outcome:
     if cluster is None:
         return run_jobs(jobs, find_slots(number))
-    if cluster == "slurm" and (number or 0) < 1:
-        raise UserError(f"--slots: found {number}, expected the number of jobs of SLURM, 1 or more")
-    slots = [Slot("")] * (number or 0) if cluster == "slurm" else []
+    environments: list[Mapping[str, str]] = []
     if cluster == "local":
-        slots = find_slots(number)
-    with open_cluster(cluster, [slot.environment for slot in slots]) as client:
+        environments = [slot.environment for slot in find_slots(number)]
+    elif cluster == "slurm":
+        if number is None or number < 1:
+            raise UserError(
+                f"--slots: found {number}, expected the number of jobs of SLURM, 1 or more"
+            )
+        environments = [{}] * number
+    with open_cluster(cluster, environments) as client:
         return run_jobs(jobs, [], client=client)
 
 

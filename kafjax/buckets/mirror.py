@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from kafjax.buckets.places import (
 from kafjax.buckets.store import (
     BucketError,
     Entry,
+    appearing,
     delete_object,
     download,
     list_objects,
@@ -188,11 +188,8 @@ def _delete(file: Path) -> None:
 
 
 def _note(file: Path, stat: list[int] | None, version: str) -> None:
-    known = known_of(file)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    partial = known.with_name(f".{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(json.dumps({"stat": stat, "version": version}))
-    partial.replace(known)
+    with appearing(known_of(file)) as partial:
+        partial.write_text(json.dumps({"stat": stat, "version": version}))
 
 
 def _read_note(file: Path) -> dict[str, object]:

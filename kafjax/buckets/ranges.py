@@ -7,12 +7,11 @@ import contextlib
 import hashlib
 import io
 import os
-import uuid
 from collections import Counter
 from pathlib import Path
 
 from kafjax.buckets.places import cache_folder
-from kafjax.buckets.store import read_range
+from kafjax.buckets.store import appearing, read_range
 from kafjax.errors import UserError
 
 _GIGABYTES = 10.0
@@ -55,12 +54,8 @@ def _keep(path: Path, content: bytes) -> None:
         _drop_oldest(path.parent, limit - limit // 8)
         _written[path.parent] = 0
     _written[path.parent] += len(content)
-    partial = path.with_name(f".{uuid.uuid4().hex[:8]}")
-    try:
+    with appearing(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _drop_oldest(folder: Path, limit: int) -> None:

@@ -85,10 +85,20 @@ def read_range(url: str, size: int, offset: int) -> bytes:
 def download(url: str, path: Path) -> None:
     """Writes an object to a file, which is not there before it is whole."""
     files, place = _open(url)
+    with appearing(path) as partial:
+        _request(url, lambda: files.get_file(place, os.fspath(partial)))
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which then becomes `path`, whose folder is made.
+
+    `kafjax.files.replacing` also waits for the disk: no need for what the bucket has.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     try:
-        _request(url, lambda: files.get_file(place, os.fspath(partial)))
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
