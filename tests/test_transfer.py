@@ -108,6 +108,16 @@ def test_other_networks_are_refused_with_all_differences(tmp_path: Path) -> None
     ]
 
 
+def test_networks_without_attention_may_differ_in_its_layers(tmp_path: Path) -> None:
+    there = tiny(phantom_pretrain, **{"model.name": "unet", "model.num_attention_layers": 4})
+    (tmp_path / "config.json").write_text(json.dumps(there.to_dict()))
+    check_architecture(tmp_path, tiny(phantom_finetune, **{"model.name": "unet"}))
+    there.model.name = "kaf_unet"
+    (tmp_path / "config.json").write_text(json.dumps(there.to_dict()))
+    with pytest.raises(ValueError, match="num_attention_layers: 4 there, 2 here"):
+        check_architecture(tmp_path, tiny(phantom_finetune))
+
+
 def test_pretraining_on_other_data_is_legal_and_reported(pretrained, fresh, tmp_path: Path) -> None:
     there = {"data.name": "acdc_cine", "data.radius": 30, "data.max_keypoints": 512}
     write_run(tmp_path, tiny(phantom_pretrain, **there), pretrained)

@@ -34,6 +34,7 @@ __all__ = [
     "MODELS",
     "NORMS",
     "PRETRAINING_HEADS",
+    "WITHOUT_ATTENTION",
     "Encoding",
     "LocalContrastNetwork",
     "PretrainingNetwork",
@@ -65,6 +66,8 @@ MODELS = Registry(
         "swin_unet": _Backbone(SwinEncoder, SwinUNetDecoder),
     }
 )
+# Networks that ignore `num_attention_layers`.
+WITHOUT_ATTENTION = ("unet", "unet_c2", "fcn")
 # Networks whose decoder has blocks that local contrast can train.
 LOCAL_MODELS = tuple(name for name, model in MODELS.items() if model.decoder is UNetDecoder)
 

@@ -19,6 +19,7 @@ import numpy as np
 from kafjax.checkpoint.checkpointer import load_variables
 from kafjax.errors import UserError
 from kafjax.files import differences, flatten
+from kafjax.models import WITHOUT_ATTENTION
 from kafjax.workdir.workdir import OLDER, Workdir
 
 Variables = dict[str, Any]
@@ -110,7 +111,10 @@ def check_architecture(workdir: str | os.PathLike[str] | None, config: Any) -> N
             "config.init_from is not given; expected the workdir of a pretraining run "
             "(--config NAME_finetune:scratch starts without one)"
         )
-    if differing := _differences(Workdir(workdir).read_config(), config, _ARCHITECTURE):
+    fields = _ARCHITECTURE
+    if config.model.name in WITHOUT_ATTENTION:
+        fields = {"model": tuple(n for n in fields["model"] if n != "num_attention_layers")}
+    if differing := _differences(Workdir(workdir).read_config(), config, fields):
         raise UserError(
             f"config.init_from is {workdir}, the run of another network:\n" + "\n".join(differing)
         )
