@@ -25,7 +25,9 @@ from kafjax.workdir.workdir import OLDER, Workdir
 Variables = dict[str, Any]
 
 # Config fields that define the encoder's architecture, and those worth reporting.
-_ARCHITECTURE = {"model": ("name", "filters", "num_attention_layers", "norm", "num_channels")}
+_ARCHITECTURE: dict[str, tuple[str, ...]] = {
+    "model": ("name", "filters", "num_attention_layers", "norm", "num_channels")
+}
 _DATA = {"data": ("name", "max_keypoints", "radius", "patch_size", "context")}
 
 
