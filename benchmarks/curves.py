@@ -106,13 +106,12 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3 + 4 * len(numbers), 3.6), layout="constrained")
     panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
     for axes, m in zip(panels, numbers, strict=True):
-        for number, side in enumerate(dict.fromkeys(p["side"] for p in points)):
+        for side in dict.fromkeys(p["side"] for p in points):
             own = [p for p in points if (p["side"], p["num_labeled"]) == (side, m)]
             axes.errorbar(
                 [p["seconds"] / 60 for p in own],
                 [p["dice"] for p in own],
                 yerr=[p["dice_error"] or 0.0 for p in own],
-                color=f"C{number}",
                 marker="o",
                 capsize=3,
                 label=side,
@@ -120,11 +119,8 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(xscale="log", xlabel="minutes of training", title=f"M = {m}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("pooled Dice")
-    # Beside the panels: inside, it hides points.
-    handles = {
-        label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    # Every panel has every side, in the same colours. Inside a panel it would hide points.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
 
 
