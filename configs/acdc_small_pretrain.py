@@ -7,9 +7,8 @@
 96 x 96 pixels hold more than half of the volumes whole, and of the others all except a margin;
 f = 8, one attention layer, batches of 16 pairs, some 620 steps. Views turn as patients do, are not
 mirrored, and bend as far in mm as on the paper's grid: with the paper's ranges in pixels the global
-losses stay at their plateau (docs/results.md).
-Random smaller patches of the paper's grid do not save time: they do not reveal a slice's position
-in its volume, and the losses stay there too.
+losses stay at their plateau (docs/results.md). Random smaller patches of the paper's grid do not
+save time: they do not reveal a slice's position in its volume, and the losses stay there too.
 """
 
 import ml_collections
@@ -34,7 +33,7 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
         {
             "mirror_probability": 0.0,
             "rotation": (-0.5, 0.5),
-            # The paper's at 1.25 mm: lengths times 1.25 / 4, a displacement's alpha times its square.
+            # The paper's at 1.25 mm: sigma times 1.25 / 4, alpha, on which sigma acts too, twice.
             "elastic_sigma": (4.4, 5.3),
             "elastic_alpha": (9.8, 34.0),
         }

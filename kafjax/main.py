@@ -17,6 +17,7 @@ from kafjax.buckets import show
 from kafjax.commands import define_path, parse_flags, run_command
 from kafjax.config_files import define_config, given_config
 from kafjax.errors import UserError
+from kafjax.xla import use_huge_pages
 
 # JAX and its users are imported after the first line of output, because they take seconds.
 
@@ -120,4 +121,5 @@ def _check(config: Any, workdir: Path) -> int | None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""The 3x3 convolution's gradient by products against XLA's, in every type and transformation."""
+"""The 3x3 convolution's forms for CPUs against XLA's, in every type and transformation."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from kafjax.models import convolution
 from kafjax.models.convolution import (
     conv3x3,
+    conv3x3_by_blocks,
     kernel_gradient_by_products,
     native_conv3x3,
     native_kernel_gradient,
@@ -32,7 +33,13 @@ def close(found: Any, expected: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("shape", "features"),
-    [((2, 6, 5, 3), 4), ((1, 1, 1, 2), 1), ((1, 22, 64, 160), 96)],  # the last in blocks of 11 rows
+    [
+        ((2, 6, 5, 3), 4),
+        ((2, 6, 8, 3), 4),  # pixels in pairs
+        ((1, 1, 1, 2), 1),
+        ((1, 22, 64, 40), 28),  # three products
+        ((1, 22, 128, 160), 96),  # one, in blocks of rows
+    ],
 )
 def test_products_give_xlas_gradient(shape: tuple[int, ...], features: int, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
@@ -44,10 +51,22 @@ def test_products_give_xlas_gradient(shape: tuple[int, ...], features: int, dtyp
         close(found, expected.astype(dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("pixels", [2, 4])
+def test_blocks_of_pixels_give_the_native_convolution(pixels: int, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x, kernel = draw(2, 5, 8, 3), draw(3, 3, 3, 4, seed=1)
+        x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+        found = jax.jit(lambda *a: conv3x3_by_blocks(*a, pixels=pixels))(x, kernel)
+        wide = jnp.float32 if dtype == "bfloat16" else dtype
+        expected = jax.jit(native_conv3x3)(x.astype(wide), kernel.astype(wide))
+        close(found, expected.astype(dtype), dtype)
+
+
 @pytest.fixture
 def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU's form for every map, also those that are too small to gain."""
-    monkeypatch.setattr(convolution, "_products_are_faster", lambda shape: True)
+    monkeypatch.setattr(convolution, "_products_are_faster", lambda shape, d: True)
 
 
 def gradients(conv: Any, x: Any, kernel: Any) -> Any:
@@ -74,10 +93,9 @@ def test_transformations_find_the_native_gradients(transformation: str) -> None:
 
 
 @pytest.mark.usefixtures("by_products")
-def test_accelerators_keep_xlas_gradient() -> None:
+def test_accelerators_keep_xlas_forms() -> None:
     traced = jax.jit(lambda *a: gradients(conv3x3, *a)).trace(draw(1, 4, 4, 2), draw(3, 3, 2, 2))
-    products = {
-        platform: "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert products == {"cpu": True, "cuda": False, "tpu": False}
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("dot_general" in text) == (platform == "cpu")  # the kernel's gradient
+        assert ("stablehlo.pad" in text) == (platform == "cpu")  # blocks of pixels

@@ -19,6 +19,7 @@ from kafjax.models.layers import (
     UpConv,
     max_pool,
 )
+from kafjax.models.normalization import sum_entries
 from tests.devices import run_on_four_devices
 
 
@@ -122,6 +123,17 @@ def test_batch_norm_in_training_equals_numpy(masked: bool) -> None:
     np.testing.assert_allclose(found.reshape(14, 4)[real], expected[real], rtol=1e-4, atol=1e-5)
     for name, value in after.items():
         np.testing.assert_allclose(updated["batch_stats"][name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 16, 8, 4), (2, 17, 3, 4), (1, 256, 128, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_for_cpus_are_accurate(shape: tuple[int, ...], dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x = (100 + draw(*shape)).astype(dtype)
+        found = jax.jit(sum_entries)(x)
+        assert found.dtype == dtype
+        expected = x.astype(np.longdouble).sum(axis=tuple(range(x.ndim - 1)))
+        np.testing.assert_allclose(found, expected, rtol=8 * np.finfo(dtype).eps)
 
 
 def test_batch_norm_in_evaluation_uses_the_running_statistics() -> None:

@@ -40,3 +40,49 @@ def test_xla_is_set_up(tmp_path, call: str, flags: str, expected: str) -> None:
         timeout=120,
     )
     assert done.stdout.strip() == expected.format(cache=tmp_path)
+
+
+RESTART = """
+import os, sys
+from pathlib import Path
+from kafjax.xla import use_huge_pages
+{before}
+use_huge_pages(Path(sys.argv[1]))
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of Linux")
+@pytest.mark.parametrize(
+    ("pages", "tunables", "before", "expected"),
+    [
+        ("always [madvise] never", None, "", "glibc.malloc.hugetlb=1"),
+        (
+            "always [madvise] never",
+            "glibc.pthread.rseq=1",
+            "",
+            "glibc.pthread.rseq=1:glibc.malloc.hugetlb=1",
+        ),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, "", "None"),
+        ("always madvise [never]", None, "", "None"),
+        ("always [madvise] never", None, "import jax", "None"),
+        (None, None, "", "None"),
+    ],
+)
+def test_a_command_starts_again_for_huge_pages(tmp_path, pages, tunables, before, expected) -> None:
+    setting = tmp_path / "enabled"
+    if pages:
+        setting.write_text(pages)
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    if tunables:
+        environment["GLIBC_TUNABLES"] = tunables
+    done = subprocess.run(
+        [sys.executable, "-c", RESTART.format(before=before), str(setting), "two words"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == f"{expected} two words"
