@@ -20,7 +20,7 @@ QUESTIONS = ("step", "memory", "growth", "sinkhorn", "input", "preparation", "co
 PAGE = "performance.md"
 # Sizes at which numbers mean nothing: whether the commands work.
 QUICK = {
-    "step": "--size 32 --num_keypoints 16 --filters 2 --turns 1 --networks unet",
+    "step": "--cases unet:32:2:1 --num_keypoints 16 --turns 1",
     "memory": "--size 32 --num_keypoints 16 --filters 2 --turns 1 --micro_size 32 "
     "--micro_batch_size 2 --num_microbatches 2",
     "growth": "--filters 2 --base_size 32 --base_num_keypoints 16 --base_num_attention_layers 2 "

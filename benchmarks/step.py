@@ -1,8 +1,8 @@
 """How fast are training and prediction on this machine, against the same network in PyTorch?
 
-Each side starts fresh, without a compilation cache, and is called turn about; with the C library's
-malloc as it is, and KAF-UNet with huge pages too. The plain network is compared with MONAI's of the
-same widths as well, where that is installed.
+Each side starts fresh, without a compilation cache, and is called turn about; all with huge pages,
+as `kafjax train` has them, or with the C library's malloc as it is. The plain network is compared
+with MONAI's of the same widths as well, where that is installed.
 """
 
 import argparse
@@ -10,19 +10,21 @@ import statistics
 from typing import Any
 
 from benchmarks.case import Case
-from benchmarks.flags import make_parser, network_flags, run, settings
+from benchmarks.flags import make_parser, run, settings
 from benchmarks.report import Result, Table, gigabytes, ratio, seconds, version
 from benchmarks.workers import HUGE_PAGES, NO_CACHE, take_turns, workers
 
 CALLS = ("forward", "step")  # the longer one last
-MALLOCS: dict[str, dict[str, str]] = {"default": {}, "huge pages": HUGE_PAGES}
+# NETWORK:PIXELS:FILTERS:BATCH; the last two are what a CPU trains on in practice.
+CASES = "kaf_unet:512:32:1,unet:512:32:1,unet:256:16:1,unet:96:8:12"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = make_parser(__doc__)
-    network_flags(flags)
-    flags.add_argument("--networks", default="kaf_unet,unet", help="which to compare")
+    flags.add_argument("--cases", default=CASES, help="NETWORK:PIXELS:FILTERS:BATCH, ...")
+    flags.add_argument("--num_keypoints", type=int, default=400)
+    flags.add_argument("--malloc", choices=("huge", "default"), default="huge", help="pages")
     flags.add_argument("--turns", type=int, default=5)
     flags.add_argument(
         "--limit", type=float, default=60, help="seconds, after which three turns are enough"
@@ -31,22 +33,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Compares every network."""
+    """Compares every case."""
     tables, numbers = [], {}
-    for network in arguments.networks.split(","):
+    malloc = HUGE_PAGES if arguments.malloc == "huge" else {}
+    for text in arguments.cases.split(","):
+        network, *sizes = text.split(":")
+        size, filters, batch_size = map(int, sizes)
         case = Case(
             network=network,
-            size=arguments.size,
+            size=size,
             num_keypoints=arguments.num_keypoints,
-            batch_size=arguments.batch_size,
-            filters=arguments.filters,
+            batch_size=batch_size,
+            filters=filters,
         )
-        turns = arguments.turns, arguments.limit
-        mallocs = MALLOCS if case.layers else {"default": MALLOCS["default"]}
-        compared = {name: compare(case, *turns, env) for name, env in mallocs.items()}
-        numbers[network] = compared
-        tables.append(_table(case, compared))
-    title = "Training step and forward pass on CPU"
+        numbers[text] = compare(case, arguments.turns, arguments.limit, malloc)
+        tables.append(_table(case, numbers[text]))
+    title = f"Training step and forward pass on CPU, {arguments.malloc} pages"
     return Result("step", title, tables, numbers, settings(arguments))
 
 
@@ -66,22 +68,18 @@ def compare(case: Case, turns: int, limit: float, malloc: dict[str, str]) -> dic
         }
 
 
-def _table(case: Case, compared: dict[str, Any]) -> Table:
-    names = list(compared["default"])
+def _table(case: Case, sides: dict[str, Any]) -> Table:
+    names = list(sides)
     columns = ["", "kafjax"]
     for name in names[1:]:
         columns += [name, f"{name} / kafjax"]
     rows = []
-    for malloc, sides in compared.items():
-        for call in CALLS:
-            values = [statistics.median(sides[name]["seconds"][call]) for name in names]
-            rows.append(_row(f"{call}, {malloc} malloc", values, seconds))
-        rows.append(
-            _row(f"peak memory, {malloc} malloc", [sides[n]["peak"] for n in names], gigabytes)
-        )
-    ours = compared["default"]["kafjax"]["facts"]
-    inits = [compared["default"][name]["facts"]["init"] for name in names]
-    rows.append(_row("init", inits, seconds))
+    for call in CALLS:
+        values = [statistics.median(sides[name]["seconds"][call]) for name in names]
+        rows.append(_row(call, values, seconds))
+    rows.append(_row("peak memory", [sides[name]["peak"] for name in names], gigabytes))
+    ours = sides["kafjax"]["facts"]
+    rows.append(_row("init", [sides[name]["facts"]["init"] for name in names], seconds))
     blank = [""] * (len(columns) - 2)
     rows.append(["compile of the step, no cache", seconds(ours["compile"]), *blank])
     rows.append(["temporaries of the step", gigabytes(ours["temporaries"]), *blank])
@@ -90,7 +88,7 @@ def _table(case: Case, compared: dict[str, Any]) -> Table:
         for n in ("torch", "monai")
         if not version(n) and (n, case.network) != ("monai", "kaf_unet")
     ]
-    taken = {len(side["seconds"]["step"]) for sides in compared.values() for side in sides.values()}
+    taken = {len(side["seconds"]["step"]) for side in sides.values()}
     turns = " or ".join(map(str, sorted(taken)))
     notes = [f"Medians of {turns} turns."]
     notes += [f"Not installed, so not compared: {', '.join(missing)}."] if missing else []
