@@ -5,10 +5,10 @@
     kafjax train --config acdc_small_pretrain
 
 96 x 96 pixels hold more than half of the volumes whole, and of the others all except a margin;
-f = 8, one attention layer, batches of 16 pairs, some 620 steps. Views turn as patients do, are not
-mirrored, and bend as far in mm as on the paper's grid: with the paper's ranges in pixels the global
-losses stay at their plateau (docs/results.md). Random smaller patches of the paper's grid do not
-save time: they do not reveal a slice's position in its volume, and the losses stay there too.
+f = 8, one attention layer, batches of 16 pairs, some 620 steps. Views turn as patients do and are
+not mirrored: with the paper's ranges the global losses stay at their plateau (docs/results.md).
+Random smaller patches of the paper's grid do not save time: they do not reveal a slice's position
+in its volume, and the losses stay there too.
 """
 
 import ml_collections

@@ -22,6 +22,9 @@ def get_config(method: str = "kaf") -> ml_collections.ConfigDict:
     # Adam leaves the plateau of equal embeddings sooner than the paper's SGD, but not at 1e-3, too
     # fast for a wide network (docs/results.md, "Pretraining on real hearts: the plateau").
     config.optimizer.update({"name": "adam", "learning_rate": 1e-4, "warmup": 0.05})
+    # As patients turn, and no mirrors, as in fine-tuning: with the paper's ranges the global losses
+    # were still at their plateau when with these they had left it.
+    config.augment.transform.update({"mirror_probability": 0.0, "rotation": (-0.5, 0.5)})
     # Whether the volumes of the test set, nnU-Net's imagesTs, are pretrained on too.
     config.data.include_test = False
     return config
