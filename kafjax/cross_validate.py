@@ -5,10 +5,6 @@
 
 from typing import Any
 
-from kafjax.errors import UserError
-from kafjax.study.cross_validation import cross_validate
-from kafjax.study.runs import parse_numbers
-
 
 def _run_from_command_line() -> None:
     # Inside a function, so that importing this module defines no flag.
@@ -17,6 +13,7 @@ def _run_from_command_line() -> None:
 
     from kafjax.commands import define_path, run_app
     from kafjax.config_files import define_config
+    from kafjax.errors import UserError
 
     config = define_config("The runs: a config file, or the name of a shipped one.")
     workdir = define_path("workdir", None, "Folder of the runs.", required=True)
@@ -28,6 +25,9 @@ def _run_from_command_line() -> None:
     collect = flags.DEFINE_bool("collect", False, "Only make the table of the runs there are.")
 
     def command() -> int | None:
+        from kafjax.study.cross_validation import cross_validate
+        from kafjax.study.runs import parse_numbers
+
         given = {"data.num_labeled": num_labeled, "data.fold": folds, "seed": seeds}
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         numbers: dict[str, Any] = {}
@@ -41,4 +41,7 @@ def _run_from_command_line() -> None:
 
 
 if __name__ == "__main__":
+    from kafjax.xla import use_huge_pages
+
+    use_huge_pages()
     _run_from_command_line()

@@ -50,4 +50,7 @@ def _run_from_command_line() -> None:
 
 
 if __name__ == "__main__":
+    from kafjax.xla import use_huge_pages
+
+    use_huge_pages()
     _run_from_command_line()
