@@ -76,7 +76,7 @@ def make_case(problem: str, dtype: str, arguments: argparse.Namespace) -> Case:
     return dataclasses.replace(
         case,
         dtype=dtype,
-        size=case.size // scale,
+        size=max(case.size // scale // 16, 1) * 16,  # as the networks need it
         filters=case.filters // scale,
         num_keypoints=case.num_keypoints // scale,
         batch_size=arguments.batch_size,
