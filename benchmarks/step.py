@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--cases", default=CASES, help="NETWORK:PIXELS:FILTERS:BATCH, ...")
     flags.add_argument("--num_keypoints", type=int, default=400)
     flags.add_argument("--malloc", choices=("huge", "default"), default="huge", help="pages")
+    flags.add_argument("--compiled", action="store_true", help="PyTorch by torch.compile as well")
     flags.add_argument("--turns", type=int, default=5)
     flags.add_argument(
         "--limit", type=float, default=60, help="seconds, after which three turns are enough"
@@ -46,18 +47,23 @@ def measure(arguments: argparse.Namespace) -> Result:
             batch_size=batch_size,
             filters=filters,
         )
-        numbers[text] = compare(case, arguments.turns, arguments.limit, malloc)
+        turns = arguments.turns, arguments.limit
+        numbers[text] = compare(case, *turns, malloc, compiled=arguments.compiled)
         tables.append(_table(case, numbers[text]))
     title = f"Training step and forward pass on CPU, {arguments.malloc} pages"
     return Result("step", title, tables, numbers, settings(arguments))
 
 
-def compare(case: Case, turns: int, limit: float, malloc: dict[str, str]) -> dict[str, Any]:
+def compare(
+    case: Case, turns: int, limit: float, malloc: dict[str, str], *, compiled: bool
+) -> dict[str, Any]:
     """Facts, seconds of each turn and peak memory of every side."""
     # Names only: this process, which measures, imports neither JAX nor PyTorch.
     makers: dict[str, tuple[Any, ...]] = {"kafjax": ("benchmarks.ours:make_side", case)}
     if version("torch"):
         makers["PyTorch"] = ("benchmarks.peer_side:make_side", case)
+        if compiled:
+            makers["PyTorch, compiled"] = (*makers["PyTorch"], "compiled")
         if case.network == "unet" and version("monai"):
             makers["MONAI"] = ("benchmarks.peer_side:make_monai_side", case)
     with workers(makers, NO_CACHE | malloc) as sides:
