@@ -1,6 +1,6 @@
 """Answers all questions that need no GPU, one after the other, and gathers the answers.
 
-    python -m benchmarks.main                    # half an hour on two cores
+    python -m benchmarks.main                    # 16 to 31 minutes on two cores
     python -m benchmarks.main --only step,input
     python -m benchmarks.main --gather           # only writes performance.md of results at hand
 

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.case import Case
 from benchmarks.flags import make_parser, run, settings
 from benchmarks.report import Result, Table, gigabytes, ratio, seconds, version
-from benchmarks.workers import HUGE_PAGES, NO_CACHE, take_turns, workers
+from benchmarks.workers import NO_CACHE, take_turns, workers
+from kafjax.xla import HUGE_PAGES
 
 CALLS = ("forward", "step")  # the longer one last
 # NETWORK:PIXELS:FILTERS:BATCH; the last two are what a CPU trains on in practice.
@@ -36,22 +37,34 @@ def parser() -> argparse.ArgumentParser:
 def measure(arguments: argparse.Namespace) -> Result:
     """Compares every case."""
     tables, numbers = [], {}
-    malloc = HUGE_PAGES if arguments.malloc == "huge" else {}
+    malloc = {"GLIBC_TUNABLES": HUGE_PAGES} if arguments.malloc == "huge" else {}
+    turns = arguments.turns, arguments.limit
     for text in arguments.cases.split(","):
-        network, *sizes = text.split(":")
-        size, filters, batch_size = map(int, sizes)
-        case = Case(
-            network=network,
-            size=size,
-            num_keypoints=arguments.num_keypoints,
-            batch_size=batch_size,
-            filters=filters,
-        )
-        turns = arguments.turns, arguments.limit
+        case = make_case(text, arguments.num_keypoints)
         numbers[text] = compare(case, *turns, malloc, compiled=arguments.compiled)
         tables.append(_table(case, numbers[text]))
     title = f"Training step and forward pass on CPU, {arguments.malloc} pages"
     return Result("step", title, tables, numbers, settings(arguments))
+
+
+def make_case(text: str, num_keypoints: int) -> Case:
+    """The case of NETWORK:PIXELS:FILTERS:BATCH.
+
+    Raises:
+      ValueError: it is not of this form.
+    """
+    try:
+        network, *sizes = text.split(":")
+        size, filters, batch_size = map(int, sizes)
+    except ValueError as error:
+        raise ValueError(f"--cases has {text!r}, expected NETWORK:PIXELS:FILTERS:BATCH") from error
+    return Case(
+        network=network,
+        size=size,
+        num_keypoints=num_keypoints,
+        batch_size=batch_size,
+        filters=filters,
+    )
 
 
 def compare(

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type"
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# As GLIBC_TUNABLES.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _PAGES_OF_SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -59,7 +60,7 @@ def use_huge_pages(setting: Path = _PAGES_OF_SYSTEM) -> None:
         return
     if not sys.executable or not _asks_for_huge_pages(setting):
         return
-    environment = {**os.environ, "GLIBC_TUNABLES": f"{tunables}:{_HUGE_PAGES}".lstrip(":")}
+    environment = {**os.environ, "GLIBC_TUNABLES": f"{tunables}:{HUGE_PAGES}".lstrip(":")}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

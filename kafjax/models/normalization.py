@@ -113,21 +113,24 @@ def _statistics(
     rule: Rule, x: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean, biased variance and number of the real entries of all devices."""
-    real = True if mask is None else mask[..., None]
     number = math.prod(x.shape[:-1]) if mask is None else jnp.sum(mask)
     count = _global_sum(rule, jnp.asarray(number, x.dtype))
     divisor = jnp.maximum(count, 1)
-    mean = _global_sum(rule, sum_entries(jnp.where(real, x, 0))) / divisor
-    var = _global_sum(rule, sum_entries(jnp.where(real, jnp.square(x - mean), 0))) / divisor
+    mean = _global_sum(rule, sum_entries(x, mask)) / divisor
+    var = _global_sum(rule, sum_entries(jnp.square(x - mean), mask)) / divisor
     return mean, var, count
 
 
-def sum_entries(x: Float[Array, "*b c"]) -> Float[Array, " c"]:
-    """The sum over all axes except the last, in a form that suits CPUs.
+def sum_entries(
+    x: Float[Array, "*b c"], mask: Bool[Array, "*b"] | None = None
+) -> Float[Array, " c"]:
+    """The sum of the real entries, by default all, in a form that suits CPUs.
 
     There, XLA would sum windows of 32 along each axis, entry by entry, after storing x. Sums of 16
     neighbours are computed along with x, in the lanes of a register; a product with ones adds them.
     """
+    if mask is not None:
+        x = jnp.where(mask[..., None], x, 0)
     return jax.lax.platform_dependent(x, cpu=_sum_by_products, default=_sum_all)
 
 
