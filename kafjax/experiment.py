@@ -38,7 +38,10 @@ def _run_from_command_line() -> None:
         "seeds": string("seeds", None, "As in 0,1,2. Default: the config's."),
     }
     changes = flags.DEFINE_multi_string(
-        "set", [], "A field of all configs, as in model.dtype=bfloat16; may be repeated."
+        "set",
+        [],
+        "A field of all configs, as in model.dtype=bfloat16, or of one kind, as in "
+        "finetune.num_epochs=34; may be repeated.",
     )
     workdir = define_path("workdir", "runs/experiments", "Folder of the runs.")
     data_dir = define_data_dir("data", "Folder of the prepared dataset.")

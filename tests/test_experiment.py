@@ -172,6 +172,20 @@ def test_fields_set_for_all_runs_are_in_every_command(tmp_path: Path) -> None:
         experiment(tmp_path, ONE_ROW, changes={"model.dtype": "float12"}).plan()
 
 
+def test_fields_set_for_one_kind_of_run_are_in_its_commands_only(tmp_path: Path) -> None:
+    changes = {"num_epochs": 2, "finetune.num_epochs": 3}
+    planned = commands(experiment(tmp_path, ONE_ROW, changes=changes).plan())
+    epochs = {name: "num_epochs=3" in line for name, line in planned.items() if "/" in name}
+    assert {name.split("/")[0]: x for name, x in epochs.items()} == {
+        "prepare": False,
+        "pretrain": False,
+        "segment": True,
+    }
+    assert "num_epochs=2" in next(x for name, x in planned.items() if "pretrain" in name)
+    with pytest.raises(ValueError, match="num_epoch"):
+        experiment(tmp_path, ONE_ROW, changes={"finetune.num_epoch": 3}).plan()
+
+
 def test_pretraining_is_complete_when_its_last_step_is_saved(tmp_path: Path) -> None:
     config = experiment(tmp_path, ONE_ROW).pretraining(ONE_ROW.rows[0], 0).config()
     assert not is_pretrained(config, tmp_path)

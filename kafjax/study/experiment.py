@@ -18,7 +18,8 @@ that are complete, and neither runs anything.
 The names of workdirs state what was run, so that rows and tables with a run in common share it.
 
 `--small` is for CPUs: DATASET_small's configs, and two folds by default. `--set` changes fields of
-all configs; runs that are there must have the same.
+all configs, or of one kind, as in `--set finetune.num_epochs=34`; runs that are there must have the
+same.
 Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signal when stopped.
 """
 
@@ -72,6 +73,8 @@ PHANTOMS = {
 # Subjects, and slices of each, for a plan without the dataset: ACDC's two frames have about 9.5
 # each, CHD's volumes 130 to 340.
 _NOMINAL = {"acdc": (100, 19), "chd": (68, 235)}
+# Of configs, which `changes` can be for.
+_KINDS = ("pretrain", "finetune")
 # What jobs take, in the order of --step_seconds.
 _WORK = ("steps of pretraining", "steps of training with labels", "batches of validation")
 
@@ -108,7 +111,7 @@ class Experiment(Study):
     Attributes:
       data_dir: where the prepared dataset is.
       fold_jobs: whether each fold is a job, and not all folds of a row and a seed together.
-      changes: of all configs, by dotted path.
+      changes: of all configs, by dotted path; after `pretrain.` or `finetune.`, of theirs.
     """
 
     data_dir: str
@@ -126,9 +129,9 @@ class Experiment(Study):
     def segmentation(self, row: Row, seed: int) -> ConfigCommand:
         """What the row's runs of a seed have in common."""
         if row.pretraining == SCRATCH:
-            return self._command("finetune.py:scratch", {"model.name": row.model})
+            return self._command("finetune", "scratch", {"model.name": row.model})
         start = {"init_from": str(self._pretraining_dir(row, seed)), "model.name": row.model}
-        return self._command("finetune.py", start)
+        return self._command("finetune", "", start)
 
     def pretraining(self, row: Row, seed: int) -> ConfigCommand:
         """The row's pretraining."""
@@ -137,7 +140,7 @@ class Experiment(Study):
             changes["init_from"] = str(self._pretraining_dir(stage, seed))
         weights = zip(PRETRAINING_HEADS, row.weights or (), strict=False)
         changes |= {f"loss.weights.{name}": float(weight) for name, weight in weights}
-        return self._command(f"pretrain.py:{row.pretraining}", changes)
+        return self._command("pretrain", row.pretraining, changes)
 
     def parameters(self) -> dict[str, int]:
         """By row's name; none where the dataset, which knows the number of classes, is missing."""
@@ -247,9 +250,10 @@ class Experiment(Study):
         log = self.root / "logs" / f"{name.replace('/', '_')}.log"
         return Job(name, command, log, is_done, needs, work)
 
-    def _command(self, kind: str, changes: Mapping[str, Any]) -> ConfigCommand:
-        file = f"configs/{self.dataset}_{kind}"
-        return ConfigCommand(file, {"data.dir": self.data_dir, **self.changes, **changes})
+    def _command(self, kind: str, variant: str, changes: Mapping[str, Any]) -> ConfigCommand:
+        file = f"configs/{self.dataset}_{kind}.py" + (f":{variant}" if variant else "")
+        asked = _changes_of(self.changes, kind)
+        return ConfigCommand(file, {"data.dir": self.data_dir, **asked, **changes})
 
     def _prepared(self) -> tuple[str, ...]:
         return (f"prepare/{self.base.data.name}",) if self.dataset in PHANTOMS else ()
@@ -292,7 +296,8 @@ def make_experiment(
       num_labeled: values of M; the table's by default.
       folds: numbers from 0; all of the config's by default, two where it is small.
       seeds: the config's by default.
-      changes: of all configs, by dotted path, as in {"model.dtype": "bfloat16"}.
+      changes: of all configs, by dotted path, as in {"model.dtype": "bfloat16"}; after `pretrain.`
+        or `finetune.`, of theirs.
 
     Raises:
       ValueError: there is no such dataset or row, or the table has no M for it.
@@ -319,6 +324,13 @@ def make_experiment(
         fold_jobs=not small,
         changes=changes or {},
     )
+
+
+def _changes_of(changes: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Those of all configs, and then those of one of `_KINDS`."""
+    shared = {path: x for path, x in changes.items() if path.split(".")[0] not in _KINDS}
+    own = {path: x for path, x in changes.items() if path.startswith(f"{kind}.")}
+    return shared | {path.removeprefix(f"{kind}."): x for path, x in own.items()}
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
