@@ -13,7 +13,8 @@ import jax
 from kafjax.cluster import open_cluster
 from kafjax.config_files import TABLES, find, load_table
 from kafjax.errors import UserError
-from kafjax.study.experiment import format_plan, make_experiment, parse_changes
+from kafjax.study.config_command import parse_changes
+from kafjax.study.experiment import format_plan, make_experiment
 from kafjax.study.jobs import Job, Outcome, find_slots, run_jobs
 from kafjax.study.results import write_results
 from kafjax.study.runs import parse_numbers

@@ -23,7 +23,6 @@ same.
 Exit status: 0 complete, 1 a job failed, 2 a mistake in the command, 128 + signal when stopped.
 """
 
-import ast
 import functools
 import itertools
 import math
@@ -41,13 +40,12 @@ from kafjax.data.dataset import SliceDataset
 from kafjax.data.dataset_files import find_dataset
 from kafjax.data.splits import subject_of
 from kafjax.errors import UserError
-from kafjax.files import flatten
 from kafjax.models import PRETRAINING_HEADS
 from kafjax.paths import data_folder, expand
+from kafjax.study.config_command import ConfigCommand, changes_of
 from kafjax.study.jobs import Job
 from kafjax.study.plan import SCRATCH, Row, Study, Table
 from kafjax.study.runs import RunKey, are_complete, has_trained, listed, plan_runs
-from kafjax.training.config_checks import check_fields
 from kafjax.training.describe import count_parameters
 from kafjax.training.preflight import with_classes
 from kafjax.workdir.metrics import read_metrics
@@ -73,35 +71,8 @@ PHANTOMS = {
 # Subjects, and slices of each, for a plan without the dataset: ACDC's two frames have about 9.5
 # each, CHD's volumes 130 to 340.
 _NOMINAL = {"acdc": (100, 19), "chd": (68, 235)}
-# Of configs, which `changes` can be for.
-_KINDS = ("pretrain", "finetune")
 # What jobs take, in the order of --step_seconds.
 _WORK = ("steps of pretraining", "steps of training with labels", "batches of validation")
-
-
-class ConfigCommand(NamedTuple):
-    """A config file with its variant (after a colon), and what is changed in it, by dotted path."""
-
-    file: str
-    changes: Mapping[str, Any]
-
-    def config(self) -> Any:
-        """The run's config; `ValueError` where there is no such file, or a field is refused."""
-        config = load_config(self.file)
-        try:
-            config.update_from_flattened_dict(self.changes)
-            check_fields(config)
-        except (AttributeError, KeyError, TypeError, UserError) as error:
-            text = str(error) if isinstance(error, UserError) else str(error.args[0])
-            raise UserError(f"{self.file}: {'; '.join(text.splitlines())}") from None
-        return config
-
-    def arguments(self) -> list[str]:
-        """The same on the command line; what the file says by itself is left out."""
-        fields = flatten(load_config(self.file).to_dict())
-        changed = {name: x for name, x in self.changes.items() if fields.get(name) != x}
-        texts = {name: f"{x:g}" if isinstance(x, float) else x for name, x in changed.items()}
-        return ["--config", self.file, *(f"--config.{name}={x}" for name, x in texts.items())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +223,7 @@ class Experiment(Study):
 
     def _command(self, kind: str, variant: str, changes: Mapping[str, Any]) -> ConfigCommand:
         file = f"configs/{self.dataset}_{kind}.py" + (f":{variant}" if variant else "")
-        asked = _changes_of(self.changes, kind)
+        asked = changes_of(self.changes, kind)
         return ConfigCommand(file, {"data.dir": self.data_dir, **asked, **changes})
 
     def _prepared(self) -> tuple[str, ...]:
@@ -324,27 +295,6 @@ def make_experiment(
         fold_jobs=not small,
         changes=changes or {},
     )
-
-
-def _changes_of(changes: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Those of all configs, and then those of one of `_KINDS`."""
-    shared = {path: x for path, x in changes.items() if path.split(".")[0] not in _KINDS}
-    own = {path: x for path, x in changes.items() if path.startswith(f"{kind}.")}
-    return shared | {path.removeprefix(f"{kind}."): x for path, x in own.items()}
-
-
-def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """Values by dotted path of `['model.dtype=bfloat16', 'batch_size=8']`."""
-    changes = {}
-    for text in texts:
-        path, equals, value = text.partition("=")
-        if not path or not equals:
-            raise UserError(f"--set: found {text!r}, expected FIELD=VALUE, as model.dtype=bfloat16")
-        try:
-            changes[path] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            changes[path] = value
-    return changes
 
 
 def _with_rows(table: Table, numbers: Sequence[int]) -> Table:
