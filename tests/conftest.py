@@ -11,8 +11,12 @@ import pytest
 
 from kafjax.xla import leave_out_ynnpack
 
-# Before JAX starts: tests compile much and compute little, and this halves the compiling.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# Before JAX starts: tests compile much and compute little. Without optimisations compiling takes half
+# of the time, with the older emitters of kernels, and as one part, another third less.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 leave_out_ynnpack()
 # What one test, or process of a test, has compiled is there for all others.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"

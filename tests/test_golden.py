@@ -96,7 +96,9 @@ def _segmentation(case: Case, facts: Any, golden: Any) -> dict[str, Any]:
         return cross_entropy(logits, golden["label"]), (logits, updated["batch_stats"])
 
     def run(params: Any) -> Any:
-        evaluated = model.apply(variables, image, keypoints, mask, train=False)
+        evaluated = model.apply(
+            {**variables, "params": params}, image, keypoints, mask, train=False
+        )
         return evaluated, jax.value_and_grad(loss, has_aux=True)(params)
 
     evaluated, ((value, (logits, stats)), gradient) = jax.jit(run)(variables["params"])
