@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 	@echo "$(DEMO)/scores. Pictures: $(DEMO)/keypoints.png, segmentation.png; $(DEMO)/study/report.html"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

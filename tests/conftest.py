@@ -97,8 +97,11 @@ def bucket_url(proxy: Proxy, request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/{request.node.name}"
 
 
-# Files that take longest, which a worker should not begin last.
-_LONGEST = ("golden", "end_to_end", "auto", "step", "augment", "loop", "pretraining", "models")
+# Files that take longest, which a worker should not begin last (`--no-loadscope-reorder` in Makefile).
+_LONGEST = (
+    *("golden", "end_to_end", "auto", "step", "loop", "pretraining", "cross_validation", "models"),
+    *("programs", "regions", "augment", "wheel", "unet", "validation", "local_contrast"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
