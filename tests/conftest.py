@@ -11,8 +11,8 @@ import pytest
 
 from kafjax.xla import leave_out_ynnpack
 
-# Before JAX starts: tests compile much and compute little. Without optimisations compiling takes half
-# of the time, with the older emitters of kernels, and as one part, another third less.
+# Before JAX starts: tests compile much and compute little. Without optimisations compiling takes
+# half of the time, with the older emitters of kernels, and as one part, another third less.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1"
@@ -97,7 +97,8 @@ def bucket_url(proxy: Proxy, request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/{request.node.name}"
 
 
-# Files that take longest, which a worker should not begin last (`--no-loadscope-reorder` in Makefile).
+# Files that take longest, which a worker should not begin last. xdist would sort them by their
+# number of tests without `--no-loadscope-reorder`.
 _LONGEST = (
     *("golden", "end_to_end", "auto", "step", "loop", "pretraining", "cross_validation", "models"),
     *("programs", "regions", "augment", "wheel", "unet", "validation", "local_contrast"),
