@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NETWORKS = ("kaf_unet", "unet", "unet_c2")  # that the peer has
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -12,7 +14,7 @@ class Case:
     `remat` is `config.model.remat`.
     """
 
-    network: str = "kaf_unet"  # or unet
+    network: str = "kaf_unet"  # one of NETWORKS
     size: int = 512  # pixels, both edges
     num_keypoints: int = 400
     batch_size: int = 1  # slices

@@ -132,11 +132,12 @@ class KAF(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four blocks, widened by KAF layers if there are attention layers, and the centre."""
+    """Four blocks, widened by KAF layers, by copies or not at all, and the centre."""
 
-    def __init__(self, filters: int, num_layers: int) -> None:
+    def __init__(self, filters: int, num_layers: int, *, copies: bool) -> None:
         super().__init__()
-        channels, widening = 1, 2 if num_layers else 1
+        self.copies = copies
+        channels, widening = 1, 2 if num_layers or copies else 1
         for level in range(NUM_LEVELS):
             features = filters * 2**level
             setattr(self, f"contr_{level + 1}_1", conv_norm(channels, features))
@@ -160,6 +161,8 @@ class Encoder(nn.Module):
             x = getattr(self, f"contr_{level + 1}_2")(x)
             if hasattr(self, f"graph_{level + 1}"):
                 x = getattr(self, f"graph_{level + 1}")(x, keypoints // 2**level)
+            elif self.copies:
+                x = torch.cat([x, x], dim=1)
             levels.append(x)
             x = functional.max_pool2d(x, 2)
         return levels, self.center(x)
@@ -189,12 +192,14 @@ class Decoder(nn.Module):
 
 
 class PeerUNet(nn.Module):
-    """KAF-UNet, or the plain UNet (c1) where there are no attention layers."""
+    """KAF-UNet; without attention layers UNet (c1), or with `copies` UNet (c2)."""
 
-    def __init__(self, filters: int, num_attention_layers: int, num_classes: int) -> None:
+    def __init__(
+        self, filters: int, num_attention_layers: int, num_classes: int, *, copies: bool = False
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(filters, num_attention_layers)
-        widening = 2 if num_attention_layers else 1
+        self.encoder = Encoder(filters, num_attention_layers, copies=copies)
+        widening = 2 if num_attention_layers or copies else 1
         self.decoder = Decoder(filters * 2**NUM_LEVELS * widening, num_classes)
         self.apply(_initialize)
 

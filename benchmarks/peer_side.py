@@ -23,7 +23,9 @@ def make_side(case: Case, form: str = "eager") -> Side:
     `form` is 'eager', 'channels_last' (with autocast to bfloat16 where the case computes in it), or
     'compiled' (the same by `torch.compile`). float32 on a GPU may use TF32, as JAX does.
     """
-    return _side(case, form, lambda: PeerUNet(case.filters, case.layers, case.num_classes))
+    copies = case.network == "unet_c2"
+    sizes = case.filters, case.layers, case.num_classes
+    return _side(case, form, lambda: PeerUNet(*sizes, copies=copies))
 
 
 def make_monai_side(case: Case, form: str = "eager") -> Side:

@@ -9,7 +9,7 @@ import argparse
 import statistics
 from typing import Any
 
-from benchmarks.case import Case
+from benchmarks.case import NETWORKS, Case
 from benchmarks.flags import make_parser, run, settings
 from benchmarks.report import Result, Table, gigabytes, ratio, seconds, version
 from benchmarks.workers import NO_CACHE, take_turns, workers
@@ -56,8 +56,11 @@ def make_case(text: str, num_keypoints: int) -> Case:
     try:
         network, *sizes = text.split(":")
         size, filters, batch_size = map(int, sizes)
+        if network not in NETWORKS:
+            raise ValueError
     except ValueError as error:
-        raise ValueError(f"--cases has {text!r}, expected NETWORK:PIXELS:FILTERS:BATCH") from error
+        expected = f"NETWORK:PIXELS:FILTERS:BATCH, NETWORK one of {', '.join(NETWORKS)}"
+        raise ValueError(f"--cases has {text!r}, expected {expected}") from error
     return Case(
         network=network,
         size=size,
@@ -103,9 +106,7 @@ def _table(case: Case, sides: dict[str, Any]) -> Table:
     rows.append(["compile of the step, no cache", seconds(ours["compile"]), *blank])
     rows.append(["temporaries of the step", gigabytes(ours["temporaries"]), *blank])
     missing = [
-        n
-        for n in ("torch", "monai")
-        if not version(n) and (n, case.network) != ("monai", "kaf_unet")
+        n for n in ("torch", "monai") if not version(n) and (n == "torch" or case.network == "unet")
     ]
     taken = {len(side["seconds"]["step"]) for side in sides.values()}
     turns = " or ".join(map(str, sorted(taken)))

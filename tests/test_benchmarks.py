@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import main, ours, preparation, report
+from benchmarks import main, ours, preparation, report, step
 from benchmarks.case import Case
 from benchmarks.growth import exponent
 from benchmarks.profiles import device_events, top_kernels
@@ -84,6 +84,12 @@ def test_paired_times_are_medians_of_second_calls_and_of_long_ones(
         now[0] += next(naps)
 
     assert time_paired(call, 3) == 3
+
+
+@pytest.mark.parametrize("text", ["fcn:512:32:1", "unet:512:32", "unet:512:x:1"])
+def test_a_case_that_the_peer_cannot_have_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}', expected .* one of kaf_unet, unet, unet_c2"):
+        step.make_case(text, 400)
 
 
 def test_the_exponent_is_that_of_a_power() -> None:

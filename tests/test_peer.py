@@ -27,7 +27,7 @@ def peer_and_ours(name: str) -> tuple[Any, ...]:
     """A small peer with drawn weights and statistics, our network, its config and variables."""
     layers = 2 if name == "kaf_unet" else 0
     torch.manual_seed(0)
-    network = peer.PeerUNet(4, layers, CLASSES).double()
+    network = peer.PeerUNet(4, layers, CLASSES, copies=name == "unet_c2").double()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -76,7 +76,7 @@ def test_the_peer_has_the_golden_values(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet", "kaf_unet"])
+@pytest.mark.parametrize("name", ["unet", "unet_c2", "kaf_unet"])
 def test_the_peer_computes_what_we_do(name: str) -> None:
     with jax.enable_x64(True):
         compare_peer(name)
@@ -129,11 +129,16 @@ def compare_trees(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("filters", "layers", "classes", "count"),
-    [(32, 0, 8, 7_763_584), (32, 16, 8, 71_467_264), (48, 16, 4, 106_546_624)],
+    ("sizes", "copies", "count"),
+    [
+        ((32, 0, 8), False, 7_763_584),
+        ((32, 0, 8), True, 27_911_328),
+        ((32, 16, 8), False, 71_467_264),
+        ((48, 16, 4), False, 106_546_624),
+    ],
 )
 def test_the_peer_has_the_papers_parameters(
-    filters: int, layers: int, classes: int, count: int
+    sizes: tuple[int, int, int], copies: bool, count: int
 ) -> None:
     with torch.device("meta"):
-        assert peer.count_parameters(peer.PeerUNet(filters, layers, classes)) == count
+        assert peer.count_parameters(peer.PeerUNet(*sizes, copies=copies)) == count
