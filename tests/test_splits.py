@@ -3,6 +3,8 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sklearn.model_selection import KFold
@@ -19,6 +21,8 @@ from kafjax.data.splits import (
     subject_of,
     unlabelled_volumes,
 )
+from kafjax.workdir.split import RunSplit, check_split
+from kafjax.workdir.workdir import Workdir
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
 
@@ -218,3 +222,18 @@ def test_unlabelled_volumes_are_all_others_of_subjects_that_are_not_held_out() -
     assert unlabelled_volumes(volumes, split, apart=[], subject=subject) == (
         *("p1_frame2", "p4", "p5", "t1"),
     )
+
+
+def test_a_volume_used_without_labels_may_be_labelled_since() -> None:
+    workdir, classes = Workdir("run"), ("background", "heart")
+    split = RunSplit({}, classes, {"a": "1"}, {}, ("b",), {"b": "2"})
+
+    def dataset(**contents: str) -> Any:
+        return SimpleNamespace(classes=classes, contents=lambda: contents, directory="data")
+
+    check_split(workdir, split, dataset(a="1", b="3"), training=False)
+    with pytest.raises(ValueError, match=r"b \(unlabelled\): other content"):
+        check_split(workdir, split, dataset(a="1", b="3"), training=True)
+    for contents in ({"a": "3", "b": "2"}, {"a": "1"}):
+        with pytest.raises(ValueError, match="is not the dataset"):
+            check_split(workdir, split, dataset(**contents), training=False)

@@ -186,7 +186,7 @@ def open_run_split(config: Any, workdir: Workdir, dataset: SliceDataset) -> RunS
         workdir holds checkpoints of a run without a recorded split.
     """
     if workdir.split_file.exists() or saved_steps(workdir):
-        return open_split(workdir, dataset)
+        return open_split(workdir, dataset, training=True)
     return describe_split(split_run(config, dataset), dataset)
 
 

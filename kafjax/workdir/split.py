@@ -84,8 +84,10 @@ def read_split(workdir: Workdir) -> RunSplit | None:
         raise UserError(f"{workdir.split_file}: not a run's split ({error})") from None
 
 
-def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
+def open_split(workdir: Workdir, dataset: SliceDataset, *, training: bool = False) -> RunSplit:
     """The recorded split of a run, after checking that the dataset still matches it.
+
+    Volumes used without labels may have got labels since, unless the run is to resume `training`.
 
     Raises:
       ValueError: no split is recorded, or the dataset lacks its volumes, or their content or
@@ -98,11 +100,13 @@ def open_split(workdir: Workdir, dataset: SliceDataset) -> RunSplit:
             "If the dataset is still the one that the run was trained on, record its split with "
             f"kafjax evaluate --record_split --workdir {workdir}"
         )
-    check_split(workdir, split, dataset)
+    check_split(workdir, split, dataset, training=training)
     return split
 
 
-def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> None:
+def check_split(
+    workdir: Workdir, split: RunSplit, dataset: SliceDataset, *, training: bool
+) -> None:
     """Raises `ValueError` listing the differences between a dataset and a run's split."""
     contents = dataset.contents()
     faults = []
@@ -118,6 +122,7 @@ def check_split(workdir: Workdir, split: RunSplit, dataset: SliceDataset) -> Non
             f"  {name} ({side}): other content"
             for name, content in volumes.items()
             if contents.get(name, content) != content
+            and (training or side != "unlabelled")  # a content is of image and label
         ]
     if faults:
         raise UserError(
