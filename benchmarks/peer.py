@@ -145,11 +145,11 @@ class Encoder(nn.Module):
             if num_layers:
                 setattr(self, f"graph_{level + 1}", KAF(features, num_layers))
             channels = widening * features
-        features = 2 * channels
+        self.features = 2 * channels  # of the centre
         self.center = nn.Sequential(
-            nn.Conv2d(channels, features, 3, padding=1),
+            nn.Conv2d(channels, self.features, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(features, features, 3, padding=1),
+            nn.Conv2d(self.features, self.features, 3, padding=1),
             nn.ReLU(inplace=True),
         )
 
@@ -199,8 +199,7 @@ class PeerUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(filters, num_attention_layers, copies=copies)
-        widening = 2 if num_attention_layers or copies else 1
-        self.decoder = Decoder(filters * 2**NUM_LEVELS * widening, num_classes)
+        self.decoder = Decoder(self.encoder.features, num_classes)
         self.apply(_initialize)
 
     def forward(self, image: Tensor, keypoints: Tensor) -> Tensor:

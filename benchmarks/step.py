@@ -105,9 +105,8 @@ def _table(case: Case, sides: dict[str, Any]) -> Table:
     blank = [""] * (len(columns) - 2)
     rows.append(["compile of the step, no cache", seconds(ours["compile"]), *blank])
     rows.append(["temporaries of the step", gigabytes(ours["temporaries"]), *blank])
-    missing = [
-        n for n in ("torch", "monai") if not version(n) and (n == "torch" or case.network == "unet")
-    ]
+    peers = ("torch", "monai") if case.network == "unet" else ("torch",)
+    missing = [n for n in peers if not version(n)]
     taken = {len(side["seconds"]["step"]) for side in sides.values()}
     turns = " or ".join(map(str, sorted(taken)))
     notes = [f"Medians of {turns} turns."]
